@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first target called makes. PYTHON= chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Without an NVIDIA GPU the CPU build of PyTorch is pinned: a plain "torch" would bring gigabytes of CUDA.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench study docs clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Make .venv with the package and all that the other targets need
+
+$(STAMP): pyproject.toml constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(CONSTRAINTS) -e '.[dev]'
+	@touch $(STAMP)
+
+demo: install ## Profile, plan, train and compare on the embedded model (about 12 minutes on two cores)
+	$(BIN)/apportion demo -o apportion-demo
+
+test: install ## Run all tests
+	$(BIN)/python -m pytest
+
+check: install ## Format, lint, types, docstrings, imports, spelling, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet src
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+format: install ## Put the code in shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## Run the slow tests and the measurements in benchmarks/
+	$(BIN)/python -m pytest -m slow --override-ini addopts="--import-mode=importlib" tests
+	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+study: install ## Score the embedded model: routing, headroom, its card
+	$(BIN)/python recipes/measure_embedded.py
+
+docs: install ## Build the documentation into build/site
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) build apportion-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,73 @@
+"""Spend a fine-tuning budget where a model uses it: measure, then apportion."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from apportion._version import __version__
+
+if TYPE_CHECKING:
+    from apportion.accounting import cost
+    from apportion.errors import ApportionError
+    from apportion.loading import embedded
+    from apportion.methods.planning import plan
+    from apportion.peft.attach import Receipt, apply, load
+    from apportion.profiling.run import profile
+    from apportion.records.cost import Cost
+    from apportion.records.plan import Placement, Plan, load_plan
+    from apportion.records.profile import Profile, load_profile
+    from apportion.records.site import Layout, Site
+
+__all__ = [
+    "ApportionError",
+    "Cost",
+    "Layout",
+    "Placement",
+    "Plan",
+    "Profile",
+    "Receipt",
+    "Site",
+    "__version__",
+    "apply",
+    "cost",
+    "embedded",
+    "load",
+    "load_plan",
+    "load_profile",
+    "plan",
+    "profile",
+]
+
+_HOMES = {
+    "ApportionError": "apportion.errors",
+    "Cost": "apportion.records.cost",
+    "Layout": "apportion.records.site",
+    "Placement": "apportion.records.plan",
+    "Plan": "apportion.records.plan",
+    "Profile": "apportion.records.profile",
+    "Receipt": "apportion.peft.attach",
+    "Site": "apportion.records.site",
+    "apply": "apportion.peft.attach",
+    "cost": "apportion.accounting",
+    "embedded": "apportion.loading",
+    "load": "apportion.peft.attach",
+    "load_plan": "apportion.records.plan",
+    "load_profile": "apportion.records.profile",
+    "plan": "apportion.methods.planning",
+    "profile": "apportion.profiling.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for, so that importing the package stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -1,0 +1,90 @@
+"""`cost`: what a method would cost on a model, before a weight is downloaded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from apportion.discovery import find_sites
+from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.methods.base import AdapterSettings
+from apportion.methods.planning import build_plan, even_profile
+from apportion.records.cost import Cost
+from apportion.records.profile import Profile
+from apportion.records.site import Layout
+
+
+def cost(
+    model_or_config: nn.Module | PreTrainedConfig | str | os.PathLike[str],
+    method: str = "hellora",
+    *,
+    rank: int = 32,
+    alpha: float | None = None,
+    profile: Profile | None = None,
+    **options: Any,
+) -> Cost:
+    """Count what a method's adapters cost on a model.
+
+    Without a profile every expert is taken to have the same share of the tokens, and the result's `routing` says
+    ``even``. Parameters are exact either way, except where `hot` is a coverage.
+
+    Args:
+        model_or_config: A model, a configuration, or a folder or ``config.json`` to read one from.
+        method: A method's name.
+        rank: Rank of every adapter.
+        alpha: Scale numerator; it costs nothing.
+        profile: What was measured on this architecture.
+        **options: The method's own options.
+
+    Returns:
+        The cost.
+
+    Raises:
+        ConfigurationError: the method, an option or the rank does not fit the model, or the configuration is of no
+            known causal language model.
+        PlanMismatchError: the profile is of another architecture.
+
+    Cost: the model is built on the meta device: no weight is allocated.
+    """
+    layout = find_sites(model_or_config) if isinstance(model_or_config, nn.Module) else layout_of(model_or_config)
+    if profile is not None and profile.fingerprint != layout.fingerprint:
+        raise PlanMismatchError(
+            "the profile was made for another architecture.\n"
+            f"  model:    {layout.describe()}\n  profile:  {profile.layout.describe()}\n  fix:      profile this model"
+        )
+    settings = AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, 0)
+    measured = even_profile(layout) if profile is None else profile
+    return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
+
+
+def layout_of(config: PreTrainedConfig | str | os.PathLike[str]) -> Layout:
+    """Find a model's sites from its configuration alone.
+
+    Args:
+        config: A configuration, or a folder or ``config.json`` to read one from.
+
+    Returns:
+        The sites.
+
+    Raises:
+        ConfigurationError: the configuration cannot be read, or is of no known causal language model.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        path = os.fspath(config)
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"the configuration {path} cannot be read.\n  found:  {error}") from error
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"model type {config.model_type!r} is no causal language model that transformers knows.\n"
+            "  fix:  update transformers, or give another configuration"
+        ) from error
+    return find_sites(model)

@@ -1,0 +1,1 @@
+"""Modules that know tensors and nothing of models."""

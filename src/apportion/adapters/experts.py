@@ -1,0 +1,253 @@
+"""LoRA on some experts of a layer whose experts are stacked in one parameter.
+
+The adapter works on activations: the rows routed to planned experts get ``(x Aᵀ) Bᵀ`` added, gate and up with factors
+of their own. The merged weight is never built, and no gradient of a frozen weight is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from apportion.adapters.grouped import grouped_linear, grouped_low_rank
+
+# Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
+# I and O a projection's input and output width, R summed rank of the planned experts.
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """What one adapter plans for one projection of a layer's experts.
+
+    Args:
+        experts: Ids of the planned experts, in rising order.
+        ranks: Rank of each.
+        scales: alpha / rank of each.
+    """
+
+    experts: tuple[int, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+
+class ExpertLora(nn.Module, BaseTunerLayer):
+    """An experts module of transformers, with LoRA on the planned experts' projections.
+
+    Factors are stored stacked: ``lora_A[adapter][projection]`` has shape (R, I) and ``lora_B[adapter][projection]``
+    (R, O), expert after expert in rising order. The checkpoint holds them expert by expert, in PEFT's shapes.
+
+    Args:
+        base_layer: A module marked by transformers' `use_experts_implementation`.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    other_param_names = ("lora_dropout", "factors")
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.factors: dict[str, dict[str, ExpertFactors]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Give the wrapped module's attribute where this module has none."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def add_adapter(self, adapter_name: str, factors: Mapping[str, ExpertFactors], dropout: float = 0.0) -> None:
+        """Add zero-initialised factors under a new name.
+
+        Args:
+            adapter_name: The adapter's name.
+            factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
+            dropout: Share of the adapter's inputs that is dropped in training.
+        """
+        weight = self.base_layer.down_proj
+        kwargs: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        a = {name: torch.empty(sum(f.ranks), self._width(name)[0], **kwargs) for name, f in factors.items()}
+        b = {name: torch.zeros(sum(f.ranks), self._width(name)[1], **kwargs) for name, f in factors.items()}
+        for tensor in a.values():
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+        self.factors[adapter_name] = dict(factors)
+        self.lora_A[adapter_name] = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in a.items()})
+        self.lora_B[adapter_name] = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in b.items()})
+        self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Run the experts, with the active adapters.
+
+        Args:
+            hidden_states: Shape (T, D).
+            top_k_index: Expert ids, shape (T, K).
+            top_k_weights: Routing weights, shape (T, K).
+
+        Returns:
+            Shape (T, D).
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not active:
+            output: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
+            return output
+        return self._adapted(hidden_states, top_k_index, top_k_weights, active)
+
+    def _adapted(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active: list[str]) -> Tensor:
+        """Sort the routed rows by expert, run base and adapters on them, and put the sums back in the tokens' order."""
+        base = self.base_layer
+        num_tokens, top_k = ids_TK.shape
+        ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
+        sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
+        x_SD = hidden_TD[order_S // top_k]
+
+        if base.has_gate:
+            inner = self._base_product("gate_up_proj", x_SD, ids_S, sizes_E)
+            inner = base._apply_gate(self._add_entering(inner, x_SD, sizes_E, active))
+        else:
+            inner = self._base_product("up_proj", x_SD, ids_S, sizes_E)
+            inner = base.act_fn(self._add(inner, "up_proj", x_SD, sizes_E, active))
+        out_SD = self._base_product("down_proj", inner, ids_S, sizes_E)
+        out_SD = self._add(out_SD, "down_proj", inner, sizes_E, active)
+        if base.has_post_expert_norm:
+            out_SD = base.post_expert_norm(out_SD)
+
+        out_SD = out_SD * weights_TK.reshape(-1)[order_S].unsqueeze(-1)
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        summed: Tensor = out_SD[place_S].view(num_tokens, top_k, -1).sum(1)
+        return summed.to(hidden_TD.dtype)
+
+    def _base_product(self, name: str, x_SI: Tensor, ids_S: Tensor, sizes_E: Tensor) -> Tensor:
+        """Run one stacked base matrix on the sorted rows."""
+        base = self.base_layer
+        out = grouped_linear(x_SI, getattr(base, name), sizes_E, transposed=base.is_transposed)
+        return out + getattr(base, f"{name}_bias")[ids_S] if base.has_bias else out
+
+    def _add_entering(self, inner_S2F: Tensor, x_SD: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
+        """Add the adapters of gate and up to their fused output."""
+        if not any(name in self.factors[adapter] for adapter in active for name in ("gate_proj", "up_proj")):
+            return inner_S2F
+        width = inner_S2F.shape[1] // 2
+        if self.base_layer.is_concatenated:
+            gate, up = inner_S2F[:, :width], inner_S2F[:, width:]
+        else:
+            gate, up = inner_S2F[:, 0::2], inner_S2F[:, 1::2]
+        gate = self._add(gate, "gate_proj", x_SD, sizes_E, active)
+        up = self._add(up, "up_proj", x_SD, sizes_E, active)
+        if self.base_layer.is_concatenated:
+            return torch.cat([gate, up], dim=1)
+        return torch.stack([gate, up], dim=2).flatten(1)
+
+    def _add(self, out_SO: Tensor, name: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
+        """Add the active adapters of one projection to the rows of their experts."""
+        for adapter in active:
+            factors = self.factors[adapter].get(name)
+            if factors is None:
+                continue
+            ends = sizes_E.cumsum(0).tolist()
+            spans = [(ends[e - 1] if e else 0, ends[e]) for e in factors.experts]
+            rows = torch.cat([torch.arange(start, end, device=x_SI.device) for start, end in spans])
+            a_RI, b_RO = self.lora_A[adapter][name], self.lora_B[adapter][name]
+            x = self.lora_dropout[adapter](x_SI[rows].to(a_RI.dtype))
+            scaled = a_RI * self._scales(factors, a_RI)
+            delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, [end - start for start, end in spans])
+            out_SO = out_SO.index_add(0, rows, delta.to(out_SO.dtype))
+        return out_SO
+
+    @staticmethod
+    def _scales(factors: ExpertFactors, like: Tensor) -> Tensor:
+        """Give every row of A its expert's scale, shape (R, 1)."""
+        pairs = zip(factors.ranks, factors.scales, strict=True)
+        return torch.cat([like.new_full((rank, 1), scale) for rank, scale in pairs])
+
+    def _width(self, name: str) -> tuple[int, int]:
+        """Give a projection's input and output width."""
+        base = self.base_layer
+        stored = name if name == "down_proj" or not base.has_gate else "gate_up_proj"
+        out_in = getattr(base, stored).shape[1:]
+        width_out, width_in = reversed(out_in) if base.is_transposed else out_in
+        return width_in, width_out // 2 if stored == "gate_up_proj" else width_out
+
+    @torch.no_grad()
+    def delta(self, adapter_name: str, name: str) -> Tensor:
+        """Give what an adapter adds to one projection's weights.
+
+        Args:
+            adapter_name: The adapter.
+            name: The projection.
+
+        Returns:
+            Shape (planned experts, O, I), in the factors' order and type.
+        """
+        factors = self.factors[adapter_name][name]
+        a_RI, b_RO = self.lora_A[adapter_name][name], self.lora_B[adapter_name][name]
+        parts = zip(a_RI.split(list(factors.ranks)), b_RO.split(list(factors.ranks)), factors.scales, strict=True)
+        return torch.stack([(b.t() @ a) * scale for a, b, scale in parts])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weights.
+
+        Args:
+            safe_merge: Leave the weights as they are where an adapter is not finite.
+            adapter_names: The adapters; the active ones where not given.
+
+        Raises:
+            ValueError: `safe_merge`, and an adapter holds NaN or infinity.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.lora_A:
+                continue
+            if safe_merge and not all(
+                bool(torch.isfinite(self.delta(adapter, n)).all()) for n in self.factors[adapter]
+            ):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            self._add_to_weights(adapter, 1.0)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the base weights again."""
+        while self.merged_adapters:
+            self._add_to_weights(self.merged_adapters.pop(), -1.0)
+
+    @torch.no_grad()
+    def _add_to_weights(self, adapter: str, sign: float) -> None:
+        """Add an adapter's deltas, times the sign, to the stacked weights."""
+        for name, factors in self.factors[adapter].items():
+            for expert, delta_OI in zip(factors.experts, self.delta(adapter, name), strict=True):
+                target = self._weight_of(name, expert)
+                target += sign * delta_OI.to(target.dtype)
+
+    def _weight_of(self, name: str, expert: int) -> Tensor:
+        """Give the view of one projection of one expert in the stacked weights, shape (O, I)."""
+        base = self.base_layer
+        if name == "down_proj" or not base.has_gate:
+            stored: Tensor = getattr(base, name).data[expert]
+            return stored.t() if base.is_transposed else stored
+        stored = base.gate_up_proj.data[expert]
+        stored_2FD = stored.t() if base.is_transposed else stored
+        half = stored_2FD.shape[0] // 2
+        if base.is_concatenated:
+            return stored_2FD[:half] if name == "gate_proj" else stored_2FD[half:]
+        return stored_2FD[0::2] if name == "gate_proj" else stored_2FD[1::2]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
+        """Tell PEFT where this module's adapters belong."""
+        weight = base_layer.down_proj
+        return weight.device, weight.dtype

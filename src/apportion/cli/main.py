@@ -1,0 +1,249 @@
+"""Every command's options. The work is in the module of the command's name, which is loaded only when it is called."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from apportion._version import __version__
+from apportion.errors import ApportionError
+
+app = typer.Typer(
+    help="Spend a fine-tuning budget where a model uses it: measure, then apportion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+MODEL_HELP = "embedded, a hub id, a folder, or a .gguf file."
+DATA_HELP = "A .jsonl, .json, .csv or .parquet file, a hub data set (id:config:split), or task:NAME[:train|:test]."
+METHODS_PANEL = "Method options"
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+MethodName = Annotated[str, typer.Option("--method", help="How sites are chosen; `apportion methods` lists all.")]
+Rank = Annotated[int, typer.Option(help="Rank of every adapter.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="Scale numerator: output x alpha / rank.", show_default="twice the rank")
+]
+Hot = Annotated[
+    str | None,
+    typer.Option(help="Experts kept a layer: 8, 25% or coverage=0.6.", show_default="8", rich_help_panel=METHODS_PANEL),
+]
+Criterion = Annotated[
+    str | None,
+    typer.Option(help="What makes an expert hot: count or mass.", show_default="count", rich_help_panel=METHODS_PANEL),
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="What is adapted: any of attention, router, experts, shared, dense, or single projections such as "
+        "experts.down, separated by commas.",
+        show_default="all",
+        rich_help_panel=METHODS_PANEL,
+    ),
+]
+
+
+class Dtype(enum.StrEnum):
+    """Number formats that a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Handle what belongs to no command."""
+    if version:
+        typer.echo(f"apportion {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results, plans and adapters.")] = Path(
+        "apportion-demo"
+    ),
+    quick: Annotated[bool, typer.Option(help="A tenth of the training, to see that all works.")] = False,
+    json_: Json = False,
+) -> None:
+    """Profile, plan, train and compare five methods on the embedded model: the whole story."""
+    _run("demo", output=output, quick=quick, as_json=json_)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[list[str], typer.Option(help=f"[TASK=]DATA, may be repeated. {DATA_HELP}")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile: a .safetensors file.")],
+    samples: Annotated[int, typer.Option(min=1, help="Rows read of each data set.")] = 256,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that are kept.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Measure gradients too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Measure where a model routes the tokens of your data."""
+    _run(
+        "profile", model=model, data=data, output=output, samples=samples, max_length=max_length, batch_size=batch_size,
+        sensitivity=sensitivity, seed=seed, dtype=dtype, as_json=json_,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(help="A profile.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan: a .json file.")],
+    method: MethodName = "hellora",
+    rank: Rank = 32,
+    alpha: Alpha = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw at random.")] = 0,
+    hot: Hot = None,
+    criterion: Criterion = None,
+    targets: Targets = None,
+    json_: Json = False,
+) -> None:
+    """Decide from a profile which sites get an adapter, and say what that costs."""
+    options = _given(hot=hot, criterion=criterion, targets=targets)
+    _run(
+        "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
+        as_json=json_,
+    )  # fmt: skip
+
+
+@app.command()
+def cost(
+    model: Annotated[str, typer.Argument(help="embedded, a hub id, a folder or a config.json: no weights are read.")],
+    method: MethodName = "hellora",
+    rank: Rank = 32,
+    profile: Annotated[Path | None, typer.Option(help="A profile, for the true shares of tokens.")] = None,
+    hot: Hot = None,
+    criterion: Criterion = None,
+    targets: Targets = None,
+    json_: Json = False,
+) -> None:
+    """Count what a method would cost on a model, from its configuration alone."""
+    options = _given(hot=hot, criterion=criterion, targets=targets)
+    _run("cost", model=model, method=method, rank=rank, profile=profile, options=options, as_json=json_)
+
+
+@app.command()
+def train(
+    plan: Annotated[Path, typer.Argument(help="A plan.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the adapter and its checkpoints.")],
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the profiled one")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Rows read.", show_default="all; 1000 of a task")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-4,
+    batch_size: Annotated[int, typer.Option(help="Rows a device and step.")] = 16,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches an optimizer step.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row that are kept.")] = 1024,
+    dropout: Annotated[float, typer.Option(help="Share of the adapters' inputs dropped; routers are left out.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    router_aux_loss: Annotated[float, typer.Option(help="Weight of the model's load-balancing loss.")] = 0.0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the adapters' start and of the rows' order.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train a plan's adapters (TRL's SFTTrainer; the loss counts completions alone)."""
+    settings = {
+        "epochs": epochs, "steps": steps, "lr": lr, "batch_size": batch_size, "max_length": max_length,
+        "gradient_accumulation": gradient_accumulation, "dropout": dropout, "weight_decay": weight_decay,
+        "router_aux_loss": router_aux_loss, "gradient_checkpointing": gradient_checkpointing,
+        "save_every": save_every, "seed": seed,
+    }  # fmt: skip
+    _run(
+        "train", plan=plan, data=data, output=output, model=model, samples=samples, dtype=dtype, settings=settings,
+        resume=resume, as_json=json_,
+    )  # fmt: skip
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[str, typer.Option(help=f"{DATA_HELP} A task's test split where none is named.")],
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Rows read.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 32,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that count.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Score a model: loss and perplexity, and exact match where rows have an answer."""
+    _run(
+        "evaluate", model=model, data=data, adapter=adapter, samples=samples, batch_size=batch_size,
+        max_length=max_length, seed=seed, dtype=dtype, as_json=json_,
+    )  # fmt: skip
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the merged model.")],
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Fold an adapter into its base: a plain model that needs no apportion."""
+    _run("merge", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """List every method: its options, its source, one line."""
+    _run("methods", as_json=json_)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Keep the options that the user gave."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _run(command: str, *, as_json: bool, **arguments: Any) -> None:
+    """Load a command's module, run it, and turn what goes wrong into one message and an exit code."""
+    console = Console(stderr=as_json, highlight=False)
+    try:
+        result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
+    except ApportionError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted.", 1)
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):  # safetensors wraps the system's error
+            _fail("the disk is full; nothing half-written was left behind.\n  fix:  make room, then run it again", 1)
+        raise
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print one message on standard error and exit."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(message)}")
+    raise typer.Exit(code)
+
+
+def _plain(text: str) -> str:
+    """Keep Rich from reading brackets as markup."""
+    return text.replace("[", r"\[")

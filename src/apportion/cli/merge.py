@@ -1,0 +1,40 @@
+"""`apportion merge`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from apportion.cli.quiet import quiet
+from apportion.errors import ConfigurationError
+from apportion.loading import load_model
+from apportion.peft.attach import load, read_adapter_plan
+from apportion.records.files import require_empty
+
+
+def run(console: Console, *, adapter: Path, output: Path, model: str | None, dtype: str | None) -> dict[str, Any]:
+    """Merge and save; the output folder appears whole."""
+    quiet()
+    require_empty(output)
+    name = model or read_adapter_plan(adapter).base_model
+    if name is None:
+        raise ConfigurationError("the adapter does not say which model it is for.\n  fix:  give --model")
+    loaded, tokenizer = load_model(name, dtype)
+    merged = load(loaded, adapter).merge_and_unload(safe_merge=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        temporary.replace(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    console.print(f"{adapter} merged into {name} -> {output}")
+    return {"model": str(output), "base": name}

@@ -1,0 +1,33 @@
+"""`apportion methods`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apportion.methods.registry import METHODS
+
+
+def run(console: Console) -> dict[str, Any]:
+    """Show the table of methods."""
+    listed: dict[str, dict[str, Any]] = {
+        method.name: {
+            "summary": method.summary,
+            "source": method.source,
+            "options": {name: _default(field.default) for name, field in method.options.model_fields.items()},
+        }
+        for method in METHODS.values()
+    }
+    table = Table("method", "what", "options", "source")
+    for name, facts in listed.items():
+        options = ", ".join(f"{option}={default}" for option, default in facts["options"].items())
+        table.add_row(name, facts["summary"], options, facts["source"])
+    console.print(table)
+    return listed
+
+
+def _default(value: Any) -> Any:
+    """Write a default as the user would."""
+    return ",".join(value) if isinstance(value, tuple) else value

@@ -1,0 +1,19 @@
+"""Keep other libraries' chatter out of a command's output."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import datasets
+import transformers
+
+
+def quiet() -> None:
+    """Silence progress bars and warnings of the libraries below; our own bars and errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)

@@ -1,0 +1,120 @@
+"""Tables and pictures for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from apportion.records.cost import Cost
+from apportion.records.plan import Plan
+from apportion.records.profile import Profile
+
+_ROUTING = {
+    "profile": "the profile's shares of routed tokens",
+    "even": "even routing (give --profile for the true shares)",
+    "none": "no routed experts",
+}
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_COLD_RGB, _HOT_RGB = (28, 40, 72), (255, 176, 64)
+
+
+def cost_table(cost: Cost, title: str) -> Table:
+    """Lay a cost out as a table.
+
+    Args:
+        cost: The cost.
+        title: The table's heading.
+
+    Returns:
+        The table.
+    """
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for kind, count in cost.sites_by_kind.items():
+        table.add_row(f"sites: {kind}", f"{count:,}", "")
+    table.add_section()
+    table.add_row(
+        "trainable parameters",
+        f"{cost.trainable_parameters:,}",
+        f"{cost.trainable_frac:.3%} of all, adapters counted in",
+    )
+    table.add_row("stored parameters", f"{cost.stored_parameters:,}", "")
+    table.add_row("base parameters", f"{cost.base_parameters:,}", "")
+    table.add_row(
+        "share of LoRA, by count",
+        f"{cost.lora_count_ratio:.2%}",
+        f"of {cost.lora_parameters:,} for LoRA on all targets",
+    )
+    table.add_row(
+        "share of LoRA, by percentage of total",
+        f"{cost.lora_percentage_ratio:.2%}",
+        "ratio of the two percentages, as papers print it",
+    )
+    table.add_section()
+    table.add_row("adapter FLOPs a token", f"{cost.adapter_flops_per_token:,.0f}", _ROUTING[cost.routing])
+    table.add_row("share of LoRA's FLOPs", f"{cost.lora_flops_ratio:.2%}", "")
+    table.add_row("checkpoint", readable_bytes(cost.checkpoint_bytes), "float32")
+    table.add_row("gradients", readable_bytes(cost.gradient_bytes), "float32")
+    table.add_row("optimizer state", readable_bytes(cost.optimizer_bytes), "AdamW, two float32 moments")
+    return table
+
+
+def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None) -> Table:
+    """Draw layers by experts, coloured by their share of the layer's routed slots, with the planned experts marked.
+
+    Args:
+        profile: The profile.
+        plan: Marks its experts with a dot.
+        task: The task to show; all together where not given.
+
+    Returns:
+        One row a layer: the colour runs from none to the layer's hottest expert, and the last column says which share
+        of the slots the planned experts take.
+    """
+    counts = profile.counts[task] if task else profile.total_counts()
+    planned: Mapping[str, list[int]] = plan.experts_by_layer() if plan else {}
+    title = f"routed tokens by layer and expert{f', {task}' if task else ''}" + ("; planned experts: ●" if plan else "")
+    table = Table(title=title, title_justify="left", box=None, padding=0)
+    table.add_column("layer ", justify="right")
+    table.add_column("expert 0 ...")
+    table.add_column(" planned" if plan else "", justify="right")
+    for block, row in zip(profile.layout.blocks, counts.tolist(), strict=True):
+        own = row[: block.num_experts]
+        total, hottest = max(sum(own), 1), max(*own, 1)
+        marked = planned.get(block.name, [])
+        cells = Text()
+        for expert, count in enumerate(own):
+            cells.append("● " if expert in marked else "  ", style=f"bold white on {_colour(count / hottest)}")
+        share = f" {sum(own[expert] for expert in marked) / total:.0%}" if plan else ""
+        table.add_row(f"{block.layer} ", cells, share)
+    return table
+
+
+def readable_bytes(count: float) -> str:
+    """Write a number of bytes with a fitting unit.
+
+    Args:
+        count: The bytes.
+
+    Returns:
+        Such as ``1.5 MB``.
+
+    Example:
+        >>> readable_bytes(1_500_000)
+        '1.5 MB'
+    """
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def _colour(frac: float) -> str:
+    """Mix cold and hot."""
+    parts = (round(cold + (hot - cold) * frac) for cold, hot in zip(_COLD_RGB, _HOT_RGB, strict=True))
+    return "#" + "".join(f"{part:02x}" for part in parts)

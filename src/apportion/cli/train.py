@@ -1,0 +1,58 @@
+"""`apportion train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from apportion.cli.quiet import quiet
+from apportion.data.sources import read_rows
+from apportion.errors import ConfigurationError
+from apportion.loading import load_model
+from apportion.records.files import require_empty
+from apportion.records.plan import load_plan
+from apportion.training.settings import TrainSettings
+from apportion.training.sft import train
+
+
+def run(
+    console: Console,
+    *,
+    plan: Path,
+    data: str,
+    output: Path,
+    model: str | None,
+    samples: int | None,
+    dtype: str | None,
+    settings: dict[str, Any],
+    resume: bool,
+) -> dict[str, Any]:
+    """Train, save and say what was done."""
+    quiet()
+    chosen = load_plan(plan)
+    checked = TrainSettings(**settings, bf16=dtype == "bfloat16")
+    checked.check()
+    if not resume:
+        require_empty(output)
+    name = model or chosen.base_model
+    if name is None:
+        raise ConfigurationError("the plan does not say which model it is for.\n  fix:  give --model")
+    rows = read_rows(data, num_rows=samples, seed=checked.seed)
+    loaded, tokenizer = load_model(name, dtype)
+    result = train(loaded, tokenizer, chosen, rows, output, checked, resume=resume, facts={"model": name, "data": data})
+    console.print(str(result.model.receipt))
+    if result.truncated:
+        console.print(f"{result.truncated} rows were longer than {checked.max_length} tokens and were cut")
+    if result.interrupted:
+        console.print(f"stopped at step {result.steps} with a checkpoint; go on with the same command and --resume")
+        raise typer.Exit(1)
+    console.print(
+        f"{result.steps} steps, mean loss {result.loss:.4f}, {result.tokens_per_s:,.0f} tokens a second -> {output}"
+    )
+    return result.as_dict() | {
+        "adapter": str(output),
+        "trainable_parameters": result.model.receipt.trainable_parameters,
+    }

@@ -1,0 +1,217 @@
+"""The demonstration: five placements on the embedded model, trained and scored side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apportion._version import __version__
+from apportion.data.batches import batches, encode
+from apportion.data.sources import Row, read_rows
+from apportion.errors import OutputExistsError
+from apportion.evaluation import Evaluation, evaluate
+from apportion.loading import embedded
+from apportion.methods.planning import plan
+from apportion.profiling.run import profile
+from apportion.records.files import seal, write_text
+from apportion.records.profile import Profile
+from apportion.training.settings import TrainSettings
+from apportion.training.sft import train
+
+RESULTS_FILE = "results.json"
+SETTINGS_FILE = "settings.json"
+METHODS: tuple[str, ...] = ("lora", "attention", "hellora", "random", "cold")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demonstration runs.
+
+    Args:
+        tasks: The tasks to fine-tune on, by name.
+        unrelated: The task whose loss tells what was forgotten.
+        hot: Experts kept a layer, of 16.
+        rank: Rank of every adapter.
+        profile_rows: Training prompts that the profile is made from.
+        eval_rows: Held-out rows a score.
+        steps: Optimizer steps a run.
+        batch_size: Rows a step.
+        lr: Peak learning rate, the same for every method.
+        seed: Seed of data, factors and order.
+    """
+
+    tasks: dict[str, str] = field(
+        default_factory=lambda: {
+            "siblings": "task:aiw",
+            "legs": "task:leg_counting?min_animals=1&max_animals=1&max_instances=12",
+        }
+    )
+    unrelated: str = "task:sentence_reordering?max_words_in_sentence=6"
+    hot: int = 4
+    rank: int = 16
+    profile_rows: int = 256
+    eval_rows: int = 500
+    steps: int = 100
+    batch_size: int = 32
+    lr: float = 3e-3
+    seed: int = 0
+
+
+QUICK = DemoSettings(profile_rows=64, eval_rows=100, steps=10)
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """One method on one task: its cost, its scores and its speed."""
+
+    task: str
+    method: str
+    cost: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    unrelated_before: dict[str, Any]
+    unrelated_after: dict[str, Any]
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demonstration found.
+
+    Args:
+        settings: What was run.
+        profile: The profile of all tasks.
+        runs: One entry a task and method.
+    """
+
+    settings: DemoSettings
+    profile: Profile
+    runs: list[DemoRun]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain data for JSON."""
+        return {
+            "settings": asdict(self.settings),
+            "versions": self.profile.provenance["versions"],
+            "tokens_profiled": self.profile.tokens,
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+def run_demo(
+    output: str | os.PathLike[str], settings: DemoSettings, report: Callable[[str], object] = str
+) -> DemoResult:
+    """Profile the embedded model, then train and score every method on every task with the same data, steps and seed.
+
+    A run that a previous call with the same settings finished in the folder is not repeated.
+
+    Args:
+        output: Folder for the profile, the plans, the adapters and ``results.json``.
+        settings: What to run.
+        report: Told, in words, what is being done.
+
+    Returns:
+        The results, as they stand in ``results.json``.
+
+    Raises:
+        OutputExistsError: the folder holds something else, or a demonstration with other settings.
+    """
+    folder = _open(Path(output), settings)
+    base, tokenizer = embedded()
+    report("profiling the embedded model")
+    measured = _profile(base, tokenizer, settings)
+    measured.save(folder / "profile.safetensors")
+    unrelated_rows = _held_out(settings.unrelated, settings)
+    report("scoring the base model")
+    unrelated_before = evaluate(base, tokenizer, unrelated_rows, batch_size=64)
+    runs = []
+    for task, source in settings.tasks.items():
+        rows = _held_out(source, settings)
+        before = evaluate(base, tokenizer, rows, batch_size=64)
+        for method in METHODS:
+            place = folder / task / method
+            if not (place / "result.json").is_file():
+                report(f"{task}: training {method}")
+                trained, facts = _train(base, tokenizer, measured, task, method, place, settings)
+                after = evaluate(trained, tokenizer, rows, batch_size=64)
+                unrelated_after = evaluate(trained, tokenizer, unrelated_rows, batch_size=64)
+                _save_run(place, facts, (before, after, unrelated_before, unrelated_after))
+            runs.append(DemoRun(**json.loads((place / "result.json").read_text(encoding="utf-8"))))
+    result = DemoResult(settings, measured, runs)
+    write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=1) + "\n")
+    return result
+
+
+def _open(folder: Path, settings: DemoSettings) -> Path:
+    """Take an empty folder, or one that the same demonstration began in."""
+    identity = {"settings": seal(asdict(settings)), "version": __version__}
+    note = folder / SETTINGS_FILE
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("identity") == identity:
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputExistsError(
+            f"{folder} already holds something else, or a demonstration with other settings.\n"
+            "  fix:  choose another folder with -o, or remove this one"
+        )
+    write_text(note, json.dumps({"identity": identity, "settings": asdict(settings)}, indent=1) + "\n")
+    return folder
+
+
+def _profile(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> Profile:
+    """Measure the base model on training rows of every task."""
+    streams = {}
+    for task, source in settings.tasks.items():
+        rows = read_rows(source, num_rows=settings.profile_rows, seed=settings.seed)
+        streams[task] = list(batches([encode(row, tokenizer) for row in rows], int(tokenizer.pad_token_id), 32))
+    return profile(base, streams, provenance={"model": "embedded", "data": dict(settings.tasks)})
+
+
+def _held_out(source: str, settings: DemoSettings) -> list[Row]:
+    """Read test rows of a task."""
+    return read_rows(source, num_rows=settings.eval_rows, split="test", seed=settings.seed)
+
+
+def _train(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Profile,
+    task: str,
+    method: str,
+    place: Path,
+    settings: DemoSettings,
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Plan from the task's own counts, and train a copy of the base."""
+    options = {"hot": settings.hot} if method in ("hellora", "random", "cold") else {}
+    made = plan(measured.of_task(task), method, rank=settings.rank, seed=settings.seed, **options)
+    shutil.rmtree(place, ignore_errors=True)  # a run that was killed is begun again: it takes a minute
+    rows = read_rows(settings.tasks[task], num_rows=settings.steps * settings.batch_size, seed=settings.seed)
+    told = TrainSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        lr=settings.lr,
+        seed=settings.seed,
+        save_every=settings.steps,
+    )
+    result = train(copy.deepcopy(base), tokenizer, made, rows, place / "adapter", told, progress=False)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    made.save(place / "plan.json")
+    return result.model, {"task": task, "method": method, "cost": made.cost.as_dict(), "training": result.as_dict()}
+
+
+def _save_run(
+    place: Path, facts: dict[str, Any], scores: tuple[Evaluation, Evaluation, Evaluation, Evaluation]
+) -> None:
+    """Write one run's result, whole or not at all."""
+    names = ("before", "after", "unrelated_before", "unrelated_after")
+    record = facts | {name: score.as_dict() for name, score in zip(names, scores, strict=True)}
+    write_text(place / "result.json", json.dumps(record, indent=1) + "\n")

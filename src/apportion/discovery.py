@@ -1,0 +1,240 @@
+"""`find_sites`: where adapters can stand in a model, whatever its family.
+
+A layer of routed experts is recognised by its form: either a module that transformers marks with
+`use_experts_implementation` (stacked parameters), or a `ModuleList` of equal small networks of linear layers.
+Around it, the module that holds it tells the router from the shared experts. Everything else with a linear layer
+inside a numbered decoder layer is attention or a dense MLP, told apart by the names that all families use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from apportion.errors import ConfigurationError
+from apportion.records.site import ExpertBlock, Kind, Layout, Projection, Site, Storage, fingerprint
+
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
+_ATTENTION_NAME = re.compile(r"attn|attention|mixer|mamba")
+_MLP_ROLES = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+    "w1": "gate", "w3": "up", "w2": "down",
+    "fc1": "up", "fc2": "down",
+}  # fmt: skip
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "top_k",
+    "moe_k",
+)
+
+
+def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Go through a model's own modules, parents first, under the paths that they have without adapters.
+
+    Args:
+        model: A plain model, one with adapters attached, or a `PeftModel`.
+
+    Yields:
+        Each module's path in the plain model; the module that is called there, adapter included; the module itself.
+    """
+
+    def walk(path: str, called: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        own = _without_adapter(called)
+        yield path, called, own
+        for name, child in own.named_children():
+            yield from walk(f"{path}.{name}" if path else name, child)
+
+    yield from walk("", base_model(model))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Give the transformers model inside a `PeftModel`, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def find_sites(model: nn.Module) -> Layout:
+    """Find every matrix of a model that an adapter can stand on.
+
+    Args:
+        model: A transformers model, on any device, ``meta`` included; with or without adapters.
+
+    Returns:
+        The sites, and a fingerprint of the architecture.
+
+    Raises:
+        ConfigurationError: the model has no numbered decoder layers with linear layers in them.
+
+    Cost: one walk over the modules; no weight is read.
+    """
+    modules = {path: own for path, _, own in walk_modules(model)}
+    config = getattr(base_model(model), "config", None)
+    shapes = {
+        f"{path}.{name}" if path else name: tuple(parameter.shape)
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    blocks = tuple(block for path, module in modules.items() if (block := _expert_block(path, module, modules, config)))
+    others = tuple(_other_sites(modules, blocks))
+    model_class = type(base_model(model)).__name__
+    if not others and not blocks:
+        raise ConfigurationError(
+            f"{model_class} has no place for an adapter: no linear layer inside a numbered decoder layer was found.\n"
+            "  fix:  give a transformers language model"
+        )
+    model_type = getattr(config, "model_type", model_class)
+    return Layout(
+        model_class=model_class,
+        model_type=model_type,
+        base_parameters=sum(parameter.numel() for parameter in base_parameters(modules)),
+        fingerprint=fingerprint(model_type, shapes),
+        others=others,
+        blocks=blocks,
+    )
+
+
+def base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
+    """List the distinct parameters of the given modules; tied ones come once."""
+    distinct = {id(p): p for module in modules.values() for p in module.parameters(recurse=False)}
+    return list(distinct.values())
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Tell whether a module is marked by transformers' `use_experts_implementation`."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+def is_expert_list(module: nn.Module) -> bool:
+    """Tell whether a module is a list of experts: several networks of the same linear layers, under that name."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    forms = [
+        tuple((name, tuple(linear.weight.shape)) for name, linear in _linears(_without_adapter(expert)))
+        for expert in module
+    ]
+    return len(forms[0]) >= 2 and all(form == forms[0] for form in forms)
+
+
+def find_router(experts_path: str, num_experts: int, modules: dict[str, nn.Module]) -> str | None:
+    """Find the router of an experts module: the module beside it with one row of weights an expert.
+
+    Args:
+        experts_path: Path of the experts module.
+        num_experts: Experts in it.
+        modules: The model's own modules by path.
+
+    Returns:
+        The router's path, or None where the weight cannot be told.
+    """
+    parent = experts_path.rpartition(".")[0]
+    found = []
+    for path, module in modules.items():
+        if not path.startswith(parent + ".") or path.startswith(experts_path + "."):
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] == num_experts:
+            found.append(path)
+    named = [path for path in found if re.search(r"gate|router|wg", path[len(parent) :])]
+    return next(iter(named or found), None)
+
+
+def _without_adapter(module: Any) -> Any:
+    """Give the module that adapters wrap."""
+    while isinstance(getattr(module, "base_layer", None), nn.Module):
+        module = module.base_layer
+    return module
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """List a module's direct linear layers, as they are without adapters."""
+    children = ((name, _without_adapter(child)) for name, child in module.named_children())
+    return [(name, child) for name, child in children if isinstance(child, nn.Linear)]
+
+
+def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config: object) -> ExpertBlock | None:
+    """Describe one experts module, or give None for any other module."""
+    storage: Storage
+    if is_fused_experts(module):
+        storage, num_experts, projections = "fused", int(module.down_proj.shape[0]), _fused_projections(module)
+    elif is_expert_list(module) and "expert" in path.rpartition(".")[2]:
+        storage, num_experts = "linear", len(module)
+        projections = tuple(
+            Projection(_MLP_ROLES.get(name, name), name, linear.in_features, linear.out_features)
+            for name, linear in _linears(_without_adapter(module[0]))
+        )
+    else:
+        return None
+    return ExpertBlock(
+        path, _layer_of(path), num_experts, _top_k(path, num_experts, modules, config), projections, storage
+    )
+
+
+def _fused_projections(module: Any) -> tuple[Projection, ...]:
+    """Read the shapes of stacked projections: [E, out, in], or [E, in, out] where the layout is transposed."""
+    axes = (1, 2) if module.is_transposed else (2, 1)
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    width, inner = (int(first.shape[axis]) for axis in axes)
+    down_in, down_out = (int(module.down_proj.shape[axis]) for axis in axes)
+    names = ("gate", "up") if module.has_gate else ("up",)
+    entering = tuple(Projection(name, f"{name}_proj", width, inner // len(names)) for name in names)
+    return (*entering, Projection("down", "down_proj", down_in, down_out))
+
+
+def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: object) -> int:
+    """Find how many experts a token is routed to; 0 where nothing says."""
+    parent = path.rpartition(".")[0]
+    router = find_router(path, num_experts, modules)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    for owner in (modules.get(router or ""), modules.get(parent), text_config):
+        for name in _TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 0 < value <= num_experts:
+                return value
+    return 0
+
+
+def _other_sites(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...]) -> Iterator[Site]:
+    """Go through all sites but the routed experts."""
+    routers = {find_router(block.name, block.num_experts, modules): block for block in blocks}
+    parents = {block.name.rpartition(".")[0]: block for block in blocks}
+    inside_experts = tuple(block.name + "." for block in blocks)
+    for path, module in modules.items():
+        if path in routers:
+            yield _site(path, module, "router", "router")
+            continue
+        if not isinstance(module, nn.Linear) or path.startswith(inside_experts) or not _LAYER_NUMBER.search(path):
+            continue
+        last = path.rpartition(".")[2]
+        kind = _kind(path, parents)
+        if module.out_features > 1:  # a shared expert's own gate is a scalar, not a matrix
+            yield _site(path, module, kind, _MLP_ROLES.get(last, last.removesuffix("_proj")))
+
+
+def _kind(path: str, moe_parents: dict[str, ExpertBlock]) -> Kind:
+    """Tell attention from shared experts and dense MLPs."""
+    inside_layer = path[_LAYER_NUMBER.search(path).end() :]  # type: ignore[union-attr]
+    if _ATTENTION_NAME.search(inside_layer):
+        return "attention"
+    if any(path.startswith(parent + ".") for parent in moe_parents) and "shared" in inside_layer:
+        return "shared"
+    return "dense"
+
+
+def _site(path: str, module: Any, kind: Kind, projection: str) -> Site:
+    """Describe a module with a two-dimensional weight as a site."""
+    out_features, in_features = (int(size) for size in module.weight.shape)
+    storage: Storage = "linear" if isinstance(module, nn.Linear) else "weight"
+    return Site(path, kind, _layer_of(path), projection, in_features, out_features, storage=storage)
+
+
+def _layer_of(path: str) -> int:
+    """Read the decoder layer's number from a path."""
+    match = _LAYER_NUMBER.search(path)
+    return int(match[1]) if match else -1

@@ -1,0 +1,57 @@
+"""The exception tree: every user-facing error says what is wrong, where, and what mends it."""
+
+from __future__ import annotations
+
+
+class ApportionError(Exception):
+    """Base of every error that apportion raises on purpose; the command line prints it and exits with code 2."""
+
+
+class ConfigurationError(ApportionError, ValueError):
+    """An argument, an option or a model's configuration is wrong."""
+
+
+class ProfileError(ApportionError, ValueError):
+    """A profile is damaged, empty where it must not be, or was made for something else."""
+
+
+class PlanError(ApportionError, ValueError):
+    """A plan is damaged or asks for something that cannot be built."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan, a profile or an adapter belongs to another model."""
+
+
+class DataError(ApportionError, ValueError):
+    """A data set cannot be found, read or used."""
+
+
+class OutputExistsError(ApportionError, FileExistsError):
+    """An output is already there and would be overwritten."""
+
+
+class TrainingError(ApportionError, RuntimeError):
+    """Training cannot go on, for example because the loss is not a number."""
+
+
+class ModelLoadError(ApportionError, OSError):
+    """A model cannot be found or read."""
+
+
+class MissingDependencyError(ApportionError, ImportError):
+    """An optional package is not installed.
+
+    Args:
+        purpose: What the package is needed for.
+        package: Its name on PyPI.
+        extra: The extra of apportion that brings it.
+    """
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(purpose, package, extra)
+        self.purpose, self.package, self.extra = purpose, package, extra
+
+    def __str__(self) -> str:
+        """Say what is missing and how to install it."""
+        return f"{self.purpose} need the package {self.package}.\n  fix:  pip install 'apportion[{self.extra}]'"

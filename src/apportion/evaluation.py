@@ -1,0 +1,190 @@
+"""Measure a model on rows: loss and perplexity always, exact match where rows have an answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from apportion.data.batches import batches, encode, pad, prompt_ids
+from apportion.data.sources import Row
+from apportion.errors import DataError
+
+_SHOW_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one data set.
+
+    Args:
+        samples: Rows scored.
+        loss: Mean negative log-likelihood of a completion token, in nats.
+        tokens: Completion tokens scored.
+        truncated: Rows that were longer than the limit.
+        exact_match: Share of the rows whose greedy answer is the expected one; None where rows have no answer.
+    """
+
+    samples: int
+    loss: float
+    tokens: int
+    truncated: int
+    exact_match: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain data for JSON."""
+        return asdict(self) | {"perplexity": self.perplexity}
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 32,
+    max_length: int = 1024,
+    progress: bool = False,
+) -> Evaluation:
+    """Score a model on rows.
+
+    Args:
+        model: The model, with or without adapters.
+        tokenizer: Its tokenizer.
+        rows: As `read_rows` gives them.
+        batch_size: Rows a batch.
+        max_length: Tokens of a row that count; rows cut by it are counted.
+        progress: Show a bar on standard error when it takes longer than two seconds.
+
+    Returns:
+        Loss over all completion tokens, and exact match where every row has an answer.
+
+    Raises:
+        DataError: there is no row, or no completion token within `max_length`.
+    """
+    if not rows:
+        raise DataError("there is no row to evaluate.")
+    loss, tokens, truncated = completion_loss(model, tokenizer, rows, batch_size, max_length, progress=progress)
+    scored = all("answer" in row and "prompt" in row for row in rows)
+    matches = exact_matches(model, tokenizer, rows, batch_size, progress=progress) if scored else None
+    return Evaluation(
+        samples=len(rows),
+        loss=loss,
+        tokens=tokens,
+        truncated=truncated,
+        exact_match=sum(matches) / len(matches) if matches is not None else None,
+    )
+
+
+def completion_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int,
+    max_length: int,
+    *,
+    progress: bool = False,
+) -> tuple[float, int, int]:
+    """Average the loss over every completion token of the rows.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        rows: The rows.
+        batch_size: Rows a batch.
+        max_length: Tokens of a row that count.
+        progress: Show a bar.
+
+    Returns:
+        Mean loss in nats, tokens scored, rows truncated.
+
+    Raises:
+        DataError: no completion token is left within `max_length`.
+    """
+    encoded = [encode(row, tokenizer, max_length) for row in rows]
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with _evaluating(model), tqdm(total=len(rows), desc="loss", disable=not progress, delay=_SHOW_AFTER_S) as bar:
+        for batch in batches(encoded, _pad_id(tokenizer), batch_size):
+            labels = batch.pop("labels")[:, 1:].to(device)
+            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits[:, :-1]
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            total += float(losses)
+            count += int((labels != -100).sum())
+            bar.update(len(labels))
+    if count == 0:
+        raise DataError(f"no completion token is left within {max_length} tokens.\n  fix:  raise --max-length")
+    return total / count, count, sum(row.truncated for row in encoded)
+
+
+def exact_matches(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int,
+    *,
+    progress: bool = False,
+) -> list[bool]:
+    """Generate greedily and compare with the answers, white space aside.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        rows: Rows with a prompt and an answer.
+        batch_size: Rows a batch.
+        progress: Show a bar.
+
+    Returns:
+        Whether each row, in order, was answered exactly.
+    """
+    prompts = [prompt_ids(row, tokenizer) for row in rows]
+    longest = max(len(tokenizer(f" {row['answer']}")["input_ids"]) for row in rows)
+    device = next(model.parameters()).device
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=longest + 2,
+        pad_token_id=_pad_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    order = sorted(range(len(rows)), key=lambda number: len(prompts[number]))
+    matches = [False] * len(rows)
+    with _evaluating(model), tqdm(total=len(rows), desc="answers", disable=not progress, delay=_SHOW_AFTER_S) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = pad([prompts[number] for number in part], _pad_id(tokenizer), left=True)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            output = model.generate(**batch, generation_config=settings)
+            texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for number, text in zip(part, texts, strict=True):
+                matches[number] = text.split() == str(rows[number]["answer"]).split()
+            bar.update(len(part))
+    return matches
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients in evaluation mode, and go back to the mode before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the id that fills batches."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -1,0 +1,108 @@
+"""Load a model and its tokenizer by the names that every verb takes."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from apportion.errors import MissingDependencyError, ModelLoadError
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the small Mixture-of-Experts model that ships with the package.
+
+    Returns:
+        The model in float32 and its tokenizer.
+
+    Example:
+        >>> import apportion
+        >>> model, tokenizer = apportion.embedded()
+        >>> model.config.num_experts
+        16
+    """
+    return load_model(EMBEDDED)
+
+
+def load_model(
+    name: str | os.PathLike[str], dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: ``embedded``, a hub id, a folder, or a ``.gguf`` file.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; where not given, float32 without a GPU and the checkpoint's
+            own type with one.
+
+    Returns:
+        The model in evaluation mode, on the GPU where there is one, and a tokenizer that pads on the left.
+
+    Raises:
+        ModelLoadError: there is no such model, or it cannot be read.
+        MissingDependencyError: a GGUF file was given and gguf is not installed.
+    """
+    text = os.fspath(name)
+    folder, extra = _resolve(text)
+    on_gpu = torch.cuda.is_available()
+    torch_dtype = DTYPES[dtype] if dtype else ("auto" if on_gpu else torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **extra)
+    except ImportError as error:
+        raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelLoadError(
+            f"the model {text!r} cannot be loaded.\n  found:  {reason}\n"
+            "  fix:    give embedded, a folder with a model, a .gguf file, or a hub id while the hub can be reached"
+        ) from error
+    if extra:
+        _forget_gguf(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+def config_source(name: str | os.PathLike[str]) -> str:
+    """Tell where transformers finds the configuration of a model.
+
+    Args:
+        name: ``embedded``, a hub id, a folder, or a ``config.json``.
+
+    Returns:
+        A path or a hub id.
+    """
+    return str(_embedded_folder()) if os.fspath(name) == EMBEDDED else os.fspath(name)
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """Turn a name into what `from_pretrained` takes."""
+    if name == EMBEDDED:
+        return str(_embedded_folder()), {}
+    if name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise ModelLoadError(f"there is no file {name}.\n  fix:  give the path of a .gguf file")
+        return str(path.parent), {"gguf_file": path.name}
+    return name, {}
+
+
+def _embedded_folder() -> Path:
+    """Find the embedded model among the package's files."""
+    return Path(str(files("apportion") / "assets" / EMBEDDED))
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Make a model read from GGUF, whose weights are dequantized, an ordinary one that can be saved."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False

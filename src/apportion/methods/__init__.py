@@ -1,0 +1,1 @@
+"""Profile in, placements out: one file a method, and the table that names them all."""

@@ -1,0 +1,205 @@
+"""How many experts a layer keeps, and which: the rules that `hellora` and its controls share."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from apportion.errors import ConfigurationError, ProfileError
+from apportion.methods.base import MethodOptions
+from apportion.methods.targets import select_sites
+from apportion.records.profile import Profile
+from apportion.records.site import Site
+
+# Shapes: L layers, E experts.
+
+Criterion = Literal["count", "mass"]
+
+
+def parse_hot(value: Any) -> int | str:
+    """Read ``hot``: a number of experts, a percentage of them, or the share of routed slots to cover.
+
+    Args:
+        value: Such as ``8``, ``"8"``, ``"25%"`` or ``"coverage=0.6"``.
+
+    Returns:
+        A number, or the text in its shortest form.
+
+    Raises:
+        ConfigurationError: it is none of the three, or out of range.
+    """
+    text = str(value).strip().lower()
+    forms = 'a number of experts (8), a percentage ("25%") or a share of the routed slots ("coverage=0.6")'
+    try:
+        if text.endswith("%"):
+            percent = float(text[:-1])
+            if not 0 < percent <= 100:
+                raise ConfigurationError(
+                    f"hot={text} is out of range.\n  fix:  give a percentage above 0 and up to 100"
+                )
+            return f"{percent:g}%"
+        if text.startswith("coverage="):
+            share = float(text.removeprefix("coverage="))
+            if not 0 < share <= 1:
+                raise ConfigurationError(f"hot={text} is out of range.\n  fix:  give a share above 0 and up to 1")
+            return f"coverage={share:g}"
+        number = int(text)
+    except ValueError as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"hot={value!r} is not understood.\n  fix:  give {forms}") from error
+    if number < 1:
+        raise ConfigurationError(f"hot={number} keeps no expert.\n  fix:  give at least 1, or use the method attention")
+    return number
+
+
+class HotOptions(MethodOptions):
+    """Options of the methods that choose experts.
+
+    Args:
+        hot: Experts kept in every layer: a number, a percentage, or the share of routed slots to cover.
+        criterion: What makes an expert hot: ``count`` (how often it is selected) or ``mass`` (its summed weights).
+    """
+
+    hot: Annotated[int | str, BeforeValidator(parse_hot), Field(validate_default=True)] = 8
+    criterion: Criterion = "count"
+
+
+def heat(profile: Profile, criterion: Criterion) -> Tensor:
+    """Give the quantity that experts are ranked by, and check that every layer has some.
+
+    Args:
+        profile: The profile; several tasks are summed.
+        criterion: ``count`` or ``mass``.
+
+    Returns:
+        Float64, shape (L, E); columns past a layer's number of experts are zero.
+
+    Raises:
+        ConfigurationError: the model has no routed experts.
+        ProfileError: a layer has no routed token.
+    """
+    if not profile.layout.is_moe:
+        raise ConfigurationError(
+            f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.\n"
+            "  fix:  use --method lora or --method attention"
+        )
+    heat_LE = profile.total_counts().double() if criterion == "count" else profile.total_mass()
+    for block, row in zip(profile.layout.blocks, heat_LE, strict=True):
+        if float(row.sum()) <= 0:
+            raise ProfileError(
+                f"layer {block.layer} has no routed token in this profile, so none of its experts is hot.\n"
+                f"  place:  {block.name}\n  fix:    profile again, on more data"
+            )
+    return heat_LE
+
+
+def experts_kept(heat_E: Tensor, hot: int | str) -> int:
+    """Tell how many experts one layer keeps.
+
+    Args:
+        heat_E: The layer's heat, shape (E,), its own experts alone.
+        hot: As `parse_hot` returns it. A percentage is rounded up.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ConfigurationError: the layer has fewer experts than asked for.
+    """
+    num_experts = len(heat_E)
+    if isinstance(hot, int):
+        if hot > num_experts:
+            raise ConfigurationError(
+                f"hot={hot} asks for more experts than a layer has.\n  found:  {num_experts} experts"
+            )
+        return hot
+    if hot.endswith("%"):
+        return max(1, math.ceil(round(float(hot[:-1]) / 100 * num_experts, 9)))
+    wanted = float(hot.removeprefix("coverage=")) * float(heat_E.sum())
+    covered = heat_E.sort(descending=True).values.cumsum(0)
+    reached = int((covered < wanted * (1 - 1e-12)).sum()) + 1
+    return min(reached, num_experts)
+
+
+def hottest(heat_E: Tensor, k: int) -> list[int]:
+    """Pick the k hottest experts of a layer; ties go to the lower id.
+
+    Args:
+        heat_E: The layer's heat, shape (E,).
+        k: Experts to keep.
+
+    Returns:
+        Expert ids in rising order.
+
+    Example:
+        >>> import torch
+        >>> hottest(torch.tensor([3.0, 9.0, 3.0, 1.0]), 2)
+        [0, 1]
+    """
+    return sorted(heat_E.sort(descending=True, stable=True).indices[:k].tolist())
+
+
+def coldest(heat_E: Tensor, k: int) -> list[int]:
+    """Pick the k coldest experts of a layer; ties go to the lower id.
+
+    Args:
+        heat_E: The layer's heat, shape (E,).
+        k: Experts to keep.
+
+    Returns:
+        Expert ids in rising order.
+    """
+    return sorted(heat_E.sort(stable=True).indices[:k].tolist())
+
+
+def drawn(num_experts: int, k: int, seed: str) -> list[int]:
+    """Draw k experts of a layer at random, the same for the same seed.
+
+    Args:
+        num_experts: Experts to draw from.
+        k: Experts to keep.
+        seed: Any text.
+
+    Returns:
+        Expert ids in rising order.
+    """
+    return sorted(random.Random(seed).sample(range(num_experts), k))  # noqa: S311 - no secret
+
+
+def sites_with_experts(profile: Profile, options: HotOptions, chosen: list[list[int]]) -> list[Site]:
+    """Give the targeted sites with, of the routed experts, only the chosen ones.
+
+    Args:
+        profile: The profile.
+        options: For their targets.
+        chosen: Expert ids of every block.
+
+    Returns:
+        The sites, in the layout's order.
+
+    Raises:
+        ConfigurationError: the targets leave out the routed experts.
+    """
+    sites = select_sites(profile.layout, options.targets)
+    if not any(site.kind == "experts" for site in sites):
+        raise ConfigurationError(
+            f"targets {','.join(options.targets)} leave out the routed experts, which this method chooses among.\n"
+            "  fix:  add experts to the targets, or use --method lora"
+        )
+    kept = {(block.layer, expert) for block, ids in zip(profile.layout.blocks, chosen, strict=True) for expert in ids}
+    return [site for site in sites if site.kind != "experts" or (site.layer, site.expert) in kept]
+
+
+def rows_of_blocks(profile: Profile, heat_LE: Tensor) -> list[Tensor]:
+    """Cut every row to the layer's own number of experts."""
+    return [row[: block.num_experts] for block, row in zip(profile.layout.blocks, heat_LE, strict=True)]
+
+
+def layer_seed(seed: int, layer: int) -> str:
+    """Make a layer's own seed, so that one layer's draw does not depend on another's."""
+    return f"{seed}/{layer}"

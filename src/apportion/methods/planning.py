@@ -1,0 +1,226 @@
+"""`plan`: a profile and a method in, a checked plan with its exact cost out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from apportion.errors import ConfigurationError, PlanError
+from apportion.methods.base import AdapterSettings, Method, MethodOptions
+from apportion.methods.registry import find_method
+from apportion.methods.targets import select_sites
+from apportion.records.cost import Cost, RoutingSource
+from apportion.records.plan import Placement, Plan, expand_braces, group_placements
+from apportion.records.profile import Profile
+from apportion.records.site import Layout, Site
+
+
+def plan(
+    profile: Profile,
+    method: str = "hellora",
+    *,
+    rank: int = 32,
+    alpha: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Plan:
+    """Decide which sites get which adapter, from a profile alone: no model, no weights, no GPU.
+
+    Args:
+        profile: What was measured.
+        method: A method's name; `apportion methods` lists them.
+        rank: Rank of every adapter; on a site that is narrower than this, an error.
+        alpha: Scale numerator; twice the rank where not given. The rank is the full rank of every adapted expert, not
+            divided by the number of experts.
+        seed: Seed of methods that draw at random.
+        **options: The method's own options.
+
+    Returns:
+        The plan, with its exact cost.
+
+    Raises:
+        ConfigurationError: the method, an option or the rank is wrong, or does not fit the model.
+        ProfileError: the profile lacks what the method needs.
+        PlanError: the method places nothing.
+
+    Example:
+        >>> import apportion
+        >>> profile = getfixture("embedded_profile")
+        >>> plan = apportion.plan(profile, method="hellora", hot=4, rank=8)
+        >>> print(plan.cost)
+        297,984 trainable parameters
+    """
+    return build_plan(profile, method, AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed), options)
+
+
+def build_plan(
+    profile: Profile, name: str, settings: AdapterSettings, options: dict[str, Any], routing: RoutingSource = "profile"
+) -> Plan:
+    """Make a plan, saying where the shares of routed tokens come from.
+
+    Args:
+        profile: What was measured, or stands for it.
+        name: The method's name.
+        settings: Rank, scale and seed.
+        options: The method's own options.
+        routing: Where the profile's counts come from.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: the method, an option or the rank is wrong, or does not fit the model.
+        PlanError: the method places nothing.
+    """
+    chosen = find_method(name)
+    checked = _check_options(chosen, options)
+    _check_settings(settings)
+    targeted = select_sites(profile.layout, checked.targets)
+    placements = _in_file_order(chosen.place(profile, checked, settings))
+    if not placements:
+        raise PlanError(
+            f"method {name} places no adapter on {profile.layout.describe()}.\n  fix:  choose other targets"
+        )
+    _check_ranks(profile.layout, placements)
+    return Plan(
+        method=name,
+        options=checked.model_dump(mode="json"),
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        model=profile.layout.describe(),
+        base_model=profile.provenance.get("model"),
+        fingerprint=profile.fingerprint,
+        profile_digest=profile.digest if routing == "profile" else None,
+        cost=count_cost(profile, placements, settings.at(targeted), routing),
+        placements=placements,
+    )
+
+
+def even_profile(layout: Layout) -> Profile:
+    """Make a profile in which every expert of a layer takes the same share, for costs before anything is measured.
+
+    Args:
+        layout: The model's sites.
+
+    Returns:
+        A profile of as many tokens as every layer's experts divide, each routed to the layer's top-k.
+    """
+    sizes = [block.num_experts for block in layout.blocks]
+    tokens = math.lcm(*sizes) if sizes else 1
+    counts = torch.zeros((len(sizes), max(sizes, default=0)), dtype=torch.int64)
+    for row, block in enumerate(layout.blocks):
+        counts[row, : block.num_experts] = max(block.top_k, 1) * tokens // block.num_experts
+    return Profile(layout, {"even": counts}, {"even": counts.double()}, {"even": tokens})
+
+
+def count_cost(
+    profile: Profile, placements: Iterable[Placement], everything: Iterable[Placement], routing: RoutingSource
+) -> Cost:
+    """Count what placements cost, beside LoRA on everything targeted.
+
+    Args:
+        profile: For the sites and for the routed slots a token of each expert.
+        placements: The plan's adapters.
+        everything: The same settings on every targeted site.
+        routing: Where the profile's counts come from.
+
+    Returns:
+        The cost.
+    """
+    slots = _slots_per_token(profile)
+    sites = profile.layout.by_name
+    planned = list(placements)
+    trainable = sum(sites[p.site].num_parameters(p.rank) for p in planned)
+    reference = list(everything)
+    return Cost(
+        trainable_parameters=trainable,
+        stored_parameters=trainable,
+        base_parameters=profile.layout.base_parameters,
+        adapter_flops_per_token=_flops(planned, sites, slots),
+        lora_parameters=sum(sites[p.site].num_parameters(p.rank) for p in reference),
+        lora_flops_per_token=_flops(reference, sites, slots),
+        routing=routing if profile.layout.is_moe else "none",
+        sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
+    )
+
+
+def _slots_per_token(profile: Profile) -> dict[tuple[int, int], float]:
+    """Give, for each layer and expert, the routed slots that fall on it a token: they add up to top-k."""
+    counts = profile.total_counts()
+    tokens = profile.total_tokens()
+    return {
+        (block.layer, expert): int(counts[row, expert]) / tokens
+        for row, block in enumerate(profile.layout.blocks)
+        for expert in range(block.num_experts)
+    }
+
+
+def _flops(placements: list[Placement], sites: dict[str, Site], slots: dict[tuple[int, int], float]) -> float:
+    """Sum two operations a multiply-add over the adapters that a token meets."""
+    total = 0.0
+    for placement in placements:
+        site = sites[placement.site]
+        per_use = 2 * site.num_parameters(placement.rank)
+        total += per_use * (1.0 if site.expert is None else slots[site.layer, site.expert])
+    return total
+
+
+def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:
+    """Validate a method's options, with its own words for what is wrong."""
+    known = method.options.model_fields
+    for option in options:
+        if option not in known:
+            raise ConfigurationError(
+                f"method {method.name} has no option {option!r}.\n  options:  {', '.join(sorted(known))}"
+            )
+    try:
+        return method.options(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["ctx"]["error"] if "error" in first.get("ctx", {}) else first["msg"]
+        if isinstance(reason, ConfigurationError):
+            raise reason from error
+        raise ConfigurationError(
+            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of method {method.name} is wrong: {reason}"
+        ) from error
+
+
+def _check_settings(settings: AdapterSettings) -> None:
+    """Refuse ranks and scales that no adapter can have."""
+    if isinstance(settings.rank, bool) or not isinstance(settings.rank, int) or settings.rank < 1:
+        raise ConfigurationError(f"rank={settings.rank!r} is not a rank.\n  fix:  give a whole number of at least 1")
+    if not settings.alpha > 0:
+        raise ConfigurationError(f"alpha={settings.alpha!r} gives no scale.\n  fix:  give a number above 0")
+
+
+def _check_ranks(layout: Layout, placements: tuple[Placement, ...]) -> None:
+    """Refuse a rank above a site's smaller side, which adds nothing.
+
+    A router is exempt: it has as few rows as the layer has experts, and the published accounting of Mixtral gives its
+    eight rows rank 32 like every other matrix.
+    """
+    for placement in placements:
+        site = layout.by_name[placement.site]
+        if site.kind != "router" and placement.rank > min(site.in_features, site.out_features):
+            raise ConfigurationError(
+                f"rank {placement.rank} is above what {site.name} can have.\n"
+                f"  found:  a matrix of {site.out_features} x {site.in_features}\n"
+                f"  fix:    give a rank of at most {min(site.in_features, site.out_features)}, or leave "
+                f"{site.kind} out of the targets"
+            )
+
+
+def _in_file_order(placements: list[Placement]) -> tuple[Placement, ...]:
+    """Put placements in the order in which a plan's file holds them, so that a loaded plan equals the saved one."""
+    return tuple(
+        Placement(site=site, **group.settings())
+        for group in group_placements(placements)
+        for pattern in group.sites
+        for site in expand_braces(pattern)
+    )

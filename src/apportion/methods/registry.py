@@ -1,0 +1,32 @@
+"""The table of methods."""
+
+from __future__ import annotations
+
+import difflib
+
+from apportion.errors import ConfigurationError
+from apportion.methods.base import Method
+from apportion.methods.controls import COLD, RANDOM
+from apportion.methods.hellora import HELLORA
+from apportion.methods.lora import ATTENTION, LORA
+
+METHODS: dict[str, Method] = {method.name: method for method in (HELLORA, LORA, ATTENTION, RANDOM, COLD)}
+
+
+def find_method(name: str) -> Method:
+    """Look a method up.
+
+    Args:
+        name: As in `METHODS`.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigurationError: there is none of that name.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(METHODS)}"
+    raise ConfigurationError(f"there is no method {name!r}.\n  fix:  {hint}")

@@ -1,0 +1,62 @@
+"""`targets`: which kinds of sites, or which single projections, a method may use."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from apportion.errors import ConfigurationError
+from apportion.records.site import KINDS, Layout, Site
+
+ALL_TARGETS: tuple[str, ...] = KINDS
+
+
+def parse_targets(value: Any) -> tuple[str, ...]:
+    """Read targets from a comma-separated text or a sequence, and check the kinds' names.
+
+    Args:
+        value: Such as ``"attention,experts.down"`` or ``["attention", "experts.down"]``.
+
+    Returns:
+        The targets without repetition, in the order given.
+
+    Raises:
+        ConfigurationError: there is none, or a kind is unknown.
+    """
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    targets = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not targets:
+        raise ConfigurationError(f"no targets were given.\n  fix:  choose among {', '.join(KINDS)}")
+    for target in targets:
+        kind = target.partition(".")[0]
+        if kind not in KINDS:
+            near = difflib.get_close_matches(kind, KINDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(KINDS)}"
+            raise ConfigurationError(f"there is no target {target!r}.\n  fix:  {hint}")
+    return targets
+
+
+def select_sites(layout: Layout, targets: tuple[str, ...]) -> list[Site]:
+    """Give the sites that the targets name, in the layout's order.
+
+    Args:
+        layout: The model's sites.
+        targets: As `parse_targets` returns them.
+
+    Returns:
+        The sites. With the default targets, kinds that the model lacks are left out.
+
+    Raises:
+        ConfigurationError: the model has no site for a target that was asked for by name.
+    """
+    chosen = [site for site in layout.sites() if site.kind in targets or f"{site.kind}.{site.projection}" in targets]
+    if targets != ALL_TARGETS:
+        have = {site.kind for site in chosen} | {f"{site.kind}.{site.projection}" for site in chosen}
+        missing = [target for target in targets if target not in have]
+        if missing:
+            known = sorted({f"{site.kind}.{site.projection}" for site in layout.sites()})
+            raise ConfigurationError(
+                f"this model has nothing for the target {missing[0]!r}.\n"
+                f"  model:  {layout.describe()}\n  fix:    choose among {', '.join(known)}, or a whole kind"
+            )
+    return chosen

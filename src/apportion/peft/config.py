@@ -1,0 +1,57 @@
+"""The adapter's configuration: PEFT's LoRA configuration with the plan inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+
+from apportion.errors import ConfigurationError
+from apportion.records.plan import Placement, Plan
+
+PEFT_TYPE = "APPORTION"
+
+
+@dataclass
+class ApportionConfig(LoraConfig):
+    """What stands in ``adapter_config.json``.
+
+    Args:
+        plan: The whole plan as `Plan.as_dict` gives it: it alone says which sites are adapted.
+        init_seed: Seed of the factors' random start.
+    """
+
+    plan: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "The plan, as apportion writes it to plan.json"}
+    )
+    init_seed: int = field(default=0, metadata={"help": "Seed of the factors' random start"})
+
+    def __post_init__(self) -> None:
+        """Set the type, and refuse LoRA variants that would be attached to some of the planned sites alone."""
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.planned_modules: dict[str, list[Placement]] = {}  # filled when the adapter is attached; not saved
+        for name in (
+            "use_dora",
+            "use_rslora",
+            "lora_bias",
+            "target_parameters",
+            "modules_to_save",
+            "layers_to_transform",
+        ):
+            if getattr(self, name, None):
+                raise ConfigurationError(
+                    f"{name} cannot be combined with a plan.\n  fix:  leave it out of the adapter's configuration"
+                )
+
+    def read_plan(self) -> Plan:
+        """Give the plan as an object.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: it was changed after it was written.
+        """
+        return Plan.from_dict(self.plan)

@@ -1,0 +1,192 @@
+"""Count where a model routes its tokens, with a hook on every experts module and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from apportion.discovery import base_model, find_router, walk_modules
+from apportion.errors import DataError, ProfileError
+from apportion.records.site import ExpertBlock, Layout
+
+# Shapes: T tokens, K experts a token, L layers, E experts of the widest layer.
+
+Batch = Mapping[str, Any]
+
+
+@dataclass
+class RoutingCounts:
+    """Running totals of one task.
+
+    Args:
+        counts: Selections, int64, shape (L, E).
+        mass: Summed routing weights, float64, shape (L, E).
+        tokens: Real tokens seen.
+        sequences: Sequences seen.
+    """
+
+    counts: Tensor
+    mass: Tensor
+    tokens: int = 0
+    sequences: int = 0
+
+    @classmethod
+    def zeros(cls, layout: Layout) -> RoutingCounts:
+        """Start at nothing, wide enough for the widest layer."""
+        shape = (len(layout.blocks), max((block.num_experts for block in layout.blocks), default=0))
+        return cls(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64))
+
+
+def count_routing(model: nn.Module, layout: Layout, batches: Iterable[Batch]) -> RoutingCounts:
+    """Run a model over batches without gradients and count every selection of every expert.
+
+    Padding is left out: only positions with ``attention_mask`` 1 count. The model's mode, its gradients' state and its
+    hooks are as before when this returns, also when it raises. With `torch.distributed` initialised, totals are summed
+    over all processes, so each process may bring its own share of the batches.
+
+    Args:
+        model: The model, with or without adapters.
+        layout: Its sites.
+        batches: Dictionaries that the model accepts; ``labels`` are not used.
+
+    Returns:
+        The totals.
+
+    Raises:
+        DataError: a batch has no ``input_ids``, or there is no batch.
+        ProfileError: a layer's routing was not seen in the form expected.
+
+    Cost: one forward pass a batch, without the language-model head where the model allows it.
+    """
+    totals = RoutingCounts.zeros(layout)
+    called = {path: module for path, module, _ in walk_modules(model)}
+    own = {path: module for path, _, module in walk_modules(model)}
+    routers = {block.name: find_router(block.name, block.num_experts, own) for block in layout.blocks}
+    device = next(base_model(model).parameters()).device
+    mask = _Mask()
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for row, block in enumerate(layout.blocks):
+            seen_at = block.name if block.storage == "fused" else routers[block.name]
+            if seen_at is None:
+                raise ProfileError(f"the router of {block.name} in {layout.model_class} cannot be found.")
+            stack.enter_context(_counting(called[seen_at], block, totals, row, mask))
+        stack.enter_context(torch.no_grad())
+        for batch in batches:
+            _forward(model, batch, device, mask)
+            totals.tokens += int(mask.value.sum())
+            totals.sequences += int(mask.value.shape[0])
+    _sum_over_processes(totals, device)
+    if totals.tokens == 0:
+        raise DataError("there is nothing to profile: the data hold no token.\n  fix:  give at least one row of text")
+    return totals
+
+
+@dataclass
+class _Mask:
+    """The attention mask of the batch under way, shape (sequences, positions)."""
+
+    value: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def _forward(model: nn.Module, batch: Batch, device: torch.device, mask: _Mask) -> None:
+    """Run one batch; the hooks do the rest."""
+    if "input_ids" not in batch:
+        raise DataError(f"a batch has no input_ids.\n  found:  {', '.join(batch) or 'nothing'}")
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
+    attention = inputs.get("attention_mask")
+    mask.value = torch.ones_like(inputs["input_ids"]) if attention is None else attention
+    if mask.value.shape != inputs["input_ids"].shape:
+        raise DataError(
+            f"attention_mask has shape {tuple(mask.value.shape)}, input_ids {tuple(inputs['input_ids'].shape)}.\n"
+            "  fix:  give one mask value a token"
+        )
+    backbone = base_model(model)
+    backbone = getattr(backbone, "base_model", backbone)  # without the head, whose logits nobody reads
+    backbone(**inputs, use_cache=False)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode and give each its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _counting(module: nn.Module, block: ExpertBlock, totals: RoutingCounts, row: int, mask: _Mask) -> Iterator[None]:
+    """Count one layer's selections, at its experts or at its router, while the block is open."""
+
+    def add(ids_TK: Tensor, weights_TK: Tensor) -> None:
+        ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1])
+        weights_TK = weights_TK.reshape(-1, weights_TK.shape[-1])
+        real_T = mask.value.reshape(-1) != 0
+        if len(real_T) != len(ids_TK):
+            raise ProfileError(
+                f"layer {block.layer} routed {len(ids_TK)} positions of a batch of {len(real_T)}.\n"
+                f"  place:  {block.name}\n  fix:    profile with batches of one sequence, without padding"
+            )
+        ids = ids_TK[real_T].reshape(-1).cpu()
+        weights = weights_TK[real_T].reshape(-1).double().cpu()
+        width = totals.counts.shape[1]
+        totals.counts[row] += torch.bincount(ids, minlength=width)[:width]
+        totals.mass[row] += torch.bincount(ids, weights=weights, minlength=width)[:width]
+
+    if block.storage == "fused":
+
+        def before_experts(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+            add(named["top_k_index"], named["top_k_weights"])
+
+        handle = module.register_forward_pre_hook(before_experts, with_kwargs=True)
+    else:
+
+        def after_router(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            add(*_selection(output, block))
+
+        handle = module.register_forward_hook(after_router)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _selection(output: Any, block: ExpertBlock) -> tuple[Tensor, Tensor]:
+    """Read a router's choice from what it returns: its own indices and weights, or the softmax top-k of its logits."""
+    tensors = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
+    for ids in tensors:
+        if not ids.is_floating_point() and ids.ndim >= 2:
+            weights = next((t for t in tensors if t.is_floating_point() and t.shape == ids.shape), None)
+            return ids, torch.ones_like(ids, dtype=torch.float32) if weights is None else weights
+    if len(tensors) == 1 and tensors[0].shape[-1] == block.num_experts and block.top_k:
+        weights, ids = tensors[0].float().softmax(-1).topk(block.top_k, dim=-1)
+        return ids, weights
+    raise ProfileError(
+        f"the router of {block.name} returns neither expert ids nor one logit an expert, so its choice cannot be "
+        "counted.\n  fix:  use the architecture's own class in transformers"
+    )
+
+
+def _sum_over_processes(totals: RoutingCounts, device: torch.device) -> None:
+    """Add up the totals of all processes, where there are several."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    target = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    scalars = torch.tensor([totals.tokens, totals.sequences], dtype=torch.int64, device=target)
+    for name in ("counts", "mass"):
+        moved = getattr(totals, name).to(target)
+        dist.all_reduce(moved)
+        setattr(totals, name, moved.cpu())
+    dist.all_reduce(scalars)
+    totals.tokens, totals.sequences = (int(value) for value in scalars)

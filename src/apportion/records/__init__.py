@@ -1,0 +1,1 @@
+"""Frozen data and their files: sites, profiles, plans, costs."""

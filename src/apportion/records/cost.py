@@ -1,0 +1,102 @@
+"""What a plan costs, counted from the planned sites."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+RoutingSource = Literal["profile", "even", "none"]
+
+_ADAPTER_BYTES = 4  # adapters are trained and stored in float32
+_ADAM_BYTES = 8  # AdamW keeps two float32 moments a parameter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exact counts for one plan on one model.
+
+    Args:
+        trainable_parameters: Numbers that the optimizer moves.
+        stored_parameters: Numbers in the adapter's checkpoint.
+        base_parameters: Parameters of the model itself.
+        adapter_flops_per_token: Floating-point operations that the adapters add to the forward pass of one token: two
+            a multiply-add, an expert's weighted by the routed slots a token that fall on it.
+        lora_parameters: Trainable parameters of LoRA of the same rank on every targetable matrix of the model.
+        lora_flops_per_token: The same for its operations.
+        routing: Where the share of tokens an expert comes from: a ``profile``, ``even`` routing, or ``none`` for a
+            model without experts.
+        sites_by_kind: Number of planned sites of each kind.
+    """
+
+    trainable_parameters: int
+    stored_parameters: int
+    base_parameters: int
+    adapter_flops_per_token: float
+    lora_parameters: int
+    lora_flops_per_token: float
+    routing: RoutingSource
+    sites_by_kind: dict[str, int]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the adapter's tensors on disk, in float32."""
+        return self.stored_parameters * _ADAPTER_BYTES
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients, in float32."""
+        return self.trainable_parameters * _ADAPTER_BYTES
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of AdamW's two moments, in float32."""
+        return self.trainable_parameters * _ADAM_BYTES
+
+    @property
+    def lora_count_ratio(self) -> float:
+        """Trainable parameters over those of LoRA on everything."""
+        return self.trainable_parameters / self.lora_parameters if self.lora_parameters else 0.0
+
+    @property
+    def lora_percentage_ratio(self) -> float:
+        """The same ratio between the two percentages of the total, adapters counted in: the figure papers print."""
+        if not self.lora_parameters:
+            return 0.0
+        own = self.trainable_parameters / (self.base_parameters + self.trainable_parameters)
+        lora = self.lora_parameters / (self.base_parameters + self.lora_parameters)
+        return own / lora
+
+    @property
+    def trainable_frac(self) -> float:
+        """Trainable parameters over all parameters, adapters counted in."""
+        return self.trainable_parameters / (self.base_parameters + self.trainable_parameters)
+
+    @property
+    def lora_flops_ratio(self) -> float:
+        """Adapter operations over those of LoRA on everything."""
+        return self.adapter_flops_per_token / self.lora_flops_per_token if self.lora_flops_per_token else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give every figure, counted and derived, under its own name."""
+        derived = (
+            "checkpoint_bytes gradient_bytes optimizer_bytes lora_count_ratio lora_percentage_ratio trainable_frac "
+            "lora_flops_ratio"
+        )
+        return asdict(self) | {name: getattr(self, name) for name in derived.split()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Cost:
+        """Rebuild a cost from `as_dict`, leaving out what is derived.
+
+        Raises:
+            KeyError: a counted figure is missing.
+        """
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        """Say the headline figure."""
+        return f"{self.trainable_parameters:,} trainable parameters"
+
+    def with_routing(self, routing: RoutingSource) -> Cost:
+        """Give the same cost under another account of where its shares come from."""
+        return replace(self, routing=routing)

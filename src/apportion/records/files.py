@@ -1,0 +1,70 @@
+"""Files that are written whole or not at all, and seals that tell a damaged file from a good one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apportion.errors import OutputExistsError
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hand out a temporary path beside `path`; it takes the name only when the block ends without an error.
+
+    Args:
+        path: Where the finished file belongs. Its folder is made when missing.
+
+    Yields:
+        The temporary path to write to.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def seal(data: dict[str, Any]) -> str:
+    """Give the SHA-256 of plain data in canonical JSON."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def require_empty(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder as a path.
+
+    Raises:
+        OutputExistsError: the folder is a file or has something in it.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise OutputExistsError(f"{path} is a file; a folder was expected.\n  fix:  choose another output folder")
+    if path.is_dir() and any(path.iterdir()):
+        names = sorted(entry.name for entry in path.iterdir())
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise OutputExistsError(
+            f"the output folder {path} already has something in it.\n  found:  {shown}\n"
+            "  fix:    choose another folder or empty this one (a training run goes on with --resume)"
+        )
+    return path

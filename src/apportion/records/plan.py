@@ -1,0 +1,260 @@
+"""`Plan`: which sites get which adapter, and its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from apportion.errors import PlanError
+from apportion.records.cost import Cost
+from apportion.records.files import seal, write_text
+
+SCHEMA_VERSION = 1
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One adapter at one site.
+
+    Args:
+        site: The site's name.
+        rank: Rank of the factors, of every LoRA expert where there are several.
+        alpha: Scale numerator: the adapter's output is multiplied by alpha / rank.
+        num_experts: LoRA experts at the site; one is plain LoRA.
+        top_k: LoRA experts that a token uses.
+        sparsity: Share of the entries of B that stay zero.
+    """
+
+    site: str
+    rank: int
+    alpha: float
+    num_experts: int = 1
+    top_k: int = 1
+    sparsity: float = 0.0
+
+
+@validated_dataclass(frozen=True, config=_STRICT)
+class PlacementGroup:
+    """Placements that differ in their site alone, their names written with braces: ``a.{0,3}.{gate,up}``."""
+
+    rank: int
+    alpha: float
+    sites: list[str]
+    num_experts: int = 1
+    top_k: int = 1
+    sparsity: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """Give everything but the sites."""
+        return {name: value for name, value in asdict(self).items() if name != "sites"}
+
+
+@validated_dataclass(frozen=True, config=_STRICT)
+class _PlanFile:
+    """The plan's JSON, field by field."""
+
+    schema_version: int
+    method: str
+    options: dict[str, Any]
+    rank: int
+    alpha: float
+    seed: int
+    model: str
+    base_model: str | None
+    fingerprint: str
+    profile_digest: str | None
+    cost: dict[str, Any]
+    placements: list[PlacementGroup]
+    seal: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sites of one model get which adapter, how that was decided, and what it costs.
+
+    Args:
+        method: The method's name.
+        options: The method's options, complete with defaults.
+        rank: The default rank.
+        alpha: The default scale numerator.
+        seed: Seed of methods that draw at random.
+        model: The model in words, for messages.
+        base_model: Where the profiled model came from (``embedded``, a hub id, a path), if known.
+        fingerprint: The architecture that the plan is for.
+        profile_digest: Digest of the profile that the plan was made from, if any.
+        cost: Exact cost.
+        placements: One entry a site, in the layout's order.
+    """
+
+    method: str
+    options: dict[str, Any]
+    rank: int
+    alpha: float
+    seed: int
+    model: str
+    base_model: str | None
+    fingerprint: str
+    profile_digest: str | None
+    cost: Cost
+    placements: tuple[Placement, ...] = field(repr=False)
+
+    @cached_property
+    def by_site(self) -> dict[str, Placement]:
+        """Map the sites' names to their placements."""
+        return {placement.site: placement for placement in self.placements}
+
+    def experts_by_layer(self) -> dict[str, list[int]]:
+        """For each experts module with planned experts, their ids in rising order."""
+        found: dict[str, set[int]] = {}
+        for placement in self.placements:
+            match = re.fullmatch(r"(.+\.experts)\.(\d+)\.[^.]+", placement.site)
+            if match:
+                found.setdefault(match[1], set()).add(int(match[2]))
+        return {name: sorted(ids) for name, ids in found.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain data, as in the file."""
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            **{
+                name: getattr(self, name)
+                for name in ("method", "options", "rank", "alpha", "seed", "model", "base_model")
+            },
+            "fingerprint": self.fingerprint,
+            "profile_digest": self.profile_digest,
+            "cost": self.cost.as_dict(),
+            "placements": [asdict(group) for group in group_placements(self.placements)],
+        }
+        return data | {"seal": seal(data)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Rebuild a plan from `as_dict` and check that it is whole.
+
+        Raises:
+            PlanError: a field is missing, unknown or of the wrong type, the schema is another, or the contents do not
+                match the seal.
+        """
+        try:
+            file = TypeAdapter(_PlanFile).validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the whole file"
+            raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {first['msg']}") from error
+        if file.schema_version != SCHEMA_VERSION:
+            raise PlanError(f"it has schema version {file.schema_version}; this apportion reads {SCHEMA_VERSION}.")
+        if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
+            raise PlanError("it was changed after it was written: its contents do not match its seal.")
+        return cls(
+            **{
+                name: getattr(file, name)
+                for name in ("method", "options", "rank", "alpha", "seed", "model", "base_model")
+            },
+            fingerprint=file.fingerprint,
+            profile_digest=file.profile_digest,
+            cost=Cost.from_dict(file.cost),
+            placements=tuple(
+                Placement(site=site, **group.settings())
+                for group in file.placements
+                for pattern in group.sites
+                for site in expand_braces(pattern)
+            ),
+        )
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan and check that it is whole.
+
+    Args:
+        path: A file that `Plan.save` wrote.
+
+    Returns:
+        The plan, equal to the one saved.
+
+    Raises:
+        PlanError: the file is missing, is no plan, is of another schema, or was damaged or edited.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise PlanError(
+            f"there is no plan {file}.\n  fix:  make one with: apportion plan PROFILE --method NAME -o {file}"
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {error}\n  fix:    plan again") from error
+    if not isinstance(data, dict):
+        raise PlanError(f"the plan {file} is no plan: it holds a {type(data).__name__}.\n  fix:  plan again")
+    try:
+        return Plan.from_dict(data)
+    except PlanError as error:
+        raise PlanError(f"the plan {file} cannot be used: {error}\n  fix:    plan again") from error
+
+
+def group_placements(placements: Iterable[Placement]) -> list[PlacementGroup]:
+    """Gather placements with equal settings, with one line of braces for the experts of a layer."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for placement in placements:
+        key = (placement.rank, placement.alpha, placement.num_experts, placement.top_k, placement.sparsity)
+        groups.setdefault(key, []).append(placement.site)
+    return [
+        PlacementGroup(
+            rank=rank, alpha=alpha, num_experts=experts, top_k=top_k, sparsity=sparsity, sites=fold_braces(names)
+        )
+        for (rank, alpha, experts, top_k, sparsity), names in groups.items()
+    ]
+
+
+def fold_braces(names: Iterable[str]) -> list[str]:
+    """Write names short: siblings that differ in their last part, then in the number before it, share a line.
+
+    Example:
+        >>> fold_braces(["m.0.up", "m.0.down", "m.3.up", "m.3.down", "n.q"])
+        ['m.{0,3}.{up,down}', 'n.q']
+    """
+    by_parent: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        by_parent.setdefault(parent, []).append(last)
+    by_block: dict[tuple[str, str], list[str]] = {}
+    for parent, lasts in by_parent.items():
+        tail = lasts[0] if len(lasts) == 1 else "{" + ",".join(lasts) + "}"
+        block, _, number = parent.rpartition(".")
+        numbered = number.isdigit()
+        by_block.setdefault((block if numbered else parent, tail), []).append(number if numbered else "")
+    folded = []
+    for (block, tail), numbers in by_block.items():
+        middle = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
+        folded.append(".".join(part for part in (block, middle, tail) if part))
+    return folded
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Undo `fold_braces` for one line.
+
+    Example:
+        >>> expand_braces("m.{0,3}.{up,down}")
+        ['m.0.up', 'm.0.down', 'm.3.up', 'm.3.down']
+    """
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    return [
+        name
+        for choice in match[1].split(",")
+        for name in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]

@@ -1,0 +1,195 @@
+"""`Profile`: what calibration measured, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apportion.errors import ProfileError
+from apportion.records.files import seal, whole_file
+from apportion.records.site import Layout
+
+SCHEMA_VERSION = 1
+_HEADER = "apportion_profile"
+
+# L = Mixture-of-Experts layers, E = experts of the widest layer.
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Routing and sensitivity of one model on one or more tasks.
+
+    Args:
+        layout: The sites of the profiled model.
+        counts: For each task, how often each expert was selected: int64, shape (L, E).
+        routing_mass: For each task, the summed routing weights of each expert: float64, shape (L, E).
+        tokens: For each task, the tokens that were counted.
+        sensitivity: For each task, the squared gradient norm of each site by name; empty when not measured.
+        provenance: Where the numbers come from: data, samples, versions.
+    """
+
+    layout: Layout
+    counts: dict[str, Tensor]
+    routing_mass: dict[str, Tensor]
+    tokens: dict[str, int]
+    sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, in the order given."""
+        return tuple(self.tokens)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The experts modules that the rows of counts and mass stand for."""
+        return tuple(block.name for block in self.layout.blocks)
+
+    @property
+    def num_experts(self) -> Tensor:
+        """How many columns of each row count: int64, shape (L,)."""
+        return torch.tensor([block.num_experts for block in self.layout.blocks], dtype=torch.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """The architecture that was profiled."""
+        return self.layout.fingerprint
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything measured: two profiles with the same digest hold the same numbers."""
+        return _digest(self._header(), self._tensors())
+
+    def total_counts(self) -> Tensor:
+        """Selections summed over tasks: int64, shape (L, E)."""
+        return torch.stack([self.counts[task] for task in self.tasks]).sum(0)
+
+    def total_mass(self) -> Tensor:
+        """Routing mass summed over tasks: float64, shape (L, E)."""
+        return torch.stack([self.routing_mass[task] for task in self.tasks]).sum(0)
+
+    def total_tokens(self) -> int:
+        """Tokens summed over tasks."""
+        return sum(self.tokens.values())
+
+    def of_task(self, task: str) -> Profile:
+        """Give the part of the profile that belongs to one task.
+
+        Args:
+            task: One of `tasks`.
+
+        Returns:
+            A profile of that task alone.
+
+        Raises:
+            ProfileError: there is no such task.
+        """
+        if task not in self.tokens:
+            raise ProfileError(f"the profile has no task {task!r}.\n  found:  {', '.join(self.tasks)}")
+        return Profile(
+            layout=self.layout,
+            counts={task: self.counts[task]},
+            routing_mass={task: self.routing_mass[task]},
+            tokens={task: self.tokens[task]},
+            sensitivity={task: self.sensitivity[task]} if task in self.sensitivity else {},
+            provenance=self.provenance,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as one safetensors file, whole or not at all."""
+        header = self._header()
+        metadata = {_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
+        with whole_file(path) as temporary:
+            save_file(self._tensors(), temporary, metadata=metadata)
+
+    def _header(self) -> dict[str, Any]:
+        """Give everything but the tensors as plain data."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "layout": self.layout.as_dict(),
+            "tokens": self.tokens,
+            "sensitivity": self.sensitivity,
+            "provenance": self.provenance,
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Give the tensors under their names in the file."""
+        return {f"counts/{task}": self.counts[task].contiguous() for task in self.tasks} | {
+            f"routing_mass/{task}": self.routing_mass[task].contiguous() for task in self.tasks
+        }
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read a profile and check that it is whole.
+
+    Args:
+        path: A file that `Profile.save` wrote.
+
+    Returns:
+        The profile, equal to the one saved.
+
+    Raises:
+        ProfileError: the file is missing, is no profile, is of a newer schema, or was damaged or edited.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ProfileError(
+            f"there is no profile {file}.\n  fix:  make one with: apportion profile MODEL --data DATA -o {file}"
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ProfileError(
+            f"the profile {file} cannot be read: it is truncated or not a safetensors file.\n"
+            f"  found:  {error}\n  fix:    profile again"
+        ) from error
+    if _HEADER not in metadata:
+        raise ProfileError(
+            f"{file} is a safetensors file, but not a profile.\n  fix:  give a file that apportion profile wrote"
+        )
+    try:
+        header = json.loads(metadata[_HEADER])
+        digest = header.pop("digest")
+        if header["schema_version"] != SCHEMA_VERSION:
+            raise ProfileError(
+                f"the profile {file} has schema version {header['schema_version']}; this apportion reads "
+                f"{SCHEMA_VERSION}.\n  fix:  profile again, or install the version that wrote it"
+            )
+        profile = Profile(
+            layout=Layout.from_dict(header["layout"]),
+            counts={task: tensors[f"counts/{task}"] for task in header["tokens"]},
+            routing_mass={task: tensors[f"routing_mass/{task}"] for task in header["tokens"]},
+            tokens=header["tokens"],
+            sensitivity=header["sensitivity"],
+            provenance=header["provenance"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ProfileError(f"the profile {file} is damaged.\n  found:  {error!r}\n  fix:    profile again") from error
+    if digest != _digest(header, tensors):
+        raise ProfileError(
+            f"the profile {file} was changed after it was written: its contents do not match its digest.\n"
+            "  fix:  profile again"
+        )
+    return profile
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash the header and every tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(seal(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()

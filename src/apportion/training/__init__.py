@@ -1,0 +1,1 @@
+"""Glue between plans and Hugging Face trainers."""

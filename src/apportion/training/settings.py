@@ -1,0 +1,70 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from apportion.errors import ConfigurationError
+
+ROW_ORDER = "shuffled by the seed"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of one run; the defaults suit an adapter of rank 32.
+
+    Args:
+        epochs: Passes over the data, where `steps` is not given.
+        steps: Optimizer steps; overrides `epochs`.
+        lr: Peak learning rate.
+        batch_size: Rows a device and step.
+        gradient_accumulation: Batches an optimizer step.
+        max_length: Tokens of a row that are kept.
+        seed: Seed of the factors' start and of the rows' order.
+        warmup_frac: Share of the steps over which the learning rate rises; after them it falls as a cosine.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: Norm that gradients are clipped to.
+        dropout: Share of the adapters' inputs that is dropped.
+        router_aux_loss: Weight of the model's own load-balancing loss; 0 leaves it out.
+        gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
+        bf16: Compute in bfloat16 where autocast allows it.
+        save_every: Steps between two checkpoints.
+    """
+
+    epochs: float = 3.0
+    steps: int | None = None
+    lr: float = 4e-4
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    max_length: int = 1024
+    seed: int = 0
+    warmup_frac: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    dropout: float = 0.0
+    router_aux_loss: float = 0.0
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    save_every: int = 100
+
+    def check(self) -> None:
+        """Refuse settings that no run can have.
+
+        Raises:
+            ConfigurationError: a setting is out of range.
+        """
+        at_least_one = ("batch_size", "gradient_accumulation", "max_length", "save_every")
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)} is too small.\n  fix:  give at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigurationError(f"steps={self.steps} trains nothing.\n  fix:  give at least 1")
+        if self.steps is None and not self.epochs > 0:
+            raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
+        if not self.lr > 0:
+            raise ConfigurationError(f"lr={self.lr} trains nothing.\n  fix:  give a number above 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain data for JSON."""
+        return asdict(self)

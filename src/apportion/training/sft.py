@@ -1,0 +1,340 @@
+"""Supervised fine-tuning of a planned adapter: TRL's `SFTTrainer`, and what stops, resumes and saves it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from apportion.data.batches import encode
+from apportion.data.sources import Row
+from apportion.errors import ConfigurationError, TrainingError
+from apportion.peft.attach import apply
+from apportion.records.files import require_empty, seal, write_text
+from apportion.records.plan import Plan
+from apportion.training.settings import TrainSettings
+
+RUN_FILE = "run.json"
+RESULT_FILE = "training.json"
+CHECKPOINTS = "checkpoints"
+
+_RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did.
+
+    Args:
+        model: The trained model.
+        steps: Optimizer steps done.
+        loss: Mean training loss since the run began or went on.
+        tokens: Tokens trained on, over all steps.
+        seconds: Wall time of this sitting's steps.
+        tokens_per_s: Tokens of this sitting over its time.
+        truncated: Rows cut to `max_length`.
+        interrupted: Whether Ctrl-C ended the run early; a checkpoint was written then.
+    """
+
+    model: PeftModel
+    steps: int
+    loss: float
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    truncated: int
+    interrupted: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give everything but the model, for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    rows: Sequence[Row],
+    output: str | os.PathLike[str],
+    settings: TrainSettings | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    facts: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Attach a plan's adapters, train them on the rows' completions, and save them.
+
+    The loop, the schedule and the checkpoints are TRL's and transformers'. A checkpoint is written every
+    `save_every` steps and on Ctrl-C; a run that was killed goes on from the last whole one with `resume`, and ends with
+    the same weights as a run that was not.
+
+    Args:
+        model: The base model; it gets the adapters.
+        tokenizer: Its tokenizer.
+        plan: The plan.
+        rows: Training rows; the loss counts their completions alone, or all of a ``text`` row.
+        output: Folder for the adapter, the checkpoints and the run's facts.
+        settings: Settings of the run.
+        resume: Go on in a folder that a run with the same settings, plan and rows has left; begin if it is empty.
+        progress: Show a bar on standard error.
+        facts: More facts to keep in the folder, such as names of model and data.
+
+    Returns:
+        The trained model and the run's figures.
+
+    Raises:
+        ConfigurationError: a setting is out of range, or `resume` was asked for a run of other settings.
+        OutputExistsError: the folder has something in it and `resume` was not asked for.
+        PlanMismatchError: the plan is for another model.
+        TrainingError: the loss is not a number.
+    """
+    settings = settings or TrainSettings()
+    settings.check()
+    folder = Path(output)
+    identity = _identity(plan, rows, settings)
+    last = _open_run(folder, identity, resume=resume)
+    lengths = [encode(row, tokenizer, settings.max_length) for row in rows]
+    truncated = sum(row.truncated for row in lengths)
+    peft_model = apply(model, plan, seed=settings.seed, dropout=settings.dropout)
+    run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
+    write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+
+    interrupt = _StopOnInterrupt()
+    with _config_restored(peft_model), _quiet_tokenizer(tokenizer):
+        trainer = _Trainer(
+            model=peft_model,
+            args=_arguments(folder / CHECKPOINTS, settings, progress=progress),
+            train_dataset=Dataset.from_list([_without_answer(row) for row in rows]),
+            processing_class=tokenizer,
+            callbacks=[interrupt],
+        )
+        with interrupt.listening():
+            start = time.perf_counter()
+            output_ = trainer.train(resume_from_checkpoint=str(last) if last else None)
+            seconds = time.perf_counter() - start
+    tokens = int(trainer.state.num_input_tokens_seen)
+    result = TrainResult(
+        model=peft_model,
+        steps=trainer.state.global_step,
+        loss=float(output_.training_loss),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=(tokens - trainer.tokens_before) / seconds,
+        truncated=truncated,
+        interrupted=interrupt.asked,
+    )
+    if not interrupt.asked:
+        save_adapter(peft_model, folder)
+        losses = [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
+        write_text(folder / RESULT_FILE, json.dumps({**result.as_dict(), "loss_curve": losses}, indent=1) + "\n")
+    return result
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Save an adapter so that its folder holds either all of it or no ``adapter_config.json``.
+
+    Args:
+        model: A model with adapters.
+        folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` belong.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=target) as temporary:
+        model.save_pretrained(temporary)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.move(os.path.join(temporary, name), target / name)
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer, stopped by the first loss that is not a number, before it reaches the weights."""
+
+    tokens_before = 0
+    first_step: int | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one step and look at its loss."""
+        if self.state.global_step == self._resumed_at():
+            self.tokens_before = self.tokens_before or int(self.state.num_input_tokens_seen)
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            last = last_checkpoint(Path(self.args.output_dir))
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+            raise TrainingError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}; training stopped.\n"
+                f"  found:  {kept}\n  fix:    lower the learning rate, or look for broken rows near this step"
+            )
+        return loss
+
+    def _resumed_at(self) -> int:
+        """Give the step at which this sitting began."""
+        if self.first_step is None:
+            self.first_step = int(self.state.global_step)
+        return self.first_step
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """Turn Ctrl-C into a checkpoint and an end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the interrupt signal while training runs; a second one is the usual interrupt."""
+        previous = signal.getsignal(signal.SIGINT)
+
+        def note(_number: int, _frame: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, previous)
+
+        try:
+            signal.signal(signal.SIGINT, note)
+        except ValueError:  # not in the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop after the step in which the signal came."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint that was written whole.
+
+    Args:
+        folder: Where the checkpoints are.
+
+    Returns:
+        Its folder, or None. A checkpoint that a kill left half written is passed over.
+    """
+    if not folder.is_dir():
+        return None
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if all((checkpoint / name).is_file() for name in _RESUMABLE) and _is_json(checkpoint / "trainer_state.json"):
+            return checkpoint
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    """Tell whether a file, the last one written of a checkpoint, is whole."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _identity(plan: Plan, rows: Sequence[Row], settings: TrainSettings) -> dict[str, Any]:
+    """Give what two sittings of one run must share."""
+    shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
+    return {"plan": plan.as_dict()["seal"], "rows": seal({"rows": list(rows)}), "settings": seal(shared)}
+
+
+def _open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
+    """Check the output folder, and find the checkpoint to go on from."""
+    if not resume:
+        require_empty(folder).mkdir(parents=True, exist_ok=True)
+        return None
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        require_empty(folder).mkdir(parents=True, exist_ok=True)
+        return None
+    before = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+    changed = [name for name, value in identity.items() if before.get(name) != value]
+    if changed:
+        raise ConfigurationError(
+            f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.\n"
+            "  fix:  resume with the same plan, data and settings, or choose another output folder"
+        )
+    return last_checkpoint(folder / CHECKPOINTS)
+
+
+def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTConfig:
+    """Translate the settings into TRL's."""
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps if settings.steps is not None else -1,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_frac,  # below 1: a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        router_aux_loss_coef=settings.router_aux_loss,
+        max_length=settings.max_length,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+        disable_tqdm=not progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _without_answer(row: Row) -> Row:
+    """Leave out the column that training does not use."""
+    return {name: value for name, value in row.items() if name != "answer"}
+
+
+@contextmanager
+def _config_restored(model: PeftModel) -> Iterator[None]:
+    """Give the model's configuration back the settings that a trainer changes for itself."""
+    config = model.get_base_model().config.get_text_config()
+    names = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def _quiet_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Give the tokenizer its padding side back, and silence the warning about threads and forks."""
+    side = tokenizer.padding_side
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
