@@ -116,7 +116,8 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         num_tokens, top_k = ids_TK.shape
         ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
         sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
-        x_SD = hidden_TD[order_S // top_k]
+        # A row a slot first: then no index comes twice, and the backward pass adds up in a fixed order.
+        x_SD = hidden_TD.unsqueeze(1).expand(-1, top_k, -1).reshape(len(order_S), -1)[order_S]
 
         if base.has_gate:
             inner = self._base_product("gate_up_proj", x_SD, ids_S, sizes_E)

@@ -61,8 +61,8 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None 
         ids = _chat_ids(row["prompt"] + row["completion"], tokenizer, generate=False)
     if not ids:
         raise DataError("a row has no token.\n  fix:  leave out empty rows")
-    truncated = max_length is not None and len(ids) > max_length
-    return Encoded(ids[:max_length], min(num_prompt, len(ids)), truncated)
+    kept = ids[:max_length]
+    return Encoded(kept, min(num_prompt, len(kept)), truncated=len(kept) < len(ids))
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:

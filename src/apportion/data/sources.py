@@ -101,7 +101,10 @@ def _file_rows(path: Path) -> list[Row]:
             return data
         import pandas  # the optional readers of one format each
 
-        frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
+        if path.suffix == ".csv":
+            frame = pandas.read_csv(path, dtype=str, keep_default_na=False)  # "007" and "NA" are text too
+        else:
+            frame = pandas.read_parquet(path)
         return cast("list[Row]", frame.to_dict("records"))
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):

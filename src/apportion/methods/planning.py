@@ -50,10 +50,10 @@ def plan(
 
     Example:
         >>> import apportion
-        >>> profile = getfixture("embedded_profile")
-        >>> plan = apportion.plan(profile, method="hellora", hot=4, rank=8)
-        >>> print(plan.cost)
-        297,984 trainable parameters
+        >>> model, tokenizer = apportion.embedded()
+        >>> profile = apportion.profile(model, [tokenizer("Calculate 5 - 3 - 6.", return_tensors="pt")])
+        >>> print(apportion.plan(profile, method="hellora", hot=4, rank=8).cost)
+        166,400 trainable parameters
     """
     return build_plan(profile, method, AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed), options)
 

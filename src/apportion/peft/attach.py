@@ -84,7 +84,7 @@ def apply(
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=dropout,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, PeftModel):

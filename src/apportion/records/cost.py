@@ -88,6 +88,12 @@ class Cost:
     def from_dict(cls, data: dict[str, Any]) -> Cost:
         """Rebuild a cost from `as_dict`, leaving out what is derived.
 
+        Args:
+            data: Plain data.
+
+        Returns:
+            The cost.
+
         Raises:
             KeyError: a counted figure is missing.
         """

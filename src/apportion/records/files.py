@@ -52,7 +52,13 @@ def seal(data: dict[str, Any]) -> str:
 
 
 def require_empty(folder: str | os.PathLike[str]) -> Path:
-    """Return the folder as a path.
+    """Make sure that nothing would be overwritten.
+
+    Args:
+        folder: An output folder, which may be missing.
+
+    Returns:
+        The folder as a path.
 
     Raises:
         OutputExistsError: the folder is a file or has something in it.

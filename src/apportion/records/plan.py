@@ -145,6 +145,12 @@ class Plan:
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """Rebuild a plan from `as_dict` and check that it is whole.
 
+        Args:
+            data: Plain data.
+
+        Returns:
+            The plan.
+
         Raises:
             PlanError: a field is missing, unknown or of the wrong type, the schema is another, or the contents do not
                 match the seal.
@@ -222,6 +228,12 @@ def group_placements(placements: Iterable[Placement]) -> list[PlacementGroup]:
 def fold_braces(names: Iterable[str]) -> list[str]:
     """Write names short: siblings that differ in their last part, then in the number before it, share a line.
 
+    Args:
+        names: Site names.
+
+    Returns:
+        Patterns that `expand_braces` turns into the same names.
+
     Example:
         >>> fold_braces(["m.0.up", "m.0.down", "m.3.up", "m.3.down", "n.q"])
         ['m.{0,3}.{up,down}', 'n.q']
@@ -230,14 +242,14 @@ def fold_braces(names: Iterable[str]) -> list[str]:
     for name in names:
         parent, _, last = name.rpartition(".")
         by_parent.setdefault(parent, []).append(last)
-    by_block: dict[tuple[str, str], list[str]] = {}
+    by_block: dict[tuple[str, bool, str], list[str]] = {}
     for parent, lasts in by_parent.items():
         tail = lasts[0] if len(lasts) == 1 else "{" + ",".join(lasts) + "}"
         block, _, number = parent.rpartition(".")
         numbered = number.isdigit()
-        by_block.setdefault((block if numbered else parent, tail), []).append(number if numbered else "")
+        by_block.setdefault((block if numbered else parent, numbered, tail), []).append(number if numbered else "")
     folded = []
-    for (block, tail), numbers in by_block.items():
+    for (block, _, tail), numbers in by_block.items():
         middle = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
         folded.append(".".join(part for part in (block, middle, tail) if part))
     return folded
@@ -245,6 +257,12 @@ def fold_braces(names: Iterable[str]) -> list[str]:
 
 def expand_braces(pattern: str) -> list[str]:
     """Undo `fold_braces` for one line.
+
+    Args:
+        pattern: A name with braces.
+
+    Returns:
+        The names.
 
     Example:
         >>> expand_braces("m.{0,3}.{up,down}")

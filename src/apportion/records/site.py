@@ -143,6 +143,12 @@ class Layout:
     def from_dict(cls, data: dict[str, Any]) -> Layout:
         """Rebuild a layout from `as_dict`.
 
+        Args:
+            data: Plain data.
+
+        Returns:
+            The layout.
+
         Raises:
             KeyError: a field is missing.
             TypeError: a field is unknown.

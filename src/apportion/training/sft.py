@@ -117,7 +117,7 @@ def train(
     write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
 
     interrupt = _StopOnInterrupt()
-    with _config_restored(peft_model), _quiet_tokenizer(tokenizer):
+    with _config_restored(peft_model), _quiet_tokenizer(tokenizer), _deterministic():
         trainer = _Trainer(
             model=peft_model,
             args=_arguments(folder / CHECKPOINTS, settings, progress=progress),
@@ -325,8 +325,19 @@ def _config_restored(model: PeftModel) -> Iterator[None]:
 
 
 @contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have PyTorch add up in a fixed order where it can, so that equal runs end with equal weights."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
 def _quiet_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Give the tokenizer its padding side back, and silence the warning about threads and forks."""
+    """Give the tokenizer its padding side back, keep its threads out of forks, and hide the data's bars."""
     side = tokenizer.padding_side
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,58 @@
+"""Small models and data that every test may use."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "160"
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tiny_models import TINY, build_tiny
+from torch import Tensor, nn
+
+from apportion.loading import embedded
+from apportion.profiling.run import profile as measure
+from apportion.records.profile import Profile
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Start every test from the same random numbers, on two threads at most."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    yield
+
+
+@pytest.fixture
+def tiny_model() -> nn.Module:
+    """A random OLMoE: 2 layers of 8 experts, 2 of them a token."""
+    return build_tiny("olmoe")
+
+
+@pytest.fixture(params=sorted(TINY))
+def any_model(request: pytest.FixtureRequest) -> nn.Module:
+    """Each small Mixture-of-Experts model in turn."""
+    return build_tiny(request.param)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Six sequences of sixteen tokens."""
+    return torch.randint(3, 64, (6, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def profile_of(tokens: Tensor) -> Callable[[nn.Module], Profile]:
+    """Profile a small model on the tokens."""
+    return lambda model: measure(model, [{"input_ids": tokens}])
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> tuple[nn.Module, object]:
+    """The embedded model, loaded once; tests that train copy it."""
+    return embedded()

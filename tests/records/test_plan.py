@@ -1,0 +1,90 @@
+"""Plans: the file is short, whole, and the same plan again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import apportion
+from apportion.errors import PlanError
+from apportion.records.plan import Plan, expand_braces, fold_braces
+
+
+@pytest.fixture
+def plan(tiny_model: nn.Module, tokens: Tensor) -> Plan:
+    return apportion.plan(apportion.profile(tiny_model, [{"input_ids": tokens}]), "hellora", hot=2, rank=4)
+
+
+def test_a_saved_plan_is_the_same_plan(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert apportion.load_plan(tmp_path / "plan.json") == plan
+
+
+def test_the_file_is_short(tiny_model: nn.Module, tokens: Tensor, tmp_path: Path) -> None:
+    profile = apportion.profile(tiny_model, [{"input_ids": tokens}])
+    apportion.plan(profile, "lora", rank=4).save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    assert "model.layers.0.mlp.experts.{0,1,2,3,4,5,6,7}.{gate_proj,up_proj,down_proj}" in text
+    assert len(text) < 3000
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -2])
+def test_a_truncated_plan_is_refused(plan: Plan, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    path.write_text(path.read_text()[:cut])
+    with pytest.raises(PlanError, match="truncated or no JSON"):
+        apportion.load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 8}, "changed after it was written"),
+        ({"rank": "many"}, "place:  rank"),
+        ({"colour": "red"}, "place:  colour"),
+        ({"schema_version": 99}, "schema version 99"),
+        ({"placements": [{"rank": 4}]}, r"place:  placements\.0\.alpha"),
+    ],
+)
+def test_an_edited_plan_is_refused(plan: Plan, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.as_dict() | change))
+    with pytest.raises(PlanError, match=message):
+        apportion.load_plan(path)
+
+
+def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="there is no plan"):
+        apportion.load_plan(tmp_path / "none.json")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(PlanError, match="it holds a list"):
+        apportion.load_plan(tmp_path / "list.json")
+
+
+def test_a_seal_that_is_missing_names_its_place(plan: Plan) -> None:
+    data = {name: value for name, value in plan.as_dict().items() if name != "seal"}
+    with pytest.raises(PlanError, match="place:  seal"):
+        Plan.from_dict(data)
+
+
+NAMES = st.lists(
+    st.builds(
+        lambda block, number, last: ".".join(part for part in (block, number, last) if part),
+        st.sampled_from(["m.layers.0.experts", "m.layers.1.experts", "m.attn"]),
+        st.sampled_from(["", "0", "7", "12"]),
+        st.sampled_from(["gate", "up", "down"]),
+    ),
+    unique=True,
+)
+
+
+@given(names=NAMES)
+def test_braces_lose_nothing(names: list[str]) -> None:
+    folded = fold_braces(names)
+    assert sorted(name for pattern in folded for name in expand_braces(pattern)) == sorted(names)

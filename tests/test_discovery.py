@@ -1,0 +1,88 @@
+"""Sites: names, kinds, shapes, and a fingerprint that tells architectures apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import build_dense, build_tiny
+from torch import nn
+
+from apportion.discovery import find_sites
+from apportion.errors import ConfigurationError
+
+
+def test_names_are_those_of_servers(tiny_model: nn.Module) -> None:
+    layout = find_sites(tiny_model)
+    names = set(layout.by_name)
+    assert "model.layers.0.self_attn.q_proj" in names
+    assert "model.layers.1.mlp.gate" in names
+    assert "model.layers.0.mlp.experts.5.gate_proj" in names
+    assert "lm_head" not in names
+    assert len(names) == 2 * (4 + 1 + 8 * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("olmoe", {"attention": 8, "router": 2, "experts": 48}),
+        ("mixtral", {"attention": 8, "router": 2, "experts": 24}),
+        ("qwen2_moe", {"attention": 8, "router": 2, "experts": 36, "shared": 6}),
+        ("deepseek_v3", {"attention": 15, "router": 2, "experts": 48, "shared": 6, "dense": 3}),
+        ("gpt_oss", {"attention": 8, "router": 2, "experts": 24}),
+        ("listed", {"attention": 2, "router": 2, "experts": 36}),
+    ],
+)
+def test_kinds(name: str, kinds: dict[str, int]) -> None:
+    assert Counter(site.kind for site in find_sites(build_tiny(name)).sites()) == kinds
+
+
+def test_shapes_are_the_matrices_own(any_model: nn.Module) -> None:
+    layout = find_sites(any_model)
+    total = sum(site.in_features * site.out_features for site in layout.sites())
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in any_model.named_parameters()
+        if parameter.ndim > 1
+        and not any(part in name for part in ("embed", "lm_head", "_bias", "shared_expert_gate", "sinks"))
+    )
+    assert total == matrices
+
+
+def test_top_k_is_known(any_model: nn.Module) -> None:
+    assert {block.top_k for block in find_sites(any_model).blocks} == {2}
+
+
+def test_a_model_on_the_meta_device_is_the_same() -> None:
+    real = find_sites(build_tiny("olmoe"))
+    assert find_sites(build_tiny("olmoe").to("meta")) == real
+
+
+def test_fingerprints_tell_architectures_apart() -> None:
+    prints = [find_sites(build_tiny("olmoe", seed=seed)).fingerprint for seed in (0, 1)]
+    assert prints[0] == prints[1]
+    assert find_sites(build_tiny("olmoe", vocab_size=80)).fingerprint != prints[0]
+    assert find_sites(build_tiny("mixtral")).fingerprint != prints[0]
+
+
+def test_base_parameters_are_counted_once() -> None:
+    tied = build_tiny("olmoe", tie_word_embeddings=True)
+    assert find_sites(tied).base_parameters == sum(parameter.numel() for parameter in tied.parameters())
+
+
+def test_dense_models_have_no_experts() -> None:
+    layout = find_sites(build_dense())
+    assert not layout.is_moe
+    assert Counter(site.kind for site in layout.sites()) == {"attention": 8, "dense": 6}
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no place for an adapter"):
+        find_sites(nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)))
+
+
+def test_layouts_survive_json(any_model: nn.Module) -> None:
+    layout = find_sites(any_model)
+    assert type(layout).from_dict(layout.as_dict()) == layout
+    assert torch.is_grad_enabled()
