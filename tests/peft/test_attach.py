@@ -70,7 +70,9 @@ def test_exactly_the_planned_tensors_move(
     assert sum(before[name].numel() for name in moved) == plan.cost.trainable_parameters
 
 
-def test_every_planned_expert_moves(tiny_model: nn.Module, profile_of: ProfileOf, tokens: Tensor, tmp_path: Path) -> None:
+def test_every_planned_expert_moves(
+    tiny_model: nn.Module, profile_of: ProfileOf, tokens: Tensor, tmp_path: Path
+) -> None:
     plan = _plan(tiny_model, profile_of)
     adapted = apportion.apply(tiny_model, plan)
     adapted.save_pretrained(tmp_path / "before")

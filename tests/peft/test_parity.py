@@ -18,7 +18,9 @@ RANK, ALPHA = 4, 12.0
 
 
 def _adapted(model: nn.Module, tokens: Tensor, method: str, **options: object) -> nn.Module:
-    plan = apportion.plan(measure(model, [{"input_ids": tokens}]), method, rank=RANK, alpha=ALPHA, targets="experts", **options)
+    plan = apportion.plan(
+        measure(model, [{"input_ids": tokens}]), method, rank=RANK, alpha=ALPHA, targets="experts", **options
+    )
     adapted = apportion.apply(model, plan)
     with torch.no_grad():
         for module in adapted.modules():
@@ -28,7 +30,9 @@ def _adapted(model: nn.Module, tokens: Tensor, method: str, **options: object) -
     return adapted
 
 
-def _dense_experts(layer: ExpertLora, hidden: Tensor, ids: Tensor, weights: Tensor, factors: dict[str, Tensor]) -> Tensor:
+def _dense_experts(
+    layer: ExpertLora, hidden: Tensor, ids: Tensor, weights: Tensor, factors: dict[str, Tensor]
+) -> Tensor:
     """Run a SwiGLU experts layer token by token and slot by slot, on weights with the adapter written out."""
     base = layer.base_layer
 

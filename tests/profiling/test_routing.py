@@ -105,7 +105,9 @@ def test_a_dense_model_has_sites_and_no_counts(tokens: Tensor) -> None:
     assert profile.tokens == {"default": tokens.numel()}
 
 
-@pytest.mark.parametrize("batches", [[], [{"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.zeros(1, 4)}]])
+@pytest.mark.parametrize(
+    "batches", [[], [{"input_ids": torch.ones(1, 4, dtype=torch.int64), "attention_mask": torch.zeros(1, 4)}]]
+)
 def test_nothing_to_profile_is_an_error(tiny_model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
     with pytest.raises(DataError, match="nothing to profile"):
         apportion.profile(tiny_model, batches)

@@ -45,7 +45,9 @@ def plan(embedded_model: tuple[Any, Any]) -> Plan:
     return apportion.plan(profile, "hellora", hot=4, rank=4)
 
 
-def _train(embedded_model: tuple[Any, Any], plan: Plan, folder: Path, settings: TrainSettings = SETTINGS, **kwargs: Any) -> Any:
+def _train(
+    embedded_model: tuple[Any, Any], plan: Plan, folder: Path, settings: TrainSettings = SETTINGS, **kwargs: Any
+) -> Any:
     model, tokenizer = embedded_model
     rows = kwargs.pop("rows", ROWS)
     return train(copy.deepcopy(model), tokenizer, plan, rows, folder, settings, progress=False, **kwargs)
@@ -69,9 +71,7 @@ def test_training_lowers_the_loss_and_writes_the_run(finished: tuple[Path, Any],
     assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name and "self_attn" in name)
 
 
-def test_the_saved_adapter_is_the_trained_one(
-    finished: tuple[Path, Any], embedded_model: tuple[Any, Any]
-) -> None:
+def test_the_saved_adapter_is_the_trained_one(finished: tuple[Path, Any], embedded_model: tuple[Any, Any]) -> None:
     folder, result = finished
     model, tokenizer = embedded_model
     ids = tokenizer(ROWS[0]["prompt"], return_tensors="pt")["input_ids"]
@@ -89,9 +89,7 @@ def test_the_same_run_gives_the_same_weights(
     assert _equal(finished[0], tmp_path / "again")
 
 
-def test_runs_through_frozen_experts_are_equal_too(
-    embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path
-) -> None:
+def test_runs_through_frozen_experts_are_equal_too(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
     model, tokenizer = embedded_model
     encoded = [encode(row, tokenizer) for row in ROWS[:4]]
     floor = apportion.plan(apportion.profile(model, batches(encoded, tokenizer.pad_token_id, 4)), "attention", rank=4)
@@ -132,7 +130,11 @@ def _equal(one: Path, other: Path) -> bool:
 
 
 def test_interrupting_saves_and_resuming_ends_the_same(
-    finished: tuple[Path, Any], embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Any],
+    embedded_model: tuple[Any, Any],
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from apportion.training import sft
 
