@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain_embedded import MIXTURE
 from rich.console import Console
 
 import apportion
@@ -31,6 +30,7 @@ from apportion.evaluation import evaluate
 from apportion.methods.hot import hottest
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
+from pretrain_embedded import MIXTURE
 
 FOLDER = Path(apportion.__file__).parent / "assets" / "embedded"
 QUARTER = 4  # of 16 experts

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tiny_models import TINY, build_tiny
 from torch import Tensor, nn
 
 from apportion.loading import embedded
 from apportion.profiling.run import profile as measure
 from apportion.records.profile import Profile
+from tiny_models import TINY, build_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _seeded() -> Iterator[None]:
     """Start every test from the same random numbers, on two threads at most."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    yield
+    return
 
 
 @pytest.fixture

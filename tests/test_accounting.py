@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import build_tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, OlmoeConfig, PreTrainedConfig
 
 import apportion
 from apportion.errors import ConfigurationError, PlanMismatchError
-
+from tiny_models import build_tiny
 
 OLMOE_1B_7B = {"intermediate_size": 1024}  # the rest is the configuration class's default
 

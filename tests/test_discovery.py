@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import build_dense, build_tiny
 from torch import nn
 
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
+from tiny_models import build_dense, build_tiny
 
 
 def test_names_are_those_of_servers(tiny_model: nn.Module) -> None:

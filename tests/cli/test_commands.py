@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny_models import build_dense, build_tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import apportion
 from apportion.cli.main import app
+from tiny_models import build_dense, build_tiny
 
 Run = Callable[..., Result]
 
@@ -93,8 +93,11 @@ def test_profile_shows_and_saves(run: Run, profile: Path) -> None:
 
 
 def test_plan_prints_what_it_costs(run: Run, profile: Path) -> None:
-    done = run("plan", profile, "--method", "hellora", "--hot", "25%", "--rank", 8, "-o", "plan.json")
+    done = run(
+        "plan", profile, "--method", "hellora", "--hot", "25%", "--rank", 8, "-o", "plan.json", "--picture", "plan.svg"
+    )
     assert done.exit_code == 0, done.output
+    assert "●" in Path("plan.svg").read_text()
     plan = apportion.load_plan("plan.json")
     assert plan.options["hot"] == "25%"
     assert plan.alpha == 16

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import build_dense, build_tiny
 from torch import Tensor, nn
 
 import apportion
@@ -19,6 +18,7 @@ from apportion.methods.hot import coldest, drawn, experts_kept, hottest, parse_h
 from apportion.methods.planning import even_profile
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
+from tiny_models import build_dense, build_tiny
 
 ProfileOf = Callable[[nn.Module], Profile]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import build_dense, build_tiny
 from torch import Tensor, nn
 
 import apportion
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
+from peft import PeftModel
+from tiny_models import build_dense, build_tiny
 
 ProfileOf = Callable[[nn.Module], Profile]
 

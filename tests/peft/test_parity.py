@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import build_tiny
 from torch import Tensor, nn
 
 import apportion
 from apportion.adapters.experts import ExpertLora
 from apportion.profiling.run import profile as measure
+from peft import LoraConfig, get_peft_model
+from tiny_models import build_tiny
 
 RANK, ALPHA = 4, 12.0
 
@@ -98,7 +98,7 @@ def test_output_and_gradients_equal_dense_algebra(tokens: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["olmoe", "mixtral", "gpt_oss"])
 def test_all_experts_equal_peft(name: str, tokens: Tensor) -> None:
-    """PEFT adapts fused gate and up with one pair of factors: ours fit in as a block-diagonal pair of twice the rank."""
+    """PEFT adapts fused gate and up with one pair of factors: ours fit in, block-diagonal, at twice the rank."""
     base = build_tiny(name)
     stock = get_peft_model(
         copy.deepcopy(base),

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny_models import build_dense, build_tiny
 from torch import Tensor, nn
 
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import DataError
 from apportion.profiling.routing import count_routing
+from tiny_models import build_dense, build_tiny
 
 
 def _by_hand(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,13 +111,14 @@ def plan(
     hot: Hot = None,
     criterion: Criterion = None,
     targets: Targets = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw layers by experts into this .svg file.")] = None,
     json_: Json = False,
 ) -> None:
     """Decide from a profile which sites get an adapter, and say what that costs."""
     options = _given(hot=hot, criterion=criterion, targets=targets)
     _run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
-        as_json=json_,
+        picture=picture, as_json=json_,
     )  # fmt: skip
 
 

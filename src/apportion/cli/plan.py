@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from apportion.cli.render import cost_table, heat_map
+from apportion.cli.render import cost_table, draw, heat_map
 from apportion.methods.planning import plan
 from apportion.records.profile import load_profile
 
@@ -22,6 +22,7 @@ def run(
     alpha: float | None,
     seed: int,
     options: dict[str, Any],
+    picture: Path | None,
 ) -> dict[str, Any]:
     """Make a plan from a profile, save it and show it."""
     measured = load_profile(profile)
@@ -30,5 +31,7 @@ def run(
     console.print(cost_table(made.cost, f"{method} on {made.model}, rank {rank}"))
     if made.cost.sites_by_kind.get("experts"):
         console.print(heat_map(measured, made))
+        if picture:
+            draw(heat_map(measured, made), f"{method} on {made.model}", picture)
     console.print(f"-> {output}")
     return made.as_dict() | {"plan": str(output)}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from apportion.records.cost import Cost
+from apportion.records.files import write_text
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 
@@ -92,6 +96,19 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
         share = f" {sum(own[expert] for expert in marked) / total:.0%}" if plan else ""
         table.add_row(f"{block.layer} ", cells, share)
     return table
+
+
+def draw(table: Table, title: str, path: Path) -> None:
+    """Write a table as an SVG picture.
+
+    Args:
+        table: What to draw.
+        title: The picture's heading.
+        path: The file.
+    """
+    console = Console(record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80)
+    console.print(table)
+    write_text(path, console.export_svg(title=title))
 
 
 def readable_bytes(count: float) -> str:

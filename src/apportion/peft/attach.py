@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
 from apportion.records.plan import Plan
 from apportion.records.site import Layout
+from peft import PeftModel, get_peft_model
 
 
 @dataclass(frozen=True)

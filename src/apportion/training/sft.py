@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -30,6 +29,7 @@ from apportion.peft.attach import apply
 from apportion.records.files import require_empty, seal, write_text
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings
+from peft import PeftModel
 
 RUN_FILE = "run.json"
 RESULT_FILE = "training.json"

@@ -1,0 +1,48 @@
+"""Every command and every Python block of README and docs runs, in order, in one folder a page."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from apportion.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```" in page.read_text()]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for language, text in BLOCK.findall(page.read_text()):
+        if language == "bash":
+            for line in text.strip().splitlines():
+                _run_line(line.partition("#")[0].strip())
+        elif language == "python":
+            exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+        else:
+            assert language in ("json", "text"), f"nothing runs {language} blocks"
+
+
+def _run_line(line: str) -> None:
+    command, *arguments = shlex.split(line)
+    if command == "make":
+        targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(argument for argument in arguments if "=" not in argument) <= set(targets), line
+        return
+    assert command == "apportion", line
+    if arguments[0] == "demo":  # runs for minutes: its own tests run it with hardly any training
+        return
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, f"{line}\n{done.output}"
+
+
+def test_the_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    for command in ("profile", "plan", "cost", "train", "eval", "merge", "methods", "demo"):
+        assert f"apportion {command}" in text, command
