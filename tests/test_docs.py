@@ -33,7 +33,7 @@ def _run_line(line: str) -> None:
     command, *arguments = shlex.split(line)
     if command == "make":
         targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(argument for argument in arguments if "=" not in argument) <= set(targets), line
+        assert {argument for argument in arguments if "=" not in argument} <= set(targets), line
         return
     assert command == "apportion", line
     if arguments[0] == "demo":  # runs for minutes: its own tests run it with hardly any training

@@ -166,7 +166,8 @@ def test_train_refuses_a_folder_in_use_and_resumes(run: Run, adapter: Path) -> N
     refused = run(*command)
     assert refused.exit_code == 2
     assert "already has something in it" in refused.stderr
-    assert run(*command, "--resume").exit_code == 0
+    resumed = run(*command, "--resume", "--json")
+    assert json.loads(resumed.stdout)["steps"] == 3
     other = run(*command, "--resume", "--seed", 5)
     assert other.exit_code == 2
     assert "cannot be resumed" in other.stderr

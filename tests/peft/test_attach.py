@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,7 +16,6 @@ import apportion
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
-from peft import PeftModel
 from tiny_models import build_dense, build_tiny
 
 ProfileOf = Callable[[nn.Module], Profile]

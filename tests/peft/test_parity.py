@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import apportion
 from apportion.adapters.experts import ExpertLora
 from apportion.profiling.run import profile as measure
-from peft import LoraConfig, get_peft_model
 from tiny_models import build_tiny
 
 RANK, ALPHA = 4, 12.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert kept is not None
     assert all(bool(torch.isfinite(t).all()) for t in load_file(kept / "adapter_model.safetensors").values())
     assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    finished: tuple[Path, Any], embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "training.json"):
+        (tmp_path / "run" / name).unlink()  # as if it had been killed after the last step
+    again = _train(embedded_model, plan, tmp_path / "run", resume=True)
+    assert (again.steps, again.loss, again.tokens) == (12, finished[1].loss, finished[1].tokens)
+    assert _equal(finished[0], tmp_path / "run")
 
 
 def test_the_configuration_is_given_back(finished: tuple[Path, Any], embedded_model: tuple[Any, Any]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
 from apportion.records.plan import Plan
 from apportion.records.site import Layout
-from peft import PeftModel, get_peft_model
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -29,7 +39,6 @@ from apportion.peft.attach import apply
 from apportion.records.files import require_empty, seal, write_text
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings
-from peft import PeftModel
 
 RUN_FILE = "run.json"
 RESULT_FILE = "training.json"
@@ -45,7 +54,7 @@ class TrainResult:
     Args:
         model: The trained model.
         steps: Optimizer steps done.
-        loss: Mean training loss since the run began or went on.
+        loss: Mean training loss over the run.
         tokens: Tokens trained on, over all steps.
         seconds: Wall time of this sitting's steps.
         tokens_per_s: Tokens of this sitting over its time.
@@ -117,7 +126,7 @@ def train(
     write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
 
     interrupt = _StopOnInterrupt()
-    with _config_restored(peft_model), _quiet_tokenizer(tokenizer), _deterministic():
+    with _config_restored(peft_model), _quiet(tokenizer), _deterministic():
         trainer = _Trainer(
             model=peft_model,
             args=_arguments(folder / CHECKPOINTS, settings, progress=progress),
@@ -125,15 +134,20 @@ def train(
             processing_class=tokenizer,
             callbacks=[interrupt],
         )
+        trainer.remove_callback(PrinterCallback)  # these two write the logs to standard output
+        trainer.remove_callback(ProgressCallback)
+        if progress:
+            trainer.add_callback(_Bar())
+        start = time.perf_counter()
         with interrupt.listening():
-            start = time.perf_counter()
-            output_ = trainer.train(resume_from_checkpoint=str(last) if last else None)
-            seconds = time.perf_counter() - start
+            trainer.go_on_from(last)
+        seconds = time.perf_counter() - start
     tokens = int(trainer.state.num_input_tokens_seen)
+    losses = [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
     result = TrainResult(
         model=peft_model,
         steps=trainer.state.global_step,
-        loss=float(output_.training_loss),
+        loss=sum(entry["loss"] for entry in losses) / len(losses),
         tokens=tokens,
         seconds=seconds,
         tokens_per_s=(tokens - trainer.tokens_before) / seconds,
@@ -142,7 +156,6 @@ def train(
     )
     if not interrupt.asked:
         save_adapter(peft_model, folder)
-        losses = [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
         write_text(folder / RESULT_FILE, json.dumps({**result.as_dict(), "loss_curve": losses}, indent=1) + "\n")
     return result
 
@@ -166,12 +179,25 @@ class _Trainer(SFTTrainer):
     """TRL's trainer, stopped by the first loss that is not a number, before it reaches the weights."""
 
     tokens_before = 0
-    first_step: int | None = None
+
+    def go_on_from(self, checkpoint: Path | None) -> None:
+        """Train to the end: from the beginning, from a checkpoint, or not at all where that was the last one.
+
+        transformers does one step too many when it resumes a run that had reached its end.
+        """
+        if checkpoint is None:
+            self.train()
+            return
+        before = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.tokens_before = int(before.num_input_tokens_seen)
+        if before.global_step < before.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
+            self.state = before
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one step and look at its loss."""
-        if self.state.global_step == self._resumed_at():
-            self.tokens_before = self.tokens_before or int(self.state.num_input_tokens_seen)
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
             last = last_checkpoint(Path(self.args.output_dir))
@@ -182,11 +208,15 @@ class _Trainer(SFTTrainer):
             )
         return loss
 
-    def _resumed_at(self) -> int:
-        """Give the step at which this sitting began."""
-        if self.first_step is None:
-            self.first_step = int(self.state.global_step)
-        return self.first_step
+
+class _Bar(ProgressCallback):
+    """One bar on standard error with the newest figures beside it; transformers' own prints them on standard output."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the newest figures."""
+        logs = kwargs.get("logs", {})
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"], lr=logs["learning_rate"])
 
 
 class _StopOnInterrupt(TrainerCallback):
@@ -295,7 +325,7 @@ def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTC
         bf16=settings.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
-        logging_steps=10,
+        logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -336,15 +366,19 @@ def _deterministic() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Give the tokenizer its padding side back, keep its threads out of forks, and hide the data's bars."""
+def _quiet(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Give the tokenizer its padding side back, keep its threads out of forks, and hide the data's own bars."""
     side = tokenizer.padding_side
     before = os.environ.get("TOKENIZERS_PARALLELISM")
+    hidden = datasets.are_progress_bars_disabled()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         tokenizer.padding_side = side
+        if not hidden:
+            datasets.enable_progress_bars()
         if before is None:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
