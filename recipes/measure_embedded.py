@@ -36,6 +36,7 @@ FOLDER = Path(apportion.__file__).parent / "assets" / "embedded"
 QUARTER = 4  # of 16 experts
 PROMPTS = 200  # held-out prompts a task
 HELD_OUT = 500  # items a score
+STEPS = 150  # of fine-tuning, at the demonstration's batch size, learning rate and rank
 
 
 def measure_routing(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -77,11 +78,11 @@ def measure_headroom(model: Any, tokenizer: Any, settings: DemoSettings) -> dict
     found = {}
     for task, source in settings.tasks.items():
         held_out = read_rows(source, num_rows=HELD_OUT, split="test")
-        rows = read_rows(source, num_rows=settings.steps * settings.batch_size)
+        rows = read_rows(source, num_rows=STEPS * settings.batch_size)
         encoded = [encode(row, tokenizer) for row in rows[:64]]
         profile = apportion.profile(model, batches(encoded, tokenizer.pad_token_id, 32))
         plan = apportion.plan(profile, "lora", rank=settings.rank)
-        told = TrainSettings(steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr, save_every=10**6)
+        told = TrainSettings(steps=STEPS, batch_size=settings.batch_size, lr=settings.lr, save_every=10**6)
         before = evaluate(model, tokenizer, held_out, batch_size=50)
         with tempfile.TemporaryDirectory() as folder:
             result = train(copy.deepcopy(model), tokenizer, plan, rows, Path(folder) / "run", told, progress=False)
@@ -94,7 +95,7 @@ def measure_headroom(model: Any, tokenizer: Any, settings: DemoSettings) -> dict
             "exact_match_after_lora": after.exact_match,
             "loss_before": round(before.loss, 4),
             "loss_after_lora": round(after.loss, 4),
-            "steps": settings.steps,
+            "steps": STEPS,
             "batch_size": settings.batch_size,
             "lr": settings.lr,
             "rank": settings.rank,
@@ -123,8 +124,8 @@ def card(facts: dict[str, Any], found: dict[str, Any]) -> str:
         f"| parameters | {facts['parameters']:,}, bfloat16, {size / 1e6:.1f} MB |",
         f"| tokenizer | byte-level BPE of {config['vocab_size']:,} tokens, trained on the same text; every digit is one |",
         f"| data | {facts['documents']:,} documents of {len(facts['mixture'])} reasoning-gym tasks, training splits only |",
-        f"| training | {facts['steps']:,} steps, {facts['tokens']:,} tokens, loss {facts['loss']['first']} at first, "
-        f"{facts['loss']['loss']} at last (prompt and answer tokens) |",
+        f"| training | {facts['steps']:,} steps, {facts['tokens']:,} tokens, loss {facts['loss']['first']:.2f} at first, "
+        f"{facts['loss']['loss']:.2f} at last (prompt and answer tokens) |",
         f"| seed | {facts['seed']} |",
         f"| wall time | {facts['wall_time_s'] / 60:.0f} minutes on two CPU cores that other work shared |",
         f"| command | `{facts['command']}` |",

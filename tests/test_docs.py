@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from apportion.cli.main import app
+from apportion.demo import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```" in page.read_text()]
@@ -40,6 +42,12 @@ def _run_line(line: str) -> None:
         return
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, f"{line}\n{done.output}"
+
+
+def test_the_readme_reports_what_the_demonstration_found() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())
+    for page in ("README.md", "docs/results/demo.md"):
+        assert markdown_table(results) in (ROOT / page).read_text(), page
 
 
 def test_the_readme_names_every_command() -> None:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from apportion.errors import MissingDependencyError, ModelLoadError
 
 EMBEDDED = "embedded"
+_ASSETS = Path(str(files("apportion"))) / "assets"
+_CONFIGS = _ASSETS / "configs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,12 +77,21 @@ def config_source(name: str | os.PathLike[str]) -> str:
     """Tell where transformers finds the configuration of a model.
 
     Args:
-        name: ``embedded``, a hub id, a folder, or a ``config.json``.
+        name: ``embedded``, one of `known_configurations`, a hub id, a folder, or a ``config.json``.
 
     Returns:
         A path or a hub id.
     """
-    return str(_embedded_folder()) if os.fspath(name) == EMBEDDED else os.fspath(name)
+    text = os.fspath(name)
+    if text == EMBEDDED:
+        return str(_embedded_folder())
+    shipped = _CONFIGS / f"{text}.json"
+    return str(shipped) if text in known_configurations() else text
+
+
+def known_configurations() -> list[str]:
+    """List the models whose configuration ships with the package, by the names that `config_source` takes."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.json"))
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
@@ -97,7 +108,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 def _embedded_folder() -> Path:
     """Find the embedded model among the package's files."""
-    return Path(str(files("apportion") / "assets" / EMBEDDED))
+    return _ASSETS / EMBEDDED
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

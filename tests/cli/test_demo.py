@@ -10,7 +10,7 @@ from rich.console import Console
 
 from apportion import demo
 from apportion.cli.demo import comparison_table, run
-from apportion.demo import METHODS, DemoSettings, run_demo
+from apportion.demo import METHODS, DemoSettings, markdown_table, run_demo
 from apportion.errors import OutputExistsError
 from apportion.records.plan import load_plan
 
@@ -33,6 +33,7 @@ def test_every_method_is_scored_on_every_task(folder: Path) -> None:
         assert r["unrelated_after"]["loss"] > 0
         assert load_plan(folder / r["task"] / r["method"] / "plan.json").cost.as_dict() == r["cost"]
         assert (folder / r["task"] / r["method"] / "adapter" / "adapter_config.json").is_file()
+    assert (folder / "results.md").read_text() == markdown_table(results)
     budgets = {
         r["cost"]["trainable_parameters"] for r in results["runs"] if r["method"] in ("hellora", "random", "cold")
     }
@@ -56,9 +57,9 @@ def test_the_tables_show_every_run(folder: Path, monkeypatch: pytest.MonkeyPatch
     result = run(console, output=folder, quick=True)
     text = console.export_text()
     assert len(result["runs"]) == 10
-    for word in (*METHODS, *TINY.tasks, "●", "exact match", "unrelated loss"):
+    for word in (*METHODS, *TINY.tasks, "●", "match", "unrelated"):
         assert word in text
-    assert comparison_table(run_demo(folder, TINY)).row_count == 10
+    assert comparison_table(run_demo(folder, TINY)).row_count == 12
 
 
 def test_another_demonstration_is_not_overwritten(folder: Path) -> None:

@@ -21,6 +21,7 @@ _ROUTING = {
     "none": "no routed experts",
 }
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+_CELLS_A_LINE = 64
 _COLD_RGB, _HOT_RGB = (28, 40, 72), (255, 176, 64)
 
 
@@ -81,18 +82,22 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
     """
     counts = profile.counts[task] if task else profile.total_counts()
     planned: Mapping[str, list[int]] = plan.experts_by_layer() if plan else {}
-    title = f"routed tokens by layer and expert{f', {task}' if task else ''}" + ("; planned experts: ●" if plan else "")
+    title = f"routed tokens{f', {task}' if task else ''}" + ("; planned experts: ●" if plan else "")
     table = Table(title=title, title_justify="left", box=None, padding=0)
     table.add_column("layer ", justify="right")
-    table.add_column("expert 0 ...")
-    table.add_column(" planned" if plan else "", justify="right")
+    table.add_column("experts, from 0", no_wrap=True)
+    table.add_column("  planned take" if plan else "", justify="right")
     for block, row in zip(profile.layout.blocks, counts.tolist(), strict=True):
         own = row[: block.num_experts]
         total, hottest = max(sum(own), 1), max(*own, 1)
         marked = planned.get(block.name, [])
+        wide = len(own) <= _CELLS_A_LINE // 2
         cells = Text()
         for expert, count in enumerate(own):
-            cells.append("● " if expert in marked else "  ", style=f"bold white on {_colour(count / hottest)}")
+            mark = ("●" if expert in marked else " ") + (" " if wide else "")
+            cells.append(mark, style=f"bold white on {_colour(count / hottest)}")
+            if (expert + 1) % _CELLS_A_LINE == 0 and expert + 1 < len(own):
+                cells.append("\n")
         share = f" {sum(own[expert] for expert in marked) / total:.0%}" if plan else ""
         table.add_row(f"{block.layer} ", cells, share)
     return table

@@ -31,12 +31,21 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        use_default_mode(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def use_default_mode(path: Path) -> None:
+    """Give a file the permissions that a newly made one has; temporary files and safetensors are for the owner alone.
+
+    Args:
+        path: The file.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -36,7 +36,7 @@ from apportion.data.batches import encode
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError, TrainingError
 from apportion.peft.attach import apply
-from apportion.records.files import require_empty, seal, write_text
+from apportion.records.files import require_empty, seal, use_default_mode, write_text
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings
 
@@ -172,7 +172,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".adapter.", dir=target) as temporary:
         model.save_pretrained(temporary)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            shutil.move(os.path.join(temporary, name), target / name)
+            use_default_mode(Path(temporary, name))
+            shutil.move(Path(temporary, name), target / name)
 
 
 class _Trainer(SFTTrainer):

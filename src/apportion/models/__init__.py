@@ -1,0 +1,5 @@
+"""Architectures that transformers lacks; importing this package makes `AutoModelForCausalLM` know them."""
+
+from apportion.models.deepseek import register
+
+register()
