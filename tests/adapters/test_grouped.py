@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apportion.adapters.grouped import grouped_linear, grouped_low_rank, grouped_product
+from apportion.adapters.grouped import grouped_linear, grouped_low_rank, grouped_product, reorder_rows
 
 SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
@@ -33,6 +33,20 @@ def test_grouped_low_rank_is_a_loop(groups: list[tuple[int, int]]) -> None:
     parts = zip(x.split(list(sizes)), a.split(list(ranks)), b.split(list(ranks)), strict=True)
     expected = torch.cat([part_x @ (part_a.t() @ part_b) for part_x, part_a, part_b in parts])
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+@given(num_rows=st.integers(0, 6), copies=st.integers(1, 3))
+def test_reordering_is_indexing(num_rows: int, copies: int) -> None:
+    order = torch.randperm(num_rows * copies)
+    found_x = torch.randn(num_rows, 4, requires_grad=True)
+    expected_x = found_x.detach().clone().requires_grad_()
+    found = reorder_rows(found_x, order, order.argsort(), copies)
+    expected = expected_x[order // copies]
+    direction = torch.randn_like(expected)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    assert torch.equal(found, expected)
+    assert torch.allclose(found_x.grad, expected_x.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from apportion.adapters.grouped import grouped_linear, grouped_low_rank
+from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
@@ -116,8 +116,8 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         num_tokens, top_k = ids_TK.shape
         ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
         sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
-        # A row a slot first: then no index comes twice, and the backward pass adds up in a fixed order.
-        x_SD = hidden_TD.unsqueeze(1).expand(-1, top_k, -1).reshape(len(order_S), -1)[order_S]
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        x_SD = reorder_rows(hidden_TD, order_S, place_S, copies=top_k)
 
         if base.has_gate:
             inner = self._base_product("gate_up_proj", x_SD, ids_S, sizes_E)
@@ -130,9 +130,8 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         if base.has_post_expert_norm:
             out_SD = base.post_expert_norm(out_SD)
 
-        out_SD = out_SD * weights_TK.reshape(-1)[order_S].unsqueeze(-1)
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        summed: Tensor = out_SD[place_S].view(num_tokens, top_k, -1).sum(1)
+        out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
+        summed: Tensor = out_SD.view(num_tokens, top_k, -1).sum(1)
         return summed.to(hidden_TD.dtype)
 
     def _base_product(self, name: str, x_SI: Tensor, ids_S: Tensor, sizes_E: Tensor) -> Tensor:
@@ -166,7 +165,7 @@ class ExpertLora(nn.Module, BaseTunerLayer):
             spans = [(ends[e - 1] if e else 0, ends[e]) for e in factors.experts]
             rows = torch.cat([torch.arange(start, end, device=x_SI.device) for start, end in spans])
             a_RI, b_RO = self.lora_A[adapter][name], self.lora_B[adapter][name]
-            x = self.lora_dropout[adapter](x_SI[rows].to(a_RI.dtype))
+            x = self.lora_dropout[adapter](x_SI.index_select(0, rows).to(a_RI.dtype))
             scaled = a_RI * self._scales(factors, a_RI)
             delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, [end - start for start, end in spans])
             out_SO = out_SO.index_add(0, rows, delta.to(out_SO.dtype))

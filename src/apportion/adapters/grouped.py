@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,42 @@ def grouped_low_rank(x_SI: Tensor, a_RI: Tensor, b_RO: Tensor, ranks: Sequence[i
     )
     parts = [functional.linear(functional.linear(x, a), b.t()) for x, a, b in groups if len(x)]
     return torch.cat(parts) if parts else x_SI.new_zeros(0, b_RO.shape[1])
+
+
+def reorder_rows(x_NI: Tensor, order_S: Tensor, place_S: Tensor, copies: int = 1) -> Tensor:
+    """Take rows in another order, each of them `copies` times; the backward pass is a gather too.
+
+    Indexing would scatter gradients row by row, slowly and, where rows come twice, in no fixed order.
+
+    Args:
+        x_NI: Rows, shape (N, I).
+        order_S: A permutation of N times `copies` slots, `copies` slots a row, int64, shape (S,).
+        place_S: The inverse permutation, shape (S,).
+        copies: How often each row is taken.
+
+    Returns:
+        Shape (S, I).
+    """
+    rows: Tensor = _ReorderRows.apply(x_NI, order_S, place_S, copies)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _ReorderRows(torch.autograd.Function):
+    """A gather whose gradient is the gather by the inverse permutation, summed over a row's copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, order_S: Tensor, place_S: Tensor, copies: int) -> Tensor:
+        """Gather."""
+        ctx.save_for_backward(place_S)
+        ctx.copies = copies
+        return x_NI.index_select(0, order_S if copies == 1 else order_S // copies)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Gather back and sum."""
+        (place_S,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, place_S)
+        return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1), None, None, None
 
 
 def _is_aligned(*tensors: Tensor) -> bool:

@@ -118,7 +118,7 @@ class DeepseekExperts(nn.Module):
             Shape (T, D).
         """
         out_TD = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             rows, slots = torch.where(top_k_index == expert)
             gate, up = nn.functional.linear(hidden_states[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
             down = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
@@ -149,13 +149,14 @@ class DeepseekMoE(nn.Module):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, ids_TK = self.gate(hidden_TD)
         routed: Tensor = self.experts(hidden_TD, ids_TK, weights_TK)
-        return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+        shared: Tensor = self.shared_experts(hidden_states)
+        return routed.view_as(hidden_states) + shared
 
 
 class DeepseekModel(LlamaModel):
     """The decoder without its head."""
 
-    config: DeepseekConfig
+    config_class = DeepseekConfig
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
@@ -168,7 +169,6 @@ class DeepseekModel(LlamaModel):
 class DeepseekForCausalLM(LlamaForCausalLM):
     """The decoder with its language-model head."""
 
-    config: DeepseekConfig
     config_class = DeepseekConfig
     _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer"]
 
