@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor, nn
-from transformers import AutoConfig, OlmoeConfig, PreTrainedConfig
+from transformers import OlmoeConfig, PreTrainedConfig
 
 import apportion
+from apportion.accounting import layout_of
 from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.loading import config_source, known_configurations
 from tiny_models import build_tiny
+
+PUBLISHED = [
+    ("olmoe-1b-7b", "lora", {}, 311_459_840),
+    ("olmoe-1b-7b", "hellora", {"hot": 4}, 28_344_320),
+    ("olmoe-1b-7b", "hellora", {"hot": 8}, 47_218_688),
+    ("olmoe-1b-7b", "hellora", {"hot": 16}, 84_967_424),
+    ("mixtral-8x7b", "lora", {}, 484_450_304),
+    ("mixtral-8x7b", "hellora", {"hot": 2}, 144_711_680),
+    ("deepseek-moe-16b", "lora", {"targets": "attention,experts,shared,dense"}, 601_843_712),
+    ("deepseek-moe-16b", "hellora", {"hot": 6, "targets": "attention,experts,shared,dense"}, 82_282_496),
+    ("deepseek-moe-16b", "hellora", {"hot": 12, "targets": "attention,experts,shared,dense"}, 136_030_208),
+]
+BASE_PARAMETERS = {
+    "deepseek-moe-16b": 16_375_728_128,
+    "deepseek-v2-lite": 15_706_484_224,
+    "gpt-oss-20b": 20_914_757_184,
+    "mixtral-8x22b": 140_620_634_112,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmoe-1b-7b": 6_919_161_856,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+
+
+@pytest.mark.parametrize(("name", "method", "options", "trainable"), PUBLISHED)
+def test_published_figures(name: str, method: str, options: dict[str, Any], trainable: int) -> None:
+    assert apportion.cost(config_source(name), method, rank=32, **options).trainable_parameters == trainable
+
+
+@pytest.mark.parametrize("name", known_configurations())
+def test_shipped_configurations_are_the_published_models(name: str) -> None:
+    layout = layout_of(config_source(name))
+    if name == "deepseek-v3":  # 671 billion without the head for predicting further tokens
+        assert layout.base_parameters // 10**9 == 671
+    else:
+        assert layout.base_parameters == BASE_PARAMETERS[name]
+    assert all(block.top_k for block in layout.blocks)
+
 
 OLMOE_1B_7B = {"intermediate_size": 1024}  # the rest is the configuration class's default
 
 
-def test_published_figures_of_olmoe() -> None:
-    config = OlmoeConfig(**OLMOE_1B_7B)
-    lora = apportion.cost(config, "lora", rank=32)
-    assert lora.base_parameters == 6_919_161_856
-    assert lora.trainable_parameters == 311_459_840
-    hot = {k: apportion.cost(config, "hellora", hot=k, rank=32) for k in (4, 8, 16)}
-    assert {k: cost.trainable_parameters for k, cost in hot.items()} == {4: 28_344_320, 8: 47_218_688, 16: 84_967_424}
-    assert hot[8].lora_count_ratio == pytest.approx(0.1516, abs=5e-5)
-    assert hot[8].lora_percentage_ratio == pytest.approx(0.157, abs=5e-4)
-    assert hot[8].routing == "even"
-
-
-def test_published_figures_of_mixtral() -> None:
-    config = AutoConfig.for_model("mixtral")
-    assert apportion.cost(config, "lora", rank=32).trainable_parameters == 484_450_304
-    assert apportion.cost(config, "hellora", hot=2, rank=32).trainable_parameters == 144_711_680
+def test_published_ratios_of_olmoe() -> None:
+    cost = apportion.cost(OlmoeConfig(**OLMOE_1B_7B), "hellora", hot=8, rank=32)
+    assert cost.lora_count_ratio == pytest.approx(0.1516, abs=5e-5)
+    assert cost.lora_percentage_ratio == pytest.approx(0.157, abs=5e-4)
+    assert cost.routing == "even"
 
 
 @pytest.mark.parametrize("method", ["lora", "attention", "hellora", "random", "cold"])

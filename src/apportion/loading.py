@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import apportion.models  # noqa: F401 - registers the architectures that transformers lacks
 from apportion.errors import MissingDependencyError, ModelLoadError
 
 EMBEDDED = "embedded"

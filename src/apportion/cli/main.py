@@ -26,6 +26,10 @@ app = typer.Typer(
 
 MODEL_HELP = "embedded, a hub id, a folder, or a .gguf file."
 DATA_HELP = "A .jsonl, .json, .csv or .parquet file, a hub data set (id:config:split), or task:NAME[:train|:test]."
+CONFIG_HELP = (
+    "embedded, a hub id, a folder, a config.json, or a model that apportion knows by name: deepseek-moe-16b, "
+    "deepseek-v2-lite, deepseek-v3, gpt-oss-20b, mixtral-8x22b, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b. No weights are read."
+)
 METHODS_PANEL = "Method options"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 MethodName = Annotated[str, typer.Option("--method", help="How sites are chosen; `apportion methods` lists all.")]
@@ -124,7 +128,7 @@ def plan(
 
 @app.command()
 def cost(
-    model: Annotated[str, typer.Argument(help="embedded, a hub id, a folder or a config.json: no weights are read.")],
+    model: Annotated[str, typer.Argument(help=CONFIG_HELP)],
     method: MethodName = "hellora",
     rank: Rank = 32,
     profile: Annotated[Path | None, typer.Option(help="A profile, for the true shares of tokens.")] = None,

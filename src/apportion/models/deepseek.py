@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations import use_experts_implementation
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
 
 # Shapes: T tokens, K experts a token, E experts, D model width, F expert width.
 
@@ -173,8 +173,10 @@ class DeepseekForCausalLM(LlamaForCausalLM):
     _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer"]
 
     def __init__(self, config: DeepseekConfig) -> None:
-        super().__init__(config)
+        LlamaPreTrainedModel.__init__(self, config)  # Llama's own would build its dense decoder first
         self.model = DeepseekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
