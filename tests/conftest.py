@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from apportion.loading import embedded
 from apportion.profiling.run import profile as measure
 from apportion.records.profile import Profile
 from tiny_models import TINY, build_tiny
+
+settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -125,6 +125,14 @@ def test_json_is_all_there_is(run: Run, profile: Path) -> None:
     assert json.loads(done.stdout)["hellora"]["options"]["hot"] == 8
 
 
+def test_cost_knows_models_targets_layers_and_ranks(run: Run) -> None:
+    done = run("cost", "olmoe-1b-7b", "--method", "hellora", "--hot", 8, "--rank", 32, "--json")
+    assert json.loads(done.stdout)["trainable_parameters"] == 47_218_688
+    command = ["cost", "olmoe-1b-7b", "--method", "lora", "--targets", "attention.q,router", "--layers", "4-15"]
+    done = run(*command, "--rank", 32, "--rank-router", 8, "--json")
+    assert json.loads(done.stdout)["trainable_parameters"] == 12 * (32 * (2048 + 2048) + 8 * (2048 + 64))
+
+
 def test_cost_uses_a_profile(run: Run, profile: Path) -> None:
     even = json.loads(run("cost", "embedded", "--hot", 4, "--rank", 8, "--json").stdout)
     true = json.loads(run("cost", "embedded", "--hot", 4, "--rank", 8, "--profile", profile, "--json").stdout)

@@ -92,6 +92,21 @@ def test_targets_narrow_the_choice(layout: Layout) -> None:
     assert {placement.site.rpartition(".")[2] for placement in plan.placements} == {"q_proj", "down_proj"}
 
 
+def test_layers_narrow_the_choice(layout: Layout) -> None:
+    plan = apportion.plan(_profile(layout, COUNTS), "hellora", hot=2, rank=4, layers="1")
+    assert list(plan.experts_by_layer()) == ["model.layers.1.mlp.experts"]
+    assert all(".layers.1." in placement.site for placement in plan.placements)
+    whole = apportion.plan(_profile(layout, COUNTS), "hellora", hot=2, rank=4, layers="0-1")
+    assert whole.placements == apportion.plan(_profile(layout, COUNTS), "hellora", hot=2, rank=4).placements
+
+
+def test_kinds_have_ranks_of_their_own(layout: Layout) -> None:
+    ranks = {"router": 2, "experts": 8}
+    plan = apportion.plan(_profile(layout, COUNTS), "hellora", hot=2, rank=4, alpha=4, ranks=ranks)
+    found = {site.kind: (p.rank, p.alpha) for p in plan.placements for site in [layout.by_name[p.site]]}
+    assert found == {"attention": (4, 4.0), "router": (2, 2.0), "experts": (8, 8.0)}
+
+
 def test_costs_are_sums_over_sites(layout: Layout) -> None:
     profile = _profile(layout, COUNTS)
     cost = apportion.plan(profile, "hellora", hot=2, rank=4).cost
@@ -187,6 +202,12 @@ def test_hot_is_read_in_three_forms() -> None:
         ({"targets": "experts.sideways"}, "nothing for the target 'experts.sideways'"),
         ({"targets": "attention"}, "leave out the routed experts"),
         ({"targets": ""}, "no targets"),
+        ({"layers": "0-2"}, "layer 2, which this model lacks"),
+        ({"layers": "1-0"}, "not understood"),
+        ({"layers": "all"}, "not understood"),
+        ({"ranks": {"routers": 2}}, "no kind 'routers'"),
+        ({"ranks": {"router": 0}}, "not a rank"),
+        ({"ranks": {"shared": 2}}, "no shared is adapted"),
         ({"rank": 0}, "not a rank"),
         ({"rank": 17}, "rank 17 is above"),
         ({"alpha": 0}, "gives no scale"),

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import apportion
-import apportion.models  # noqa: F401 - registers the architecture
+import apportion.models
 
 CONFIG = {
     "architectures": ["DeepseekForCausalLM"],

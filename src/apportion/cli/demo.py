@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +45,14 @@ def comparison_table(result: DemoResult) -> Table:
         "of LoRA: share of its trainable parameters; FLOPs: of the adapters, a token; match: exact match on held-out "
         "rows; unrelated: loss on another task, before and after, as a measure of forgetting"
     )
-    table = Table(title="five placements, same data, steps and seed", title_justify="left", caption=caption)
+    table = Table(
+        title="five placements, same data, steps and seed",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in ("task", "method"):
         table.add_column(name, no_wrap=True)
     for name in ("trainable", "of LoRA", "FLOPs", "tokens/s", "match", "unrelated"):

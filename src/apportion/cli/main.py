@@ -28,7 +28,8 @@ MODEL_HELP = "embedded, a hub id, a folder, or a .gguf file."
 DATA_HELP = "A .jsonl, .json, .csv or .parquet file, a hub data set (id:config:split), or task:NAME[:train|:test]."
 CONFIG_HELP = (
     "embedded, a hub id, a folder, a config.json, or a model that apportion knows by name: deepseek-moe-16b, "
-    "deepseek-v2-lite, deepseek-v3, gpt-oss-20b, mixtral-8x22b, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b. No weights are read."
+    "deepseek-v2-lite, deepseek-v3, gpt-oss-20b, mixtral-8x22b, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b. "
+    "No weights are read."
 )
 METHODS_PANEL = "Method options"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
@@ -52,6 +53,19 @@ Targets = Annotated[
         "experts.down, separated by commas.",
         show_default="all",
         rich_help_panel=METHODS_PANEL,
+    ),
+]
+
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="Decoder layers that are adapted: 4-15 or 0,2,4-7.", show_default="all", rich_help_panel=METHODS_PANEL
+    ),
+]
+KindRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Rank of this kind; the scale alpha / rank stays.", show_default="--rank", rich_help_panel=METHODS_PANEL
     ),
 ]
 
@@ -115,11 +129,20 @@ def plan(
     hot: Hot = None,
     criterion: Criterion = None,
     targets: Targets = None,
+    layers: Layers = None,
+    rank_attention: KindRank = None,
+    rank_router: KindRank = None,
+    rank_experts: KindRank = None,
+    rank_shared: KindRank = None,
+    rank_dense: KindRank = None,
     picture: Annotated[Path | None, typer.Option(help="Draw layers by experts into this .svg file.")] = None,
     json_: Json = False,
 ) -> None:
     """Decide from a profile which sites get an adapter, and say what that costs."""
-    options = _given(hot=hot, criterion=criterion, targets=targets)
+    ranks = _given(
+        attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
+    )
+    options = _given(hot=hot, criterion=criterion, targets=targets, layers=layers, ranks=ranks or None)
     _run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
         picture=picture, as_json=json_,
@@ -135,10 +158,19 @@ def cost(
     hot: Hot = None,
     criterion: Criterion = None,
     targets: Targets = None,
+    layers: Layers = None,
+    rank_attention: KindRank = None,
+    rank_router: KindRank = None,
+    rank_experts: KindRank = None,
+    rank_shared: KindRank = None,
+    rank_dense: KindRank = None,
     json_: Json = False,
 ) -> None:
     """Count what a method would cost on a model, from its configuration alone."""
-    options = _given(hot=hot, criterion=criterion, targets=targets)
+    ranks = _given(
+        attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
+    )
+    options = _given(hot=hot, criterion=criterion, targets=targets, layers=layers, ranks=ranks or None)
     _run("cost", model=model, method=method, rank=rank, profile=profile, options=options, as_json=json_)
 
 

@@ -83,10 +83,10 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
     counts = profile.counts[task] if task else profile.total_counts()
     planned: Mapping[str, list[int]] = plan.experts_by_layer() if plan else {}
     title = f"routed tokens{f', {task}' if task else ''}" + ("; planned experts: ●" if plan else "")
-    table = Table(title=title, title_justify="left", box=None, padding=0)
-    table.add_column("layer ", justify="right")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right")
     table.add_column("experts, from 0", no_wrap=True)
-    table.add_column("  planned take" if plan else "", justify="right")
+    table.add_column("planned take" if plan else "", justify="right")
     for block, row in zip(profile.layout.blocks, counts.tolist(), strict=True):
         own = row[: block.num_experts]
         total, hottest = max(sum(own), 1), max(*own, 1)
@@ -98,8 +98,8 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
             cells.append(mark, style=f"bold white on {_colour(count / hottest)}")
             if (expert + 1) % _CELLS_A_LINE == 0 and expert + 1 < len(own):
                 cells.append("\n")
-        share = f" {sum(own[expert] for expert in marked) / total:.0%}" if plan else ""
-        table.add_row(f"{block.layer} ", cells, share)
+        share = f"{sum(own[expert] for expert in marked) / total:.0%}" if plan else ""
+        table.add_row(str(block.layer), cells, share)
     return table
 
 

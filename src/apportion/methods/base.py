@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from apportion.methods.targets import ALL_TARGETS, parse_targets
+from apportion.errors import ConfigurationError
+from apportion.methods.targets import ALL_TARGETS, parse_layers, parse_targets, select_sites
 from apportion.records.plan import Placement
 from apportion.records.profile import Profile
-from apportion.records.site import Site
+from apportion.records.site import KINDS, Layout, Site
 
 
 class MethodOptions(BaseModel):
@@ -20,16 +21,55 @@ class MethodOptions(BaseModel):
     Args:
         targets: What is adapted: kinds (``attention``, ``router``, ``experts``, ``shared``, ``dense``) or single
             projections (``experts.down``, ``attention.q``).
+        layers: Decoder layers that are adapted, such as ``4-15`` or ``0,2,4-7``; all where not given.
+        ranks: Ranks of single kinds, where they differ from the plan's; the scale alpha / rank stays the plan's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     targets: tuple[str, ...] = ALL_TARGETS
+    layers: str | None = None
+    ranks: dict[str, int] = {}
 
     @field_validator("targets", mode="before")
     @classmethod
     def _split_targets(cls, value: Any) -> Any:
         return parse_targets(value)
+
+    @field_validator("ranks")
+    @classmethod
+    def _know_kinds(cls, value: dict[str, int]) -> dict[str, int]:
+        for kind, rank in value.items():
+            if kind not in KINDS:
+                raise ConfigurationError(
+                    f"there is no kind {kind!r} to give a rank.\n  fix:  choose among {', '.join(KINDS)}"
+                )
+            if rank < 1:
+                raise ConfigurationError(
+                    f"rank={rank} of {kind} is not a rank.\n  fix:  give a whole number of at least 1"
+                )
+        return value
+
+    def select(self, layout: Layout) -> list[Site]:
+        """Give the sites that targets and layers leave, in the layout's order.
+
+        Args:
+            layout: The model's sites.
+
+        Returns:
+            The sites.
+
+        Raises:
+            ConfigurationError: the model has nothing for a target, a layer or a kind with a rank of its own.
+        """
+        sites = select_sites(layout, self.targets, parse_layers(self.layers, layout))
+        for kind in self.ranks:
+            if not any(site.kind == kind for site in sites):
+                raise ConfigurationError(
+                    f"a rank was given for {kind}, and no {kind} is adapted.\n"
+                    f"  model:  {layout.describe()}\n  fix:    leave the rank out, or add {kind} to the targets"
+                )
+        return sites
 
 
 @dataclass(frozen=True)
@@ -39,10 +79,15 @@ class AdapterSettings:
     rank: int
     alpha: float
     seed: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, sites: Iterable[Site]) -> list[Placement]:
-        """Place one plain LoRA of these settings on each site."""
-        return [Placement(site=site.name, rank=self.rank, alpha=self.alpha) for site in sites]
+        """Place one plain LoRA on each site, of its kind's rank, all at the same scale alpha / rank."""
+        placements = []
+        for site in sites:
+            rank = self.ranks.get(site.kind, self.rank)
+            placements.append(Placement(site=site.name, rank=rank, alpha=self.alpha * rank / self.rank))
+        return placements
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from apportion.errors import ConfigurationError, ProfileError
 from apportion.methods.base import MethodOptions
-from apportion.methods.targets import select_sites
 from apportion.records.profile import Profile
 from apportion.records.site import Site
 
@@ -185,10 +184,11 @@ def sites_with_experts(profile: Profile, options: HotOptions, chosen: list[list[
     Raises:
         ConfigurationError: the targets leave out the routed experts.
     """
-    sites = select_sites(profile.layout, options.targets)
+    sites = options.select(profile.layout)
     if not any(site.kind == "experts" for site in sites):
+        narrowed = f"targets {','.join(options.targets)}" + (f" and layers {options.layers}" if options.layers else "")
         raise ConfigurationError(
-            f"targets {','.join(options.targets)} leave out the routed experts, which this method chooses among.\n"
+            f"{narrowed} leave out the routed experts, which this method chooses among.\n"
             "  fix:  add experts to the targets, or use --method lora"
         )
     kept = {(block.layer, expert) for block, ids in zip(profile.layout.blocks, chosen, strict=True) for expert in ids}

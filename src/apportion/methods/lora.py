@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.methods.targets import select_sites
 from apportion.records.plan import Placement
 from apportion.records.profile import Profile
 
@@ -25,7 +24,7 @@ def place_lora(profile: Profile, options: MethodOptions, settings: AdapterSettin
     Source: LoRA, arXiv:2106.09685.
     Differs: nothing.
     """
-    return settings.at(select_sites(profile.layout, options.targets))
+    return settings.at(options.select(profile.layout))
 
 
 def place_attention(profile: Profile, options: MethodOptions, settings: AdapterSettings) -> list[Placement]:
@@ -45,7 +44,7 @@ def place_attention(profile: Profile, options: MethodOptions, settings: AdapterS
     Source: LoRA, arXiv:2106.09685, which adapts attention alone.
     Differs: all attention matrices, not the query's and the value's alone.
     """
-    return settings.at(site for site in select_sites(profile.layout, options.targets) if site.kind == "attention")
+    return settings.at(site for site in options.select(profile.layout) if site.kind == "attention")
 
 
 LORA = Method(

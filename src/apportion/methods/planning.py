@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from pydantic import ValidationError
 from apportion.errors import ConfigurationError, PlanError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
 from apportion.methods.registry import find_method
-from apportion.methods.targets import select_sites
 from apportion.records.cost import Cost, RoutingSource
 from apportion.records.plan import Placement, Plan, expand_braces, group_placements
 from apportion.records.profile import Profile
@@ -80,7 +80,8 @@ def build_plan(
     chosen = find_method(name)
     checked = _check_options(chosen, options)
     _check_settings(settings)
-    targeted = select_sites(profile.layout, checked.targets)
+    settings = replace(settings, ranks=checked.ranks)
+    targeted = checked.select(profile.layout)
     placements = _in_file_order(chosen.place(profile, checked, settings))
     if not placements:
         raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from apportion.errors import ConfigurationError
@@ -36,12 +37,46 @@ def parse_targets(value: Any) -> tuple[str, ...]:
     return targets
 
 
-def select_sites(layout: Layout, targets: tuple[str, ...]) -> list[Site]:
+def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
+    """Read decoder layers from a text.
+
+    Args:
+        value: Such as ``4-15`` or ``0,2,4-7``; None for all.
+        layout: The model's sites, for the layers that there are.
+
+    Returns:
+        The layers, or None for all.
+
+    Raises:
+        ConfigurationError: the text is no list of layers, or the model lacks one of them.
+    """
+    if value is None:
+        return None
+    layers: set[int] = set()
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ConfigurationError(
+                f"layers={value!r} is not understood.\n  fix:  give layers such as 4-15 or 0,2,4-7"
+            )
+        layers.update(range(first, last + 1))
+    known = {site.layer for site in layout.others} | {block.layer for block in layout.blocks}
+    if layers - known:
+        raise ConfigurationError(
+            f"layers={value!r} asks for layer {min(layers - known)}, which this model lacks.\n"
+            f"  found:  layers {min(known)} to {max(known)}"
+        )
+    return layers
+
+
+def select_sites(layout: Layout, targets: tuple[str, ...], layers: set[int] | None = None) -> list[Site]:
     """Give the sites that the targets name, in the layout's order.
 
     Args:
         layout: The model's sites.
         targets: As `parse_targets` returns them.
+        layers: As `parse_layers` returns them.
 
     Returns:
         The sites. With the default targets, kinds that the model lacks are left out.
@@ -49,14 +84,19 @@ def select_sites(layout: Layout, targets: tuple[str, ...]) -> list[Site]:
     Raises:
         ConfigurationError: the model has no site for a target that was asked for by name.
     """
-    chosen = [site for site in layout.sites() if site.kind in targets or f"{site.kind}.{site.projection}" in targets]
+    chosen = [
+        site
+        for site in layout.sites()
+        if (site.kind in targets or f"{site.kind}.{site.projection}" in targets)
+        and (layers is None or site.layer in layers)
+    ]
     if targets != ALL_TARGETS:
         have = {site.kind for site in chosen} | {f"{site.kind}.{site.projection}" for site in chosen}
         missing = [target for target in targets if target not in have]
         if missing:
             known = sorted({f"{site.kind}.{site.projection}" for site in layout.sites()})
             raise ConfigurationError(
-                f"this model has nothing for the target {missing[0]!r}.\n"
+                f"this model has nothing for the target {missing[0]!r}{' in these layers' if layers else ''}.\n"
                 f"  model:  {layout.describe()}\n  fix:    choose among {', '.join(known)}, or a whole kind"
             )
     return chosen
