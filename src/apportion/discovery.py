@@ -18,7 +18,10 @@ from apportion.errors import ConfigurationError
 from apportion.records.site import ExpertBlock, Kind, Layout, Projection, Site, Storage, fingerprint
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
-_ATTENTION_NAME = re.compile(r"attn|attention|mixer|mamba")
+_ATTENTION_NAME = re.compile(r"attn|attention|mamba")
+# Matrices whose adapter would never train: a sparse attention's indexer only picks positions, and Mamba's time step
+# projection is read past its module.
+_WITHOUT_GRADIENT = re.compile(r"\.indexer\.|\.mamba\.dt_proj$")
 _MLP_ROLES = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
     "w1": "gate", "w3": "up", "w2": "down",
@@ -203,7 +206,7 @@ def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: o
 def _other_sites(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...]) -> Iterator[Site]:
     """Go through all sites but the routed experts."""
     routers = {find_router(block.name, block.num_experts, modules): block for block in blocks}
-    parents = {block.name.rpartition(".")[0]: block for block in blocks}
+    moe_layers = {block.layer for block in blocks}
     inside_experts = tuple(block.name + "." for block in blocks)
     for path, module in modules.items():
         if path in routers:
@@ -211,26 +214,30 @@ def _other_sites(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...])
             continue
         if not isinstance(module, nn.Linear) or path.startswith(inside_experts) or not _LAYER_NUMBER.search(path):
             continue
+        if _WITHOUT_GRADIENT.search(path):
+            continue
         last = path.rpartition(".")[2]
-        kind = _kind(path, parents)
+        kind = _kind(path, moe_layers)
         if module.out_features > 1:  # a shared expert's own gate is a scalar, not a matrix
             yield _site(path, module, kind, _MLP_ROLES.get(last, last.removesuffix("_proj")))
 
 
-def _kind(path: str, moe_parents: dict[str, ExpertBlock]) -> Kind:
+def _kind(path: str, moe_layers: set[int]) -> Kind:
     """Tell attention from shared experts and dense MLPs."""
-    inside_layer = path[_LAYER_NUMBER.search(path).end() :]  # type: ignore[union-attr]
-    if _ATTENTION_NAME.search(inside_layer):
-        return "attention"
-    if any(path.startswith(parent + ".") for parent in moe_parents) and "shared" in inside_layer:
+    inside_layer = _LAYER_NUMBER.split(path, maxsplit=1)[-1]
+    if "shared" in inside_layer and _layer_of(path) in moe_layers:
         return "shared"
+    last = path.rpartition(".")[2]
+    if _ATTENTION_NAME.search(inside_layer) or ("mixer" in inside_layer and last not in _MLP_ROLES):
+        return "attention"
     return "dense"
 
 
 def _site(path: str, module: Any, kind: Kind, projection: str) -> Site:
     """Describe a module with a two-dimensional weight as a site."""
     out_features, in_features = (int(size) for size in module.weight.shape)
-    storage: Storage = "linear" if isinstance(module, nn.Linear) else "weight"
+    returns_logits = type(module) is nn.Linear or kind != "router"  # some routers subclass Linear and return a choice
+    storage: Storage = "linear" if isinstance(module, nn.Linear) and returns_logits else "weight"
     return Site(path, kind, _layer_of(path), projection, in_features, out_features, storage=storage)
 
 

@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from apportion.errors import ConfigurationError
 from apportion.records.plan import Placement, Plan
+from apportion.records.site import Storage
 
 PEFT_TYPE = "APPORTION"
 
@@ -31,7 +32,8 @@ class ApportionConfig(LoraConfig):
         """Set the type, and refuse LoRA variants that would be attached to some of the planned sites alone."""
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.planned_modules: dict[str, list[Placement]] = {}  # filled when the adapter is attached; not saved
+        self.planned_modules: dict[str, list[Placement]] = {}  # these two are filled when the adapter is attached
+        self.storage: dict[str, Storage] = {}
         for name in (
             "use_dora",
             "use_rslora",

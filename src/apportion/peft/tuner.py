@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from apportion.adapters.experts import ExpertFactors, ExpertLora
 from apportion.adapters.weight import WeightLora
+from apportion.discovery import find_sites
+from apportion.errors import PlanMismatchError
 from apportion.peft.config import ApportionConfig
 from apportion.records.plan import Placement, Plan
+from apportion.records.site import Layout
 
 _EXPERT_SITE = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
@@ -38,7 +41,11 @@ class ApportionModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: ApportionConfig, model_config: dict[str, Any]) -> ApportionConfig:
         """Read the plan once; `target_modules`, which PEFT may shorten to patterns, is for readers alone."""
-        peft_config.planned_modules = planned_modules(peft_config.read_plan(), self.model)
+        layout = find_sites(self.model)
+        peft_config.planned_modules = planned_modules(peft_config.read_plan(), layout)
+        peft_config.storage = {
+            path: layout.by_name[placements[0].site].storage for path, placements in peft_config.planned_modules.items()
+        }
         peft_config.target_modules = set(peft_config.planned_modules)
         return peft_config
 
@@ -56,13 +63,14 @@ class ApportionModel(LoraModel):
         """Attach what is planned for one module."""
         placements = lora_config.planned_modules[current_key]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, nn.Linear):
+        storage = lora_config.storage[current_key]
+        if storage == "linear":
             config = copy.copy(lora_config)
             (placement,) = placements
             config.r, config.lora_alpha = placement.rank, placement.alpha
             super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
             return
-        kind = ExpertLora if hasattr(base, "down_proj") else WeightLora
+        kind = ExpertLora if storage == "fused" else WeightLora
         module = target if isinstance(target, kind) else kind(base)
         if isinstance(module, ExpertLora):
             module.add_adapter(adapter_name, _factors(placements), lora_config.lora_dropout)
@@ -117,22 +125,29 @@ class ApportionModel(LoraModel):
         return rest | stacked
 
 
-def planned_modules(plan: Plan, model: nn.Module) -> dict[str, list[Placement]]:
+def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
     """Gather a plan's placements by the module that holds the site.
 
     Args:
         plan: The plan.
-        model: The transformers model.
+        layout: The model's sites.
 
     Returns:
         Placements by module path: one for a linear layer or a router, many for stacked experts.
+
+    Raises:
+        PlanMismatchError: the model lacks a planned site.
     """
-    paths = {path.replace(".base_layer", "") for path, _ in model.named_modules()}
     modules: dict[str, list[Placement]] = defaultdict(list)
     for placement in plan.placements:
-        match = _EXPERT_SITE.fullmatch(placement.site)
-        stacked = match is not None and placement.site not in paths
-        modules[match[1] if stacked else placement.site].append(placement)  # type: ignore[index]
+        site = layout.by_name.get(placement.site)
+        if site is None:
+            raise PlanMismatchError(
+                f"the adapter stands on {placement.site}, which this model lacks.\n"
+                f"  model:    {layout.describe()}\n  adapter:  made for {plan.model}"
+            )
+        fused = site.storage == "fused"
+        modules[site.name.rsplit(".", 2)[0] if fused else site.name].append(placement)
     return dict(modules)
 
 
