@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
+from apportion.adapters.wrapped import WrappedModule
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
@@ -36,7 +36,7 @@ class ExpertFactors:
     scales: tuple[float, ...]
 
 
-class ExpertLora(nn.Module, BaseTunerLayer):
+class ExpertLora(WrappedModule):
     """An experts module of transformers, with LoRA on the planned experts' projections.
 
     Factors are stored stacked: ``lora_A[adapter][projection]`` has shape (R, I) and ``lora_B[adapter][projection]``
@@ -46,31 +46,13 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         base_layer: A module marked by transformers' `use_experts_implementation`.
     """
 
-    adapter_layer_names = ("lora_A", "lora_B")
     other_param_names = ("lora_dropout", "factors")
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
     lora_dropout: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
+        super().__init__(base_layer)
         self.lora_dropout = nn.ModuleDict()
         self.factors: dict[str, dict[str, ExpertFactors]] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        """Give the wrapped module's attribute where this module has none."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def add_adapter(self, adapter_name: str, factors: Mapping[str, ExpertFactors], dropout: float = 0.0) -> None:
         """Add zero-initialised factors under a new name.
@@ -102,13 +84,11 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         Returns:
             Shape (T, D).
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or not active:
-            output: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
-            return output
-        return self._adapted(hidden_states, top_k_index, top_k_weights, active)
+        active = self.adapters_to_run()
+        if active:
+            return self._adapted(hidden_states, top_k_index, top_k_weights, active)
+        output: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
+        return output
 
     def _adapted(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active: list[str]) -> Tensor:
         """Sort the routed rows by expert, run base and adapters on them, and put the sums back in the tokens' order."""
@@ -201,36 +181,15 @@ class ExpertLora(nn.Module, BaseTunerLayer):
         parts = zip(a_RI.split(list(factors.ranks)), b_RO.split(list(factors.ranks)), factors.scales, strict=True)
         return torch.stack([(b.t() @ a) * scale for a, b, scale in parts])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the base weights.
-
-        Args:
-            safe_merge: Leave the weights as they are where an adapter is not finite.
-            adapter_names: The adapters; the active ones where not given.
-
-        Raises:
-            ValueError: `safe_merge`, and an adapter holds NaN or infinity.
-        """
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.lora_A:
-                continue
-            if safe_merge and not all(
-                bool(torch.isfinite(self.delta(adapter, n)).all()) for n in self.factors[adapter]
-            ):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-            self._add_to_weights(adapter, 1.0)
-            self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        """Take merged adapters out of the base weights again."""
-        while self.merged_adapters:
-            self._add_to_weights(self.merged_adapters.pop(), -1.0)
+    def is_finite(self, adapter_name: str) -> bool:
+        """Tell whether all that an adapter would add to the weights is finite."""
+        return all(bool(torch.isfinite(self.delta(adapter_name, name)).all()) for name in self.factors[adapter_name])
 
     @torch.no_grad()
-    def _add_to_weights(self, adapter: str, sign: float) -> None:
+    def add_to_weights(self, adapter_name: str, sign: float) -> None:
         """Add an adapter's deltas, times the sign, to the stacked weights."""
-        for name, factors in self.factors[adapter].items():
-            for expert, delta_OI in zip(factors.experts, self.delta(adapter, name), strict=True):
+        for name, factors in self.factors[adapter_name].items():
+            for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
                 target = self._weight_of(name, expert)
                 target += sign * delta_OI.to(target.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 RoutingSource = Literal["profile", "even", "none"]
@@ -102,7 +102,3 @@ class Cost:
     def __str__(self) -> str:
         """Say the headline figure."""
         return f"{self.trainable_parameters:,} trainable parameters"
-
-    def with_routing(self, routing: RoutingSource) -> Cost:
-        """Give the same cost under another account of where its shares come from."""
-        return replace(self, routing=routing)

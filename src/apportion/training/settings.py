@@ -7,8 +7,6 @@ from typing import Any
 
 from apportion.errors import ConfigurationError
 
-ROW_ORDER = "shuffled by the seed"
-
 
 @dataclass(frozen=True)
 class TrainSettings:

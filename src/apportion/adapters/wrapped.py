@@ -1,0 +1,82 @@
+"""What all layers here share: a wrapped module, adapters by name, and merging them into its weights and out again."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+
+class WrappedModule(nn.Module, BaseTunerLayer):
+    """A module with adapters; it answers for the wrapped one's attributes.
+
+    Args:
+        base_layer: The module that is adapted.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B")
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Give the wrapped module's attribute where this module has none."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def adapters_to_run(self) -> list[str]:
+        """Name the adapters that the forward pass adds: none where they are disabled or merged.
+
+        Returns:
+            Active adapters that this module has. Disabling takes merged ones out of the weights first.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        return [] if self.merged else [name for name in self.active_adapters if name in self.lora_A]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weights.
+
+        Args:
+            safe_merge: Leave the weights as they are where an adapter is not finite.
+            adapter_names: The adapters; the active ones where not given.
+
+        Raises:
+            ValueError: `safe_merge`, and an adapter holds NaN or infinity.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.lora_A:
+                continue
+            if safe_merge and not self.is_finite(adapter):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            self.add_to_weights(adapter, 1.0)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the base weights again."""
+        while self.merged_adapters:
+            self.add_to_weights(self.merged_adapters.pop(), -1.0)
+
+    @abstractmethod
+    def is_finite(self, adapter_name: str) -> bool:
+        """Tell whether all that an adapter would add to the weights is finite."""
+
+    @abstractmethod
+    def add_to_weights(self, adapter_name: str, sign: float) -> None:
+        """Add an adapter's deltas, times the sign, to the base weights."""
