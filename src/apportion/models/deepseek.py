@@ -153,7 +153,16 @@ class DeepseekMoE(nn.Module):
         return routed.view_as(hidden_states) + shared
 
 
-class DeepseekModel(LlamaModel):
+class _WithExperts:
+    """Says that the experts' backend can be chosen; transformers remembers Llama's answer for its subclasses."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Answer for these classes."""
+        return True
+
+
+class DeepseekModel(_WithExperts, LlamaModel):
     """The decoder without its head."""
 
     config_class = DeepseekConfig
@@ -166,7 +175,7 @@ class DeepseekModel(LlamaModel):
         self.post_init()
 
 
-class DeepseekForCausalLM(LlamaForCausalLM):
+class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):
     """The decoder with its language-model head."""
 
     config_class = DeepseekConfig
