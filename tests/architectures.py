@@ -119,6 +119,8 @@ def page() -> str:
         "| --- | --- |",
         *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_TESTED.items())),
         "",
+        "Experts that transformers does not mark (Llama 4, DBRX, JetMoE) are refused by name.",
+        "",
     ]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
@@ -80,6 +81,20 @@ def test_dense_models_have_no_experts() -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no place for an adapter"):
         find_sites(nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "experts"),
+    [("llama4_text", "Llama4TextExperts"), ("dbrx", "DbrxExpertGLU"), ("jetmoe", "JetMoeParallelExperts")],
+)
+def test_experts_in_another_form_are_refused_by_name(model_type: str, experts: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    if model_type == "dbrx":
+        config.attn_config.rope_theta = 10000.0  # its default configuration lacks it
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigurationError, match=f"not supported yet.*\n.*{experts}"):
+        find_sites(model)
 
 
 def test_layouts_survive_json(any_model: nn.Module) -> None:

@@ -73,7 +73,8 @@ def find_sites(model: nn.Module) -> Layout:
         The sites, and a fingerprint of the architecture.
 
     Raises:
-        ConfigurationError: the model has no numbered decoder layers with linear layers in them.
+        ConfigurationError: the model has no numbered decoder layers with linear layers in them, or its experts are
+            stored in a form that is not supported.
 
     Cost: one walk over the modules; no weight is read.
     """
@@ -85,6 +86,7 @@ def find_sites(model: nn.Module) -> Layout:
         for name, parameter in module.named_parameters(recurse=False)
     }
     blocks = tuple(block for path, module in modules.items() if (block := _expert_block(path, module, modules, config)))
+    _refuse_unknown_experts(modules, blocks)
     others = tuple(_other_sites(modules, blocks))
     model_class = type(base_model(model)).__name__
     if not others and not blocks:
@@ -177,6 +179,20 @@ def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config:
     return ExpertBlock(
         path, _layer_of(path), num_experts, _top_k(path, num_experts, modules, config), projections, storage
     )
+
+
+def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...]) -> None:
+    """Name experts that were not recognised: leaving them out would be silent."""
+    known = tuple(block.name for block in blocks)
+    for path, module in modules.items():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        class_name = type(module).__name__
+        if own and "Expert" in class_name and "Router" not in class_name and not path.startswith(known or "\0"):
+            raise ConfigurationError(
+                f"the experts of this model are stored in a form that is not supported yet.\n"
+                f"  place:  {path} ({class_name})\n"
+                "  fix:    use PEFT's own LoRA on attention, or a model whose experts transformers marks"
+            )
 
 
 def _fused_projections(module: Any) -> tuple[Projection, ...]:
