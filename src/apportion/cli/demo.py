@@ -51,6 +51,7 @@ def comparison_table(result: DemoResult) -> Table:
         caption=caption,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     for name in ("task", "method"):
