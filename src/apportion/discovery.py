@@ -187,9 +187,9 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertB
     for path, module in modules.items():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
         class_name = type(module).__name__
-        if own and "Expert" in class_name and "Router" not in class_name and not path.startswith(known or "\0"):
+        if own and "Expert" in class_name and "Router" not in class_name and not path.startswith(known):
             raise ConfigurationError(
-                f"the experts of this model are stored in a form that is not supported yet.\n"
+                "the experts of this model are stored in a form that is not supported yet.\n"
                 f"  place:  {path} ({class_name})\n"
                 "  fix:    use PEFT's own LoRA on attention, or a model whose experts transformers marks"
             )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from apportion.data.batches import batches, encode, pad, prompt_ids
 from apportion.data.sources import Row
 from apportion.errors import DataError
+from apportion.profiling.routing import evaluation_mode
 
 _SHOW_AFTER_S = 2.0
 
@@ -116,7 +116,11 @@ def completion_loss(
     encoded = [encode(row, tokenizer, max_length) for row in rows]
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with _evaluating(model), tqdm(total=len(rows), desc="loss", disable=not progress, delay=_SHOW_AFTER_S) as bar:
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        tqdm(total=len(rows), desc="loss", disable=not progress, delay=_SHOW_AFTER_S) as bar,
+    ):
         for batch in batches(encoded, _pad_id(tokenizer), batch_size):
             labels = batch.pop("labels")[:, 1:].to(device)
             logits = model(**{name: value.to(device) for name, value in batch.items()}).logits[:, :-1]
@@ -160,7 +164,11 @@ def exact_matches(
     )
     order = sorted(range(len(rows)), key=lambda number: len(prompts[number]))
     matches = [False] * len(rows)
-    with _evaluating(model), tqdm(total=len(rows), desc="answers", disable=not progress, delay=_SHOW_AFTER_S) as bar:
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        tqdm(total=len(rows), desc="answers", disable=not progress, delay=_SHOW_AFTER_S) as bar,
+    ):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             batch = pad([prompts[number] for number in part], _pad_id(tokenizer), left=True)
@@ -171,18 +179,6 @@ def exact_matches(
                 matches[number] = text.split() == str(rows[number]["answer"]).split()
             bar.update(len(part))
     return matches
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without gradients in evaluation mode, and go back to the mode before."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -106,7 +106,9 @@ def profile(
     samples: Annotated[int, typer.Option(min=1, help="Rows read of each data set.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that are kept.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
-    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Measure gradients too.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure gradients too (not available in this version).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
     json_: Json = False,

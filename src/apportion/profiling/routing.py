@@ -71,7 +71,7 @@ def count_routing(model: nn.Module, layout: Layout, batches: Iterable[Batch]) ->
     device = next(base_model(model).parameters()).device
     mask = _Mask()
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluation_mode(model))
         for row, block in enumerate(layout.blocks):
             seen_at = block.name if block.storage == "fused" else routers[block.name]
             if seen_at is None:
@@ -113,8 +113,15 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device, mask: _Mask) 
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode and give each its own mode back."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and give each its own mode back, also after an error.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        Nothing.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -291,11 +291,11 @@ def _identity(plan: Plan, rows: Sequence[Row], settings: TrainSettings) -> dict[
 def _open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
     """Check the output folder, and find the checkpoint to go on from."""
     if not resume:
-        require_empty(folder).mkdir(parents=True, exist_ok=True)
+        require_empty(folder)
         return None
     run_file = folder / RUN_FILE
     if not run_file.is_file():
-        require_empty(folder).mkdir(parents=True, exist_ok=True)
+        require_empty(folder)
         return None
     before = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
     changed = [name for name, value in identity.items() if before.get(name) != value]
