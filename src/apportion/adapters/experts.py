@@ -7,7 +7,7 @@ of their own. The merged weight is never built, and no gradient of a frozen weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,59 @@ class ExpertFactors:
     experts: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+
+
+AfterProduct = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+
+
+def run_experts(base: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, after: AfterProduct) -> Tensor:
+    """Run stacked experts on rows sorted by expert, with a look at every product.
+
+    Args:
+        base: A module marked by transformers' `use_experts_implementation`.
+        hidden_TD: Shape (T, D).
+        ids_TK: Expert ids, shape (T, K).
+        weights_TK: Routing weights, shape (T, K).
+        after: Called with each stacked parameter's name, its input and output rows and the rows of each expert; what it
+            returns takes the output's place.
+
+    Returns:
+        Shape (T, D), in the tokens' order.
+    """
+    num_tokens, top_k = ids_TK.shape
+    ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
+    sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
+    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    x_SD = reorder_rows(hidden_TD, order_S, place_S, copies=top_k)
+
+    def product(name: str, x_SI: Tensor) -> Tensor:
+        out = grouped_linear(x_SI, getattr(base, name), sizes_E, transposed=base.is_transposed)
+        out = out + getattr(base, f"{name}_bias")[ids_S] if base.has_bias else out
+        return after(name, x_SI, out, sizes_E)
+
+    inner = base._apply_gate(product("gate_up_proj", x_SD)) if base.has_gate else base.act_fn(product("up_proj", x_SD))
+    out_SD = product("down_proj", inner)
+    if base.has_post_expert_norm:
+        out_SD = base.post_expert_norm(out_SD)
+    out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
+    summed: Tensor = out_SD.view(num_tokens, top_k, -1).sum(1)
+    return summed.to(hidden_TD.dtype)
+
+
+def split_gate_up(base: Any, fused_S2F: Tensor) -> tuple[Tensor, Tensor]:
+    """Split what belongs to ``gate_up_proj`` into gate and up: halves, or every other column.
+
+    Args:
+        base: The experts module, for its layout.
+        fused_S2F: Shape (S, 2F).
+
+    Returns:
+        Two views of shape (S, F).
+    """
+    if base.is_concatenated:
+        width = fused_S2F.shape[1] // 2
+        return fused_S2F[:, :width], fused_S2F[:, width:]
+    return fused_S2F[:, 0::2], fused_S2F[:, 1::2]
 
 
 class ExpertLora(WrappedModule):
@@ -84,53 +137,31 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (T, D).
         """
-        active = self.adapters_to_run()
-        if active:
-            return self._adapted(hidden_states, top_k_index, top_k_weights, active)
+        if self.adapters_to_run():
+            return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.after_product)
         output: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
         return output
 
-    def _adapted(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active: list[str]) -> Tensor:
-        """Sort the routed rows by expert, run base and adapters on them, and put the sums back in the tokens' order."""
-        base = self.base_layer
-        num_tokens, top_k = ids_TK.shape
-        ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-        sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        x_SD = reorder_rows(hidden_TD, order_S, place_S, copies=top_k)
+    def after_product(self, name: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+        """Add the active adapters to the output of one stacked base matrix; `run_experts` calls this.
 
-        if base.has_gate:
-            inner = self._base_product("gate_up_proj", x_SD, ids_S, sizes_E)
-            inner = base._apply_gate(self._add_entering(inner, x_SD, sizes_E, active))
-        else:
-            inner = self._base_product("up_proj", x_SD, ids_S, sizes_E)
-            inner = base.act_fn(self._add(inner, "up_proj", x_SD, sizes_E, active))
-        out_SD = self._base_product("down_proj", inner, ids_S, sizes_E)
-        out_SD = self._add(out_SD, "down_proj", inner, sizes_E, active)
-        if base.has_post_expert_norm:
-            out_SD = base.post_expert_norm(out_SD)
+        Args:
+            name: The parameter: ``gate_up_proj``, ``up_proj`` or ``down_proj``.
+            x_SI: The matrix's input, rows sorted by expert.
+            out_SO: Its output.
+            sizes_E: Rows of each expert.
 
-        out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
-        summed: Tensor = out_SD.view(num_tokens, top_k, -1).sum(1)
-        return summed.to(hidden_TD.dtype)
-
-    def _base_product(self, name: str, x_SI: Tensor, ids_S: Tensor, sizes_E: Tensor) -> Tensor:
-        """Run one stacked base matrix on the sorted rows."""
-        base = self.base_layer
-        out = grouped_linear(x_SI, getattr(base, name), sizes_E, transposed=base.is_transposed)
-        return out + getattr(base, f"{name}_bias")[ids_S] if base.has_bias else out
-
-    def _add_entering(self, inner_S2F: Tensor, x_SD: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
-        """Add the adapters of gate and up to their fused output."""
-        if not any(name in self.factors[adapter] for adapter in active for name in ("gate_proj", "up_proj")):
-            return inner_S2F
-        width = inner_S2F.shape[1] // 2
-        if self.base_layer.is_concatenated:
-            gate, up = inner_S2F[:, :width], inner_S2F[:, width:]
-        else:
-            gate, up = inner_S2F[:, 0::2], inner_S2F[:, 1::2]
-        gate = self._add(gate, "gate_proj", x_SD, sizes_E, active)
-        up = self._add(up, "up_proj", x_SD, sizes_E, active)
+        Returns:
+            Shape (S, O).
+        """
+        active = self.adapters_to_run()
+        if name != "gate_up_proj":
+            return self._add(out_SO, name, x_SI, sizes_E, active)
+        if not any(part in self.factors[adapter] for adapter in active for part in ("gate_proj", "up_proj")):
+            return out_SO
+        gate, up = split_gate_up(self.base_layer, out_SO)
+        gate = self._add(gate, "gate_proj", x_SI, sizes_E, active)
+        up = self._add(up, "up_proj", x_SI, sizes_E, active)
         if self.base_layer.is_concatenated:
             return torch.cat([gate, up], dim=1)
         return torch.stack([gate, up], dim=2).flatten(1)
