@@ -158,6 +158,7 @@ class ListedForCausalLM(PreTrainedModel):
     """Embeds, runs the layers, predicts."""
 
     config_class = ListedConfig
+    _input_embed_layer = "embed"
     supports_gradient_checkpointing = False
 
     def __init__(self, config: ListedConfig) -> None:

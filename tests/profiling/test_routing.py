@@ -10,9 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import apportion
-from apportion.discovery import find_sites
 from apportion.errors import DataError
-from apportion.profiling.routing import count_routing
 from tiny_models import build_dense, build_tiny
 
 
@@ -116,16 +114,17 @@ def test_nothing_to_profile_is_an_error(tiny_model: nn.Module, batches: list[dic
 def _process(rank: int, folder: str, tokens: Tensor) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = build_tiny("olmoe")
-    totals = count_routing(model, find_sites(model), [{"input_ids": tokens[rank * 3 : rank * 3 + 3]}])
-    torch.save({"counts": totals.counts, "tokens": totals.tokens}, f"{folder}/{rank}.pt")
+    own = tokens[rank * 3 : rank * 3 + 3]
+    apportion.profile(model, [{"input_ids": own, "labels": own}], sensitivity=True).save(f"{folder}/{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
 def test_processes_add_up(tokens: Tensor, tmp_path: Path) -> None:
     mp.spawn(_process, args=(str(tmp_path), tokens), nprocs=2)
     model = build_tiny("olmoe")
-    whole = count_routing(model, find_sites(model), [{"input_ids": tokens}])
+    whole = apportion.profile(model, [{"input_ids": tokens, "labels": tokens}], sensitivity=True)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(found["counts"], whole.counts)
-        assert found["tokens"] == whole.tokens
+        found = apportion.load_profile(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(found.total_counts(), whole.total_counts())
+        assert found.tokens == whole.tokens
+        assert found.sensitivity["default"] == pytest.approx(whole.sensitivity["default"], rel=1e-4)

@@ -89,6 +89,27 @@ def split_gate_up(base: Any, fused_S2F: Tensor) -> tuple[Tensor, Tensor]:
     return fused_S2F[:, 0::2], fused_S2F[:, 1::2]
 
 
+def expert_view(base: Any, stacked: Tensor, name: str, expert: int) -> Tensor:
+    """Give the view of one projection of one expert in a stacked tensor.
+
+    Args:
+        base: The experts module, for its layout.
+        stacked: The stacked parameter that holds the projection, or a tensor of its shape such as its gradient.
+        name: The projection (``gate_proj``, ``up_proj``, ``down_proj``).
+        expert: The expert's id.
+
+    Returns:
+        Shape (O, I).
+    """
+    stored = stacked[expert].t() if base.is_transposed else stacked[expert]
+    if name == "down_proj" or not base.has_gate:
+        return stored
+    half = stored.shape[0] // 2
+    if base.is_concatenated:
+        return stored[:half] if name == "gate_proj" else stored[half:]
+    return stored[0::2] if name == "gate_proj" else stored[1::2]
+
+
 class ExpertLora(WrappedModule):
     """An experts module of transformers, with LoRA on the planned experts' projections.
 
@@ -221,21 +242,9 @@ class ExpertLora(WrappedModule):
         """Add an adapter's deltas, times the sign, to the stacked weights."""
         for name, factors in self.factors[adapter_name].items():
             for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
-                target = self._weight_of(name, expert)
+                stored = name if name == "down_proj" or not self.base_layer.has_gate else "gate_up_proj"
+                target = expert_view(self.base_layer, getattr(self.base_layer, stored).data, name, expert)
                 target += sign * delta_OI.to(target.dtype)
-
-    def _weight_of(self, name: str, expert: int) -> Tensor:
-        """Give the view of one projection of one expert in the stacked weights, shape (O, I)."""
-        base = self.base_layer
-        if name == "down_proj" or not base.has_gate:
-            stored: Tensor = getattr(base, name).data[expert]
-            return stored.t() if base.is_transposed else stored
-        stored = base.gate_up_proj.data[expert]
-        stored_2FD = stored.t() if base.is_transposed else stored
-        half = stored_2FD.shape[0] // 2
-        if base.is_concatenated:
-            return stored_2FD[:half] if name == "gate_proj" else stored_2FD[half:]
-        return stored_2FD[0::2] if name == "gate_proj" else stored_2FD[1::2]
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""

@@ -2,90 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from apportion.discovery import base_model, find_router, walk_modules
 from apportion.errors import DataError, ProfileError
+from apportion.profiling.totals import TaskTotals
 from apportion.records.site import ExpertBlock, Layout
 
-# Shapes: T tokens, K experts a token, L layers, E experts of the widest layer.
+# Shapes: T tokens, K experts a token.
 
 Batch = Mapping[str, Any]
+Inputs = dict[str, Tensor]
 
 
-@dataclass
-class RoutingCounts:
-    """Running totals of one task.
-
-    Args:
-        counts: Selections, int64, shape (L, E).
-        mass: Summed routing weights, float64, shape (L, E).
-        tokens: Real tokens seen.
-        sequences: Sequences seen.
-    """
-
-    counts: Tensor
-    mass: Tensor
-    tokens: int = 0
-    sequences: int = 0
-
-    @classmethod
-    def zeros(cls, layout: Layout) -> RoutingCounts:
-        """Start at nothing, wide enough for the widest layer."""
-        shape = (len(layout.blocks), max((block.num_experts for block in layout.blocks), default=0))
-        return cls(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64))
+RunBatch = Callable[[Batch], None]
 
 
-def count_routing(model: nn.Module, layout: Layout, batches: Iterable[Batch]) -> RoutingCounts:
-    """Run a model over batches without gradients and count every selection of every expert.
+@contextmanager
+def routing_counter(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iterator[RunBatch]:
+    """Count routing alone: one forward pass a batch without gradients, and without the head where the model allows it.
 
     Padding is left out: only positions with ``attention_mask`` 1 count. The model's mode, its gradients' state and its
-    hooks are as before when this returns, also when it raises. With `torch.distributed` initialised, totals are summed
-    over all processes, so each process may bring its own share of the batches.
+    hooks are as before at the end, also after an error.
 
     Args:
         model: The model, with or without adapters.
         layout: Its sites.
-        batches: Dictionaries that the model accepts; ``labels`` are not used.
+        totals: What every batch is added to.
 
-    Returns:
-        The totals.
+    Yields:
+        A function that runs one batch forward.
 
     Raises:
-        DataError: a batch has no ``input_ids``, or there is no batch.
-        ProfileError: a layer's routing was not seen in the form expected.
-
-    Cost: one forward pass a batch, without the language-model head where the model allows it.
+        ProfileError: a layer's router cannot be found.
     """
-    totals = RoutingCounts.zeros(layout)
+    backbone = base_model(model)
+    backbone = getattr(backbone, "base_model", backbone)  # without the head, whose logits nobody reads
+    with evaluation_mode(model), counting_hooks(model, layout, totals) as take, torch.no_grad():
+        yield lambda batch: backbone(**without_labels(take(batch)), use_cache=False)
+
+
+@contextmanager
+def counting_hooks(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iterator[Callable[[Batch], Inputs]]:
+    """Count every selection of every forward pass while the block is open.
+
+    Args:
+        model: The model, with or without adapters.
+        layout: Its sites.
+        totals: What is added to.
+
+    Yields:
+        A function that takes a batch, to be called before the batch is run: it checks it, notes its padding and gives
+        its tensors on the model's device.
+
+    Raises:
+        ProfileError: a layer's router cannot be found.
+    """
     called = {path: module for path, module, _ in walk_modules(model)}
     own = {path: module for path, _, module in walk_modules(model)}
-    routers = {block.name: find_router(block.name, block.num_experts, own) for block in layout.blocks}
     device = next(base_model(model).parameters()).device
     mask = _Mask()
+
+    def take(batch: Batch) -> Inputs:
+        inputs = _inputs(batch, device)
+        mask.value = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        totals.tokens += int(mask.value.sum())
+        totals.sequences += int(mask.value.shape[0])
+        return inputs
+
     with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
         for row, block in enumerate(layout.blocks):
-            seen_at = block.name if block.storage == "fused" else routers[block.name]
+            router = find_router(block.name, block.num_experts, own)
+            seen_at = block.name if block.storage == "fused" else router
             if seen_at is None:
                 raise ProfileError(f"the router of {block.name} in {layout.model_class} cannot be found.")
             stack.enter_context(_counting(called[seen_at], block, totals, row, mask))
-        stack.enter_context(torch.no_grad())
-        for batch in batches:
-            _forward(model, batch, device, mask)
-            totals.tokens += int(mask.value.sum())
-            totals.sequences += int(mask.value.shape[0])
-    _sum_over_processes(totals, device)
-    if totals.tokens == 0:
-        raise DataError("there is nothing to profile: the data hold no token.\n  fix:  give at least one row of text")
-    return totals
+        yield take
 
 
 @dataclass
@@ -95,21 +93,23 @@ class _Mask:
     value: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def _forward(model: nn.Module, batch: Batch, device: torch.device, mask: _Mask) -> None:
-    """Run one batch; the hooks do the rest."""
+def without_labels(inputs: Inputs) -> Inputs:
+    """Leave out what only the loss reads."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def _inputs(batch: Batch, device: torch.device) -> Inputs:
+    """Check a batch and put its tensors on the model's device."""
     if "input_ids" not in batch:
         raise DataError(f"a batch has no input_ids.\n  found:  {', '.join(batch) or 'nothing'}")
-    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"}
-    attention = inputs.get("attention_mask")
-    mask.value = torch.ones_like(inputs["input_ids"]) if attention is None else attention
-    if mask.value.shape != inputs["input_ids"].shape:
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape != inputs["input_ids"].shape:
         raise DataError(
-            f"attention_mask has shape {tuple(mask.value.shape)}, input_ids {tuple(inputs['input_ids'].shape)}.\n"
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(inputs['input_ids'].shape)}.\n"
             "  fix:  give one mask value a token"
         )
-    backbone = base_model(model)
-    backbone = getattr(backbone, "base_model", backbone)  # without the head, whose logits nobody reads
-    backbone(**inputs, use_cache=False)
+    return inputs
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _counting(module: nn.Module, block: ExpertBlock, totals: RoutingCounts, row: int, mask: _Mask) -> Iterator[None]:
+def _counting(module: nn.Module, block: ExpertBlock, totals: TaskTotals, row: int, mask: _Mask) -> Iterator[None]:
     """Count one layer's selections, at its experts or at its router, while the block is open."""
 
     def add(ids_TK: Tensor, weights_TK: Tensor) -> None:
@@ -145,7 +145,7 @@ def _counting(module: nn.Module, block: ExpertBlock, totals: RoutingCounts, row:
                 f"  place:  {block.name}\n  fix:    profile with batches of one sequence, without padding"
             )
         ids = ids_TK[real_T].reshape(-1).cpu()
-        weights = weights_TK[real_T].reshape(-1).double().cpu()
+        weights = weights_TK.detach()[real_T].reshape(-1).double().cpu()
         width = totals.counts.shape[1]
         totals.counts[row] += torch.bincount(ids, minlength=width)[:width]
         totals.mass[row] += torch.bincount(ids, weights=weights, minlength=width)[:width]
@@ -183,17 +183,3 @@ def _selection(output: Any, block: ExpertBlock) -> tuple[Tensor, Tensor]:
         f"the router of {block.name} returns neither expert ids nor one logit an expert, so its choice cannot be "
         "counted.\n  fix:  use the architecture's own class in transformers"
     )
-
-
-def _sum_over_processes(totals: RoutingCounts, device: torch.device) -> None:
-    """Add up the totals of all processes, where there are several."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    target = device if dist.get_backend() == "nccl" else torch.device("cpu")
-    scalars = torch.tensor([totals.tokens, totals.sequences], dtype=torch.int64, device=target)
-    for name in ("counts", "mass"):
-        moved = getattr(totals, name).to(target)
-        dist.all_reduce(moved)
-        setattr(totals, name, moved.cpu())
-    dist.all_reduce(scalars)
-    totals.tokens, totals.sequences = (int(value) for value in scalars)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast, get_args
 
 import torch
 import transformers
 from torch import nn
 
 from apportion._version import __version__
-from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError, DataError
-from apportion.profiling.routing import Batch, count_routing
+from apportion.discovery import base_model, find_sites
+from apportion.errors import ConfigurationError, DataError, ProfileError
+from apportion.profiling.block_coordinate import block_coordinate_meter
+from apportion.profiling.routing import Batch, RunBatch, routing_counter
+from apportion.profiling.sensitivity import gradient_meter
+from apportion.profiling.totals import PartialFile, TaskTotals
+from apportion.records.files import seal
 from apportion.records.profile import Profile
+from apportion.records.site import Layout
+
+SensitivityProcedure = Literal["one-pass", "block-coordinate"]
+Meter = Callable[[nn.Module, Layout, TaskTotals], AbstractContextManager[RunBatch]]
+
+_METERS: dict[SensitivityProcedure | None, Meter] = {
+    None: routing_counter,
+    "one-pass": gradient_meter,
+    "block-coordinate": block_coordinate_meter,
+}
 
 
 def profile(
@@ -22,50 +38,73 @@ def profile(
     batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
     *,
     task: str = "default",
-    sensitivity: bool = False,
+    sensitivity: bool | SensitivityProcedure = False,
     provenance: dict[str, Any] | None = None,
+    partial: str | os.PathLike[str] | None = None,
 ) -> Profile:
-    """Measure where a model routes the tokens of the user's data.
+    """Measure where a model routes the tokens of the user's data and, if asked, which matrices its gradients need.
 
     Counts are taken where the experts are called, so they are right for every router: softmax, sigmoid with a
-    correction bias, group-limited. Nothing about the model is different afterwards.
+    correction bias, group-limited. The sensitivity of a site is the sum over samples of the squared Frobenius norm of
+    that sample's gradient, a sample's loss being the mean over its labelled tokens. Nothing about the model is
+    different afterwards. With `torch.distributed` initialised, totals are summed over all processes, so each process
+    may bring its own share of every task's batches.
 
     Args:
-        model: A Mixture-of-Experts model; dense models have no routing, but their sites are recorded all the same.
-        batches: Dictionaries that the model accepts (``input_ids``, ``attention_mask``), or one such iterable a task.
+        model: A Mixture-of-Experts model, or a dense one, which has no routing.
+        batches: Dictionaries that the model accepts (``input_ids``, ``attention_mask``; ``labels`` for sensitivity), or
+            one such iterable a task.
         task: The task's name where `batches` is a single iterable.
-        sensitivity: Not available in this version.
+        sensitivity: Measure gradients too: True or ``one-pass``, with frozen weights; ``block-coordinate`` as the
+            released code of LoRA-SMoE does, to compare.
         provenance: Facts to keep with the numbers, such as the data's name; versions are added.
+        partial: A file that keeps the totals while this runs. A call with the same model, tasks, batches and provenance
+            goes on from it after a crash; it is removed at the end.
 
     Returns:
         The profile, which a plan can be made from without the model.
 
     Raises:
-        ConfigurationError: `sensitivity` was asked for.
-        DataError: a task has no batch or no token.
+        ConfigurationError: `sensitivity` is no procedure.
+        DataError: a task has no batch or no token, or no label that sensitivity needs.
+        ProfileError: a task's loss is not finite, or its gradient is zero everywhere.
 
-    Cost: one forward pass over the data, without gradients.
+    Cost: one forward pass over the data; with sensitivity, one forward and one backward pass.
 
-    Source: HELLoRA, arXiv:2605.18795, expert selection by routing frequency.
+    Source: HELLoRA, arXiv:2605.18795, expert selection by routing frequency; LoRA-SMoE, arXiv:2505.06272, sensitivity.
     Differs: counts are taken forward-only on the frozen model (the paper counts in a short LoRA warm-up and reports
-        that a forward-only count gives nearly the same set).
+        that a forward-only count gives nearly the same set); sensitivities as `gradient_meter` says.
     """
-    if sensitivity:
-        raise ConfigurationError(
-            "gradient sensitivity is not available in this version.\n  fix:  leave out --sensitivity"
-        )
-    tasks = batches if isinstance(batches, Mapping) else {task: batches}
+    procedure = _procedure(sensitivity)
+    tasks = cast("Mapping[str, Iterable[Batch]]", batches if isinstance(batches, Mapping) else {task: batches})
     if not tasks:
         raise DataError("there is no task to profile.\n  fix:  give at least one data set")
     layout = find_sites(model)
-    measured = {name: count_routing(model, layout, cast("Iterable[Batch]", part)) for name, part in tasks.items()}
+    facts = {"tasks": list(tasks), "sensitivity": procedure, "provenance": provenance or {}}
+    file = PartialFile(
+        None if procedure == "block-coordinate" else partial, seal(facts | {"fingerprint": layout.fingerprint})
+    )
+    measured = file.read()
+    for name, part in tasks.items():
+        totals = measured.setdefault(name, TaskTotals.zeros(layout))
+        try:
+            _measure(model, layout, part, totals, procedure, lambda *, now=False: file.keep(lambda: measured, now=now))
+        except (DataError, ProfileError) as error:
+            raise type(error)(f"task {name!r}: {error}") from error
+    device = next(base_model(model).parameters()).device
+    for name, totals in measured.items():
+        totals.sum_over_processes(device)
+        _check(name, totals, sensitive=procedure is not None)
+    file.remove()
     return Profile(
         layout=layout,
         counts={name: totals.counts for name, totals in measured.items()},
         routing_mass={name: totals.mass for name, totals in measured.items()},
         tokens={name: totals.tokens for name, totals in measured.items()},
+        sensitivity={name: totals.sensitivity for name, totals in measured.items() if totals.sensitivity},
         provenance={
             "sequences": {name: totals.sequences for name, totals in measured.items()},
+            "sensitivity_procedure": procedure,
             "versions": {
                 "apportion": __version__,
                 "torch": torch.__version__,
@@ -75,3 +114,46 @@ def profile(
             **(provenance or {}),
         },
     )
+
+
+def _procedure(sensitivity: SensitivityProcedure | bool) -> SensitivityProcedure | None:  # noqa: FBT001
+    """Read which procedure is meant."""
+    if isinstance(sensitivity, bool):
+        return "one-pass" if sensitivity else None
+    if sensitivity not in get_args(SensitivityProcedure):
+        known = ", ".join(get_args(SensitivityProcedure))
+        raise ConfigurationError(f"there is no procedure {sensitivity!r}.\n  fix:  choose among {known}")
+    return sensitivity
+
+
+def _measure(
+    model: nn.Module,
+    layout: Layout,
+    batches: Iterable[Batch],
+    totals: TaskTotals,
+    procedure: SensitivityProcedure | None,
+    keep: Callable[..., None],
+) -> None:
+    """Run one task's batches, but for those that an earlier sitting has done."""
+    done = totals.batches
+    with _METERS[procedure](model, layout, totals) as run_batch:
+        for number, batch in enumerate(batches):
+            if number >= done:
+                run_batch(batch)
+                totals.batches += 1
+                keep()
+    keep(now=True)
+
+
+def _check(task: str, totals: TaskTotals, *, sensitive: bool) -> None:
+    """Refuse totals that nothing can be planned from."""
+    if totals.tokens == 0:
+        raise DataError(
+            f"there is nothing to profile: the data of task {task!r} hold no token.\n"
+            "  fix:  give at least one row of text"
+        )
+    if sensitive and not any(value > 0 for value in totals.sensitivity.values()):
+        raise ProfileError(
+            f"the gradient of task {task!r} is zero everywhere: its rows teach this model nothing.\n"
+            "  fix:  look at its completions, or leave the task out"
+        )

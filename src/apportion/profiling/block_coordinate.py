@@ -1,0 +1,119 @@
+"""The released way to measure sensitivity: one layer a step, on dense gradients, while the weights move."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.adapters.experts import expert_view
+from apportion.discovery import base_model, walk_modules
+from apportion.profiling.routing import Batch, RunBatch, counting_hooks, evaluation_mode
+from apportion.profiling.sensitivity import check_loss, frozen, rows_of, summed_sample_losses
+from apportion.profiling.totals import TaskTotals
+from apportion.records.site import ExpertBlock, Layout
+
+CLIP_NORM = 1.0
+LEARNING_RATE = 1e-5
+
+
+@contextmanager
+def block_coordinate_meter(
+    model: nn.Module, layout: Layout, totals: TaskTotals, *, lr: float = LEARNING_RATE
+) -> Iterator[RunBatch]:
+    """Measure squared gradient norms as the released code of LoRA-SMoE does, to compare with `gradient_meter`.
+
+    Every row is one step. Steps go through the layers, the last one first; a step unfreezes its layer's matrices, clips
+    their gradients to norm 1 together, adds up their squared norms, and moves them by one step of Adam. So layers see
+    different rows, and the model is another one at each. At the end every weight is what it was.
+
+    Args:
+        model: The model, without adapters.
+        layout: Its sites.
+        totals: What every row is added to.
+        lr: Learning rate of the step.
+
+    Yields:
+        A function that runs the rows of one batch one by one.
+
+    Cost: one forward and one backward pass a row, for one layer; a copy of every matrix that moved.
+
+    Source: LoRA-SMoE, arXiv:2505.06272, released code.
+    Differs: the learning rate is not published.
+    """
+    modules: dict[str, Any] = {path: own for path, _, own in walk_modules(model)}
+    layers = _parameters_by_layer(layout, modules)
+    order = sorted(layers, reverse=True)
+    originals: dict[nn.Parameter, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(frozen(model))
+        take = stack.enter_context(counting_hooks(model, layout, totals))
+        stack.callback(_restore, originals)
+
+        def run_batch(batch: Batch) -> None:
+            for row in rows_of(batch):
+                layer = order[totals.sequences % len(order)]
+                inputs = take(row)
+                parameters = list(layers[layer])
+                originals.update({p: p.detach().clone() for p in parameters if p not in originals})
+                for parameter in parameters:
+                    parameter.requires_grad = True
+                with torch.enable_grad():
+                    loss = summed_sample_losses(base_model(model), inputs)
+                check_loss(loss, totals.sequences)
+                torch.autograd.backward(loss)
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+                totals.add_sensitivity(_norms(layers[layer], modules))
+                torch.optim.Adam(parameters, lr=lr).step()
+                for parameter in parameters:
+                    parameter.grad = None
+                    parameter.requires_grad = False
+
+        yield run_batch
+
+
+def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, dict[nn.Parameter, str | ExpertBlock]]:
+    """Gather each layer's weights, each with the site or the block of experts that it belongs to."""
+    layers: dict[int, dict[nn.Parameter, str | ExpertBlock]] = defaultdict(dict)
+    for site in layout.sites():
+        if site.storage == "linear":
+            layers[site.layer][modules[site.name].weight] = site.name
+    for block in layout.blocks:
+        if block.storage == "fused":
+            base = modules[block.name]
+            for name in ("gate_up_proj" if base.has_gate else "up_proj", "down_proj"):
+                layers[block.layer][getattr(base, name)] = block
+    return dict(layers)
+
+
+def _norms(owners: dict[nn.Parameter, str | ExpertBlock], modules: dict[str, Any]) -> dict[str, float]:
+    """Read the squared norms off the dense gradients."""
+    norms: dict[str, float] = {}
+    for parameter, owner in owners.items():
+        if parameter.grad is None:
+            continue
+        if isinstance(owner, str):
+            norms[owner] = float(parameter.grad.float().square().sum())
+            continue
+        base = modules[owner.name]
+        for projection in owner.projections:
+            holder = "down_proj" if projection.suffix == "down_proj" else "gate_up_proj" if base.has_gate else "up_proj"
+            if getattr(base, holder) is parameter:
+                for expert in range(owner.num_experts):
+                    view = expert_view(base, parameter.grad, projection.suffix, expert)
+                    norms[owner.site(expert, projection).name] = float(view.float().square().sum())
+    return norms
+
+
+@torch.no_grad()
+def _restore(originals: dict[nn.Parameter, Tensor]) -> None:
+    """Put every weight back."""
+    for parameter, before in originals.items():
+        parameter.copy_(before)
+        parameter.grad = None
+        parameter.requires_grad = False

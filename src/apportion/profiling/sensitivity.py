@@ -1,0 +1,278 @@
+"""Gradient sensitivity of every weight matrix, from one forward and one backward pass a batch, with frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from apportion.adapters.experts import ExpertLora, run_experts, split_gate_up
+from apportion.discovery import base_model, walk_modules
+from apportion.errors import DataError, ProfileError
+from apportion.profiling.norms import Rows, expert_squared_norms
+from apportion.profiling.routing import Batch, Inputs, RunBatch, counting_hooks, evaluation_mode
+from apportion.profiling.totals import TaskTotals
+from apportion.records.site import Layout, Site
+
+# Shapes: N samples, P positions, T = N·P tokens, K experts a token, S = T·K routed rows sorted by expert.
+
+IGNORED = -100
+
+
+@contextmanager
+def gradient_meter(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iterator[RunBatch]:
+    """Measure routing and the squared gradient norm of every matrix, in one forward and one backward pass a batch.
+
+    Every sample's loss is the mean over its labelled tokens; a batch may hold several samples, whose norms are taken
+    apart. No weight gradient is formed: hooks keep a matrix's input until its output's gradient arrives. Routers whose
+    weight is not a linear layer's are left out. Parameters, modes and hooks are as before at the end.
+
+    Args:
+        model: The model, with or without adapters.
+        layout: Its sites.
+        totals: What every batch is added to.
+
+    Yields:
+        A function that runs one batch forward and backward.
+
+    Raises:
+        DataError: a batch has no labelled token.
+        ProfileError: the loss is not finite, or a matrix was not used in the form expected.
+
+    Cost: about two forward passes for the backward one, and P (in + out) more multiply-adds a token and matrix.
+
+    Source: LoRA-SMoE, arXiv:2505.06272, sensitivity; the Gram identity is elementary.
+    Differs: frozen weights, no clipping, and every layer sees every sample (see `block_coordinate_meter`).
+    """
+    meter = _Meter(layout)
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(frozen(model))
+        take = stack.enter_context(counting_hooks(model, layout, totals))
+        stack.enter_context(_meter_hooks(model, layout, meter))
+        one_by_one = any(block.storage == "linear" for block in layout.blocks)  # rows of listed experts are nameless
+
+        def run_batch(batch: Batch) -> None:
+            for part in rows_of(batch) if one_by_one else (batch,):
+                inputs = take(part)
+                meter.begin(inputs)
+                with torch.enable_grad():
+                    loss = summed_sample_losses(base_model(model), inputs)
+                    check_loss(loss, totals.sequences)
+                    torch.autograd.backward(loss)
+                totals.add_sensitivity(meter.end())
+
+        yield run_batch
+
+
+def summed_sample_losses(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Add up the samples' losses, each the mean over the sample's labelled tokens.
+
+    Args:
+        model: The model without adapters' wrapper.
+        inputs: A batch with ``labels`` (-100 where nothing is to be predicted).
+
+    Returns:
+        A scalar in float32.
+
+    Raises:
+        DataError: there is no labelled token.
+    """
+    if "labels" not in inputs:
+        raise DataError("a batch has no labels, and sensitivity needs a loss.\n  fix:  give labels, -100 where ignored")
+    targets_NP = inputs["labels"][:, 1:]
+    labelled_NP = targets_NP != IGNORED
+    if not bool(labelled_NP.any()):
+        raise DataError("a batch has no labelled token.\n  fix:  raise the length that rows are cut to")
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**unlabelled, use_cache=False).logits[:, :-1][labelled_NP]
+    losses = functional.cross_entropy(logits.float(), targets_NP[labelled_NP], reduction="none")
+    weights_N = 1.0 / labelled_NP.sum(1).clamp(min=1)
+    return (losses * weights_N[labelled_NP.nonzero()[:, 0]]).sum()
+
+
+def check_loss(loss: Tensor, sample: int) -> None:
+    """Refuse a loss that is not finite."""
+    if not bool(torch.isfinite(loss)):
+        raise ProfileError(
+            f"the loss is {float(loss.detach())} within the first {sample} samples, so no gradient can be measured.\n"
+            "  fix:  look for broken rows there, or load the model in float32 or bfloat16"
+        )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow from the embeddings' output through the model and into no parameter.
+
+    Args:
+        model: Any model with input embeddings.
+
+    Yields:
+        Nothing.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embeddings: Any = base_model(model)
+    handle = embeddings.get_input_embeddings().register_forward_hook(
+        lambda _module, _args, output: output.detach().requires_grad_()
+    )
+    try:
+        for parameter in trainable:
+            parameter.requires_grad = False
+        yield
+    finally:
+        handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad = True
+
+
+class _Meter:
+    """Collects the squared norms of the batch under way."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.zero = {site.name: 0.0 for site in layout.sites() if site.storage != "weight"}
+        self.wanted = {site.name for site in layout.others if site.storage == "linear"}
+        self.shape = (0, 0)
+        self.norms: dict[str, Tensor] = {}
+        self.used: set[str] = set()
+        self.latest: tuple[Tensor, Rows] | None = None
+
+    def begin(self, inputs: Inputs) -> None:
+        """Forget the last batch."""
+        num_samples, positions = inputs["input_ids"].shape
+        self.shape = (int(num_samples), int(positions))
+        self.norms, self.used, self.latest = {}, set(), None
+
+    def end(self) -> dict[str, float]:
+        """Give the batch's norms, and check that every matrix was used."""
+        unused = sorted(self.wanted - self.used)
+        if unused:
+            more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+            raise ProfileError(
+                f"the sensitivity of {unused[0]}{more} cannot be measured: the model did not call the layer.\n"
+                "  fix:  profile without sensitivity"
+            )
+        names = list(self.norms)
+        values = torch.stack(list(self.norms.values())).double().tolist() if names else []
+        return self.zero | dict(zip(names, values, strict=True))
+
+    def by_sample(self, rows: Tensor, name: str) -> Tensor:
+        """Put a layer's rows into the shape (N, P, width)."""
+        num_samples, positions = self.shape
+        if rows.numel() // rows.shape[-1] == num_samples * positions or num_samples == 1:
+            return rows.reshape(num_samples, -1, rows.shape[-1])
+        raise ProfileError(
+            f"{name} was given {rows.numel() // rows.shape[-1]} rows for {num_samples} x {positions} tokens, so its "
+            "samples cannot be told apart.\n  fix:  profile with batches of one row"
+        )
+
+    def rows(self, x: Tensor, name: str) -> Rows:
+        """Give a layer's input; layers that are called with the same tensor share one."""
+        if self.latest is None or self.latest[0] is not x:
+            self.latest = (x, Rows(self.by_sample(x.detach(), name)))
+        return self.latest[1]
+
+    def note(self, name: str) -> None:
+        """Remember that a site was used; twice in one pass would need the cross terms too."""
+        if name in self.used:
+            raise ProfileError(f"{name} is used more than once in a forward pass, so its gradient cannot be measured.")
+        self.used.add(name)
+
+
+@contextmanager
+def _meter_hooks(model: nn.Module, layout: Layout, meter: _Meter) -> Iterator[None]:
+    """Hook every linear site, and run stacked experts through code that shows their products."""
+    modules = {path: (called, own) for path, called, own in walk_modules(model)}
+    with ExitStack() as stack:
+        for site in layout.sites():
+            if site.storage == "linear":
+                handle = modules[site.name][1].register_forward_hook(_linear_hook(meter, site))
+                stack.callback(handle.remove)
+        for block in layout.blocks:
+            if block.storage == "fused":
+                called, own = modules[block.name]
+                stack.enter_context(_forward_replaced(called, _experts_forward(meter, block.name, called, own)))
+        yield
+
+
+def _linear_hook(meter: _Meter, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    """Keep a linear layer's input until the gradient of its output arrives."""
+
+    def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        meter.note(site.name)
+        if args[0].numel() == 0 or not output.requires_grad:
+            return
+        kept = [meter.rows(args[0], site.name)]
+
+        def on_gradient(grad: Tensor) -> None:
+            meter.norms[site.name] = kept.pop().squared_norms(meter.by_sample(grad, site.name)).sum()
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    return after
+
+
+def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> Callable[..., Tensor]:
+    """Make a forward for stacked experts that keeps every product's input until its output's gradient arrives."""
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        meter.note(path)
+        num_samples, positions = meter.shape
+        tokens = len(top_k_index)
+        if num_samples > 1 and tokens != num_samples * positions:
+            raise ProfileError(f"{path} was given {tokens} tokens.\n  fix:  profile with batches of one row")
+        order_S = top_k_index.reshape(-1).sort(stable=True).indices
+        samples_S = order_S // (top_k_index.shape[1] * tokens // num_samples)
+
+        def after(name: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+            kept = [x_SI.detach()]
+
+            def on_gradient(grad_SO: Tensor) -> None:
+                fused = name == "gate_up_proj"
+                grads = split_gate_up(own, grad_SO) if fused else (grad_SO,)
+                names = ("gate_proj", "up_proj") if fused else (name,)
+                norms = expert_squared_norms(kept.pop(), grads, samples_S, sizes_E.tolist())
+                for projection, by_expert in zip(names, norms, strict=True):
+                    for expert, norm in enumerate(by_expert):
+                        meter.norms[f"{path}.{expert}.{projection}"] = norm
+
+            if out_SO.requires_grad:
+                out_SO.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+            return called.after_product(name, x_SI, out_SO, sizes_E) if isinstance(called, ExpertLora) else out_SO
+
+        return run_experts(own, hidden_states, top_k_index, top_k_weights, after)
+
+    return forward
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Give a module another forward for a while, under accelerate's own hooks where it has some."""
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    before = vars(module).get(name)
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+def rows_of(batch: Batch) -> Iterator[dict[str, Any]]:
+    """Go through a batch's rows as batches of one, without their padding at the end.
+
+    Args:
+        batch: A batch.
+
+    Yields:
+        Batches of shape (1, P).
+    """
+    for row in range(len(batch["input_ids"])):
+        part = {name: value[row : row + 1] for name, value in batch.items() if isinstance(value, Tensor)}
+        length = int(part["attention_mask"].nonzero()[-1, 1]) + 1 if "attention_mask" in part else None
+        yield {name: value[:, :length] for name, value in part.items()}
