@@ -7,6 +7,10 @@ class ApportionError(Exception):
     """Base of every error that apportion raises on purpose; the command line prints it and exits with code 2."""
 
 
+class ApportionWarning(UserWarning):
+    """Something is allowed, and probably not what was meant."""
+
+
 class ConfigurationError(ApportionError, ValueError):
     """An argument, an option or a model's configuration is wrong."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,6 +86,56 @@ def evaluate(
         truncated=truncated,
         exact_match=sum(matches) / len(matches) if matches is not None else None,
     )
+
+
+@dataclass(frozen=True)
+class MultiTaskEvaluation:
+    """Results on several tasks, and their mean, in which every task counts the same.
+
+    Args:
+        tasks: A result by task.
+    """
+
+    tasks: dict[str, Evaluation]
+
+    @property
+    def loss(self) -> float:
+        """The mean of the tasks' losses."""
+        return sum(result.loss for result in self.tasks.values()) / len(self.tasks)
+
+    @property
+    def exact_match(self) -> float | None:
+        """The mean of the tasks' shares of exact matches; None where a task has no answers."""
+        shares = [result.exact_match for result in self.tasks.values() if result.exact_match is not None]
+        return sum(shares) / len(shares) if len(shares) == len(self.tasks) else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain data for JSON."""
+        tasks = {name: result.as_dict() for name, result in self.tasks.items()}
+        return {"tasks": tasks, "mean": {"loss": self.loss, "exact_match": self.exact_match}}
+
+
+def evaluate_tasks(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, Sequence[Row]],
+    **settings: Any,
+) -> MultiTaskEvaluation:
+    """Score a model on several tasks.
+
+    Args:
+        model: The model, with or without adapters.
+        tokenizer: Its tokenizer.
+        rows: Rows by task.
+        **settings: As `evaluate` takes them.
+
+    Returns:
+        A result by task.
+
+    Raises:
+        DataError: a task has no row, or no completion token that counts.
+    """
+    return MultiTaskEvaluation({name: evaluate(model, tokenizer, part, **settings) for name, part in rows.items()})
 
 
 def completion_loss(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.errors import ConfigurationError, OutputExistsError, TrainingError
 from apportion.records.plan import Plan
+from apportion.training.runs import last_checkpoint
 from apportion.training.settings import TrainSettings
-from apportion.training.sft import last_checkpoint, train
+from apportion.training.sft import train
 
 ROWS = read_rows("task:syllogism", num_rows=48)
 SETTINGS = TrainSettings(steps=12, batch_size=4, lr=1e-3, save_every=3, dropout=0.1)
@@ -231,3 +233,25 @@ def test_gradients_accumulate(embedded_model: tuple[Any, Any], plan: Plan, tmp_p
     result = _train(embedded_model, plan, tmp_path / "run", settings)
     assert result.steps == 2
     assert isinstance(result.model, nn.Module)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_balance_loss_is_part_of_the_loss(
+    embedded_model: tuple[Any, Any], tmp_path: Path, accumulation: int
+) -> None:
+    model, tokenizer = embedded_model
+    encoded = [encode(row, tokenizer) for row in ROWS]
+    profile = apportion.profile(model, batches(encoded, tokenizer.pad_token_id, 16))
+    plan = apportion.plan(profile, "uniform", experts=4, rank=2)
+    settings = TrainSettings(steps=3, batch_size=4 // accumulation, gradient_accumulation=accumulation, lr=1e-3)
+    plain = _train(embedded_model, plan, tmp_path / "plain", settings)
+    balanced = _train(embedded_model, plan, tmp_path / "balanced", replace(settings, balance_loss=0.5))
+    assert 0.5 * 0.9 < balanced.loss - plain.loss < 0.5 * 2  # 1 where the experts are balanced, up to 4
+    pairs = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "balanced")]
+    moved = [key for key in pairs[0] if not torch.equal(pairs[0][key], pairs[1][key])]
+    assert any("lora_router" in key for key in moved)
+
+
+def test_a_balance_loss_without_routers_is_refused(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no adapter has several LoRA experts"):
+        _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, balance_loss=0.1))

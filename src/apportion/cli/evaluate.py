@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apportion.cli.quiet import quiet
-from apportion.data.sources import read_rows
-from apportion.evaluation import evaluate
+from apportion.data.sources import named_sources, read_rows
+from apportion.evaluation import evaluate_tasks
 from apportion.loading import load_model
 from apportion.peft.attach import load
 
@@ -19,7 +19,7 @@ def run(
     console: Console,
     *,
     model: str,
-    data: str,
+    data: list[str],
     adapter: Path | None,
     samples: int,
     batch_size: int,
@@ -27,21 +27,24 @@ def run(
     seed: int,
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Score and show."""
+    """Score and show; one data set's figures by themselves, several data sets' with their mean."""
     quiet()
-    rows = read_rows(data, num_rows=samples, split="test", seed=seed)
+    sources = named_sources(data)
+    rows = {task: read_rows(text, num_rows=samples, split="test", seed=seed) for task, text in sources.items()}
     loaded, tokenizer = load_model(model, dtype)
     scored = load(loaded, adapter) if adapter else loaded
-    result = evaluate(scored, tokenizer, rows, batch_size=batch_size, max_length=max_length, progress=True)
-    table = Table(
-        title=f"{model}{f' with {adapter}' if adapter else ''} on {data}", title_justify="left", show_header=False
-    )
-    table.add_row("samples", f"{result.samples:,}")
-    table.add_row("loss", f"{result.loss:.4f}")
-    table.add_row("perplexity", f"{result.perplexity:.4f}")
-    if result.exact_match is not None:
-        table.add_row("exact match", f"{result.exact_match:.4f}")
-    if result.truncated:
-        table.add_row("rows cut", f"{result.truncated:,}")
+    result = evaluate_tasks(scored, tokenizer, rows, batch_size=batch_size, max_length=max_length, progress=True)
+    table = Table("task", title=f"{model}{f' with {adapter}' if adapter else ''}", title_justify="left")
+    for heading in ("samples", "loss", "perplexity", "exact match", "rows cut"):
+        table.add_column(heading, justify="right")
+    for task, own in result.tasks.items():
+        match = "" if own.exact_match is None else f"{own.exact_match:.4f}"
+        table.add_row(task, f"{own.samples:,}", f"{own.loss:.4f}", f"{own.perplexity:.4f}", match, f"{own.truncated:,}")
+    if len(result.tasks) == 1:
+        console.print(table)
+        return next(iter(result.tasks.values())).as_dict()
+    match = "" if result.exact_match is None else f"{result.exact_match:.4f}"
+    table.add_section()
+    table.add_row("mean", "", f"{result.loss:.4f}", "", match, "")
     console.print(table)
     return result.as_dict()

@@ -7,6 +7,7 @@ import errno
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from apportion._version import __version__
-from apportion.errors import ApportionError
+from apportion.errors import ApportionError, ApportionWarning
 
 app = typer.Typer(
     help="Spend a fine-tuning budget where a model uses it: measure, then apportion.",
@@ -44,7 +45,11 @@ Hot = Annotated[
 ]
 Criterion = Annotated[
     str | None,
-    typer.Option(help="What makes an expert hot: count or mass.", show_default="count", rich_help_panel=METHODS_PANEL),
+    typer.Option(
+        help="What makes an expert hot: count, mass or sensitivity.",
+        show_default="count",
+        rich_help_panel=METHODS_PANEL,
+    ),
 ]
 Targets = Annotated[
     str | None,
@@ -62,6 +67,37 @@ Layers = Annotated[
         help="Decoder layers that are adapted: 4-15 or 0,2,4-7.", show_default="all", rich_help_panel=METHODS_PANEL
     ),
 ]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of a group's matrices that each task votes for.", show_default="0.6", rich_help_panel=METHODS_PANEL
+    ),
+]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        help="What is ranked together: attention/mlp, type or all.",
+        show_default="attention/mlp",
+        rich_help_panel=METHODS_PANEL,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k", help="LoRA experts that a token uses at a matrix.", show_default="2", rich_help_panel=METHODS_PANEL
+    ),
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(help="LoRA experts a matrix: 2-4-6-8 by depth (mola), 5 (uniform).", rich_help_panel=METHODS_PANEL),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="The most that may be spent: parameters (5000000) or LoRA experts (experts=688).",
+        rich_help_panel=METHODS_PANEL,
+    ),
+]
 KindRank = Annotated[
     int | None,
     typer.Option(
@@ -76,6 +112,13 @@ class Dtype(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Procedure(enum.StrEnum):
+    """Ways to measure sensitivity."""
+
+    one_pass = "one-pass"  # noqa: S105 - no password
+    block_coordinate = "block-coordinate"
 
 
 @app.callback(invoke_without_command=True)
@@ -107,8 +150,12 @@ def profile(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that are kept.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 16,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure gradients too (not available in this version).")
+        bool, typer.Option("--sensitivity", help="Measure every matrix's squared gradient norm too.")
     ] = False,
+    sensitivity_procedure: Annotated[
+        Procedure,
+        typer.Option(help="one-pass on the frozen model, or block-coordinate as LoRA-SMoE's released code does."),
+    ] = Procedure.one_pass,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
     json_: Json = False,
@@ -116,7 +163,7 @@ def profile(
     """Measure where a model routes the tokens of your data."""
     _run(
         "profile", model=model, data=data, output=output, samples=samples, max_length=max_length, batch_size=batch_size,
-        sensitivity=sensitivity, seed=seed, dtype=dtype, as_json=json_,
+        sensitivity=sensitivity and sensitivity_procedure.value, seed=seed, dtype=dtype, as_json=json_,
     )  # fmt: skip
 
 
@@ -132,6 +179,11 @@ def plan(
     criterion: Criterion = None,
     targets: Targets = None,
     layers: Layers = None,
+    keep: Keep = None,
+    groups: Groups = None,
+    top_k: TopK = None,
+    experts: Experts = None,
+    budget: Budget = None,
     rank_attention: KindRank = None,
     rank_router: KindRank = None,
     rank_experts: KindRank = None,
@@ -144,7 +196,10 @@ def plan(
     ranks = _given(
         attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
     )
-    options = _given(hot=hot, criterion=criterion, targets=targets, layers=layers, ranks=ranks or None)
+    options = _given(
+        hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
+        experts=experts, budget=budget, ranks=ranks or None,
+    )  # fmt: skip
     _run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
         picture=picture, as_json=json_,
@@ -161,6 +216,11 @@ def cost(
     criterion: Criterion = None,
     targets: Targets = None,
     layers: Layers = None,
+    keep: Keep = None,
+    groups: Groups = None,
+    top_k: TopK = None,
+    experts: Experts = None,
+    budget: Budget = None,
     rank_attention: KindRank = None,
     rank_router: KindRank = None,
     rank_experts: KindRank = None,
@@ -172,17 +232,26 @@ def cost(
     ranks = _given(
         attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
     )
-    options = _given(hot=hot, criterion=criterion, targets=targets, layers=layers, ranks=ranks or None)
+    options = _given(
+        hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
+        experts=experts, budget=budget, ranks=ranks or None,
+    )  # fmt: skip
     _run("cost", model=model, method=method, rank=rank, profile=profile, options=options, as_json=json_)
 
 
 @app.command()
 def train(
     plan: Annotated[Path, typer.Argument(help="A plan.")],
-    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    data: Annotated[list[str], typer.Option(help=f"[TASK=]DATA, may be repeated. {DATA_HELP}")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the adapter and its checkpoints.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Shares of the tasks in the mixture, such as a=2,b=1.", show_default="their numbers of rows"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the profiled one")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Rows read.", show_default="all; 1000 of a task")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Rows read of each data set.", show_default="all; 1000 of a task")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-4,
@@ -192,6 +261,7 @@ def train(
     dropout: Annotated[float, typer.Option(help="Share of the adapters' inputs dropped; routers are left out.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     router_aux_loss: Annotated[float, typer.Option(help="Weight of the model's load-balancing loss.")] = 0.0,
+    balance_loss: Annotated[float, typer.Option(help="Weight of the balance loss of routed LoRA experts.")] = 0.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the adapters' start and of the rows' order.")] = 0,
@@ -203,21 +273,24 @@ def train(
     settings = {
         "epochs": epochs, "steps": steps, "lr": lr, "batch_size": batch_size, "max_length": max_length,
         "gradient_accumulation": gradient_accumulation, "dropout": dropout, "weight_decay": weight_decay,
-        "router_aux_loss": router_aux_loss, "gradient_checkpointing": gradient_checkpointing,
-        "save_every": save_every, "seed": seed,
+        "router_aux_loss": router_aux_loss, "balance_loss": balance_loss, "save_every": save_every, "seed": seed,
+        "gradient_checkpointing": gradient_checkpointing,
     }  # fmt: skip
     _run(
-        "train", plan=plan, data=data, output=output, model=model, samples=samples, dtype=dtype, settings=settings,
-        resume=resume, as_json=json_,
+        "train", plan=plan, data=data, weights=weights, output=output, model=model, samples=samples, dtype=dtype,
+        settings=settings, resume=resume, as_json=json_,
     )  # fmt: skip
 
 
 @app.command(name="eval")
 def eval_(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    data: Annotated[str, typer.Option(help=f"{DATA_HELP} A task's test split where none is named.")],
+    data: Annotated[
+        list[str],
+        typer.Option(help=f"[TASK=]DATA, may be repeated. {DATA_HELP} A task's test split where none is named."),
+    ],
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Rows read.")] = 500,
+    samples: Annotated[int, typer.Option(min=1, help="Rows read of each data set.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 32,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that count.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
@@ -262,6 +335,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def _run(command: str, *, as_json: bool, **arguments: Any) -> None:
     """Load a command's module, run it, and turn what goes wrong into one message and an exit code."""
     console = Console(stderr=as_json, highlight=False)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
     except ApportionError as error:
@@ -275,6 +349,14 @@ def _run(command: str, *, as_json: bool, **arguments: Any) -> None:
         raise
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print our own warnings as messages, and others as Python does."""
+    if issubclass(category, ApportionWarning):
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_plain(str(message))}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -20,7 +20,15 @@ def run(console: Console, *, adapter: Path, output: Path, model: str | None, dty
     """Merge and save; the output folder appears whole."""
     quiet()
     require_empty(output)
-    name = model or read_adapter_plan(adapter).base_model
+    plan = read_adapter_plan(adapter)
+    if not plan.is_mergeable:
+        routed = next(placement for placement in plan.placements if placement.is_routed)
+        raise ConfigurationError(
+            f"the adapter in {adapter} cannot be merged: its gates depend on the input.\n"
+            f"  place:  {routed.site} has {routed.num_experts} LoRA experts\n"
+            "  fix:    use the model with the adapter attached"
+        )
+    name = model or plan.base_model
     if name is None:
         raise ConfigurationError("the adapter does not say which model it is for.\n  fix:  give --model")
     loaded, tokenizer = load_model(name, dtype)

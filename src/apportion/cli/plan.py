@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from apportion.cli.render import cost_table, draw, heat_map
+from apportion.cli.render import cost_table, draw, heat_map, lora_expert_map
+from apportion.methods.budget import spent
 from apportion.methods.planning import plan
 from apportion.records.profile import load_profile
 
@@ -29,6 +30,12 @@ def run(
     made = plan(measured, method, rank=rank, alpha=alpha, seed=seed, **options)
     made.save(output)
     console.print(cost_table(made.cost, f"{method} on {made.model}, rank {rank}"))
+    if not made.is_mergeable:
+        console.print(lora_expert_map(made, measured.layout))
+    if made.options.get("budget"):
+        taken, allowed = spent(made.options["budget"], made.placements, measured.layout)
+        unit = made.options["budget"].partition("=")[0]
+        console.print(f"budget: {taken:,} of {allowed:,} {unit}, {allowed - taken:,} under")
     if made.cost.sites_by_kind.get("experts"):
         console.print(heat_map(measured, made))
         if picture:

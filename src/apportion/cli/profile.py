@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from tqdm.auto import tqdm
 
 from apportion.cli.quiet import quiet
-from apportion.cli.render import heat_map
+from apportion.cli.render import heat_map, sensitivity_table
 from apportion.data.batches import batches, encode
-from apportion.data.sources import named_source, read_rows
-from apportion.errors import ConfigurationError
+from apportion.data.sources import named_sources, read_rows
+from apportion.errors import ApportionWarning
 from apportion.loading import load_model
-from apportion.profiling.run import profile
+from apportion.profiling.run import SensitivityProcedure, profile
 from apportion.records.profile import Profile
+
+_UNEVEN = 10
 
 
 def run(
@@ -27,13 +30,13 @@ def run(
     samples: int,
     max_length: int,
     batch_size: int,
-    sensitivity: bool,
+    sensitivity: SensitivityProcedure | Literal[False],
     seed: int,
     dtype: str | None,
 ) -> dict[str, Any]:
     """Read the data, run the model over them, save and show the profile."""
     quiet()
-    sources = _sources(data)
+    sources = named_sources(data)
     rows = {name: read_rows(source, num_rows=samples, seed=seed) for name, source in sources.items()}
     loaded, tokenizer = load_model(model, dtype)
     encoded = {name: [encode(row, tokenizer, max_length) for row in part] for name, part in rows.items()}
@@ -42,11 +45,14 @@ def run(
     streams = {
         name: tqdm(list(batches(part, pad_id, batch_size)), desc=name, delay=2.0) for name, part in encoded.items()
     }
+    _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=bool(sensitivity))
+    facts = {"model": model, "data": sources, "truncated": truncated, "max_length": max_length, "seed": seed}
     measured = profile(
         loaded,
         streams,
         sensitivity=sensitivity,
-        provenance={"model": model, "data": sources, "truncated": truncated, "max_length": max_length, "seed": seed},
+        provenance=facts | {"batch_size": batch_size, "samples": samples},
+        partial=f"{output}.partial",
     )
     measured.save(output)
     for name, count in truncated.items():
@@ -55,23 +61,29 @@ def run(
     if measured.layout.is_moe:
         for task in measured.tasks:
             console.print(heat_map(measured, task=task))
+    if measured.sensitivity:
+        console.print(sensitivity_table(measured))
     console.print(f"{_tokens(measured)} of {measured.layout.describe()} -> {output}")
     return {
         "profile": str(output),
         "digest": measured.digest,
         "tokens": measured.tokens,
         "truncated": truncated,
+        "sensitivity": measured.sensitivity,
         "counts": {task: counts.tolist() for task, counts in measured.counts.items()},
     }
 
 
-def _sources(data: list[str]) -> dict[str, str]:
-    """Name every data set, and refuse two of one name."""
-    named = [named_source(text) for text in data]
-    sources = dict(named)
-    if len(sources) < len(named):
-        raise ConfigurationError("two data sets have the same name.\n  fix:  name them: --data NAME=DATA")
-    return sources
+def _warn_of_sizes(sizes: dict[str, int], *, sensitive: bool) -> None:
+    """Say when one task's gradients rest on far fewer rows than another's."""
+    small, large = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
+    if sensitive and sizes[large] >= _UNEVEN * sizes[small]:
+        warnings.warn(
+            f"task {small!r} has {sizes[small]} rows and {large!r} {sizes[large]}: each task's votes count the same, "
+            "but those of the small one rest on less.",
+            ApportionWarning,
+            stacklevel=2,
+        )
 
 
 def _tokens(measured: Profile) -> str:

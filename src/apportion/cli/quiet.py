@@ -8,6 +8,8 @@ import warnings
 import datasets
 import transformers
 
+from apportion.errors import ApportionWarning
+
 
 def quiet() -> None:
     """Silence progress bars and warnings of the libraries below; our own bars and errors stay."""
@@ -17,3 +19,4 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("always", category=ApportionWarning)

@@ -14,6 +14,7 @@ from apportion.records.cost import Cost
 from apportion.records.files import write_text
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
+from apportion.records.site import Layout
 
 _ROUTING = {
     "profile": "the profile's shares of routed tokens",
@@ -65,6 +66,59 @@ def cost_table(cost: Cost, title: str) -> Table:
     table.add_row("checkpoint", readable_bytes(cost.checkpoint_bytes), "float32")
     table.add_row("gradients", readable_bytes(cost.gradient_bytes), "float32")
     table.add_row("optimizer state", readable_bytes(cost.optimizer_bytes), "AdamW, two float32 moments")
+    return table
+
+
+def sensitivity_table(profile: Profile) -> Table:
+    """Show which kinds of matrices each task's gradients need: shares of the summed squared norms.
+
+    Args:
+        profile: A profile with sensitivities.
+
+    Returns:
+        One row a projection type, one column a task.
+    """
+    table = Table(title="sensitivity: share of the squared gradient norm", title_justify="left", box=None)
+    table.add_column("matrices")
+    tasks = list(profile.sensitivity)
+    for task in tasks:
+        table.add_column(task, justify="right")
+    shares: dict[str, list[float]] = {}
+    for site in profile.layout.sites():
+        if site.name in profile.sensitivity[tasks[0]]:
+            row = shares.setdefault(f"{site.kind}.{site.projection}", [0.0] * len(tasks))
+            for column, task in enumerate(tasks):
+                row[column] += profile.sensitivity[task][site.name]
+    totals = [sum(profile.sensitivity[task].values()) for task in tasks]
+    for name, row in shares.items():
+        table.add_row(name, *(f"{value / total:.1%}" for value, total in zip(row, totals, strict=True)))
+    return table
+
+
+def lora_expert_map(plan: Plan, layout: Layout) -> Table:
+    """Show how many LoRA experts each matrix gets: one row a layer, one column a projection type.
+
+    Args:
+        plan: The plan.
+        layout: The model's sites.
+
+    Returns:
+        The table; a dot stands for no adapter.
+    """
+    sites = [site for site in layout.sites() if site.kind != "experts" and site.storage == "linear"]
+    columns = list(dict.fromkeys(f"{site.kind}.{site.projection}" for site in sites))
+    table = Table(title="LoRA experts", title_justify="left", box=None)
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    cells: dict[int, dict[str, int]] = {}
+    for site in sites:
+        placement = plan.by_site.get(site.name)
+        row = cells.setdefault(site.layer, {})
+        key = f"{site.kind}.{site.projection}"
+        row[key] = row.get(key, 0) + (placement.num_experts if placement else 0)
+    for layer, row in sorted(cells.items()):
+        table.add_row(str(layer), *(str(row.get(column) or "·") for column in columns))
     return table
 
 

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from apportion.cli.quiet import quiet
-from apportion.data.sources import read_rows
+from apportion.data.mixture import mix, parse_weights
+from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
 from apportion.records.files import require_empty
@@ -22,7 +23,8 @@ def run(
     console: Console,
     *,
     plan: Path,
-    data: str,
+    data: list[str],
+    weights: str | None,
     output: Path,
     model: str | None,
     samples: int | None,
@@ -40,9 +42,12 @@ def run(
     name = model or chosen.base_model
     if name is None:
         raise ConfigurationError("the plan does not say which model it is for.\n  fix:  give --model")
-    rows = read_rows(data, num_rows=samples, seed=checked.seed)
+    sources, shares = named_sources(data), parse_weights(weights)
+    parts = {task: read_rows(source, num_rows=samples, seed=checked.seed) for task, source in sources.items()}
+    rows = mix(parts, shares, checked.seed)
+    facts = {"model": name, "data": sources, "weights": shares}
     loaded, tokenizer = load_model(name, dtype)
-    result = train(loaded, tokenizer, chosen, rows, output, checked, resume=resume, facts={"model": name, "data": data})
+    result = train(loaded, tokenizer, chosen, rows, output, checked, resume=resume, facts=facts)
     console.print(str(result.model.receipt))
     if result.truncated:
         console.print(f"{result.truncated} rows were longer than {checked.max_length} tokens and were cut")

@@ -44,6 +44,25 @@ def named_source(text: str) -> tuple[str, str]:
     return (Path(text).stem if Path(text).suffix in FILE_FORMATS else text.rpartition("/")[2].partition(":")[0]), text
 
 
+def named_sources(texts: list[str]) -> dict[str, str]:
+    """Name every data set, and refuse two of one name.
+
+    Args:
+        texts: What the user gave, each as `named_source` reads it.
+
+    Returns:
+        Sources by task.
+
+    Raises:
+        DataError: two data sets have the same name.
+    """
+    named = [named_source(text) for text in texts]
+    sources = dict(named)
+    if len(sources) < len(named):
+        raise DataError("two data sets have the same name.\n  fix:  name them: --data NAME=DATA")
+    return sources
+
+
 def read_rows(source: str, *, num_rows: int | None = None, split: Split = "train", seed: int = 0) -> list[Row]:
     """Read a data source into rows.
 

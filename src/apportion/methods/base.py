@@ -62,7 +62,8 @@ class MethodOptions(BaseModel):
         Raises:
             ConfigurationError: the model has nothing for a target, a layer or a kind with a rank of its own.
         """
-        sites = select_sites(layout, self.targets, parse_layers(self.layers, layout))
+        by_name = self.targets != type(self).model_fields["targets"].default
+        sites = select_sites(layout, self.targets, parse_layers(self.layers, layout), by_name=by_name)
         for kind in self.ranks:
             if not any(site.kind == kind for site in sites):
                 raise ConfigurationError(
@@ -83,11 +84,22 @@ class AdapterSettings:
 
     def at(self, sites: Iterable[Site]) -> list[Placement]:
         """Place one plain LoRA on each site, of its kind's rank, all at the same scale alpha / rank."""
-        placements = []
-        for site in sites:
-            rank = self.ranks.get(site.kind, self.rank)
-            placements.append(Placement(site=site.name, rank=rank, alpha=self.alpha * rank / self.rank))
-        return placements
+        return [self.place(site) for site in sites]
+
+    def place(self, site: Site, num_experts: int = 1, top_k: int = 1) -> Placement:
+        """Place LoRA experts on a site, of its kind's rank, at the plan's scale alpha / rank.
+
+        Args:
+            site: The site.
+            num_experts: LoRA experts.
+            top_k: LoRA experts that a token uses; all where the site has fewer.
+
+        Returns:
+            The placement.
+        """
+        rank = self.ranks.get(site.kind, self.rank)
+        alpha = self.alpha * rank / self.rank
+        return Placement(site.name, rank, alpha, num_experts=num_experts, top_k=min(top_k, num_experts))
 
 
 @dataclass(frozen=True)

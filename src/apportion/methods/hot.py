@@ -16,7 +16,7 @@ from apportion.records.site import Site
 
 # Shapes: L layers, E experts.
 
-Criterion = Literal["count", "mass"]
+Criterion = Literal["count", "mass", "sensitivity"]
 
 
 def parse_hot(value: Any) -> int | str:
@@ -61,7 +61,8 @@ class HotOptions(MethodOptions):
 
     Args:
         hot: Experts kept in every layer: a number, a percentage, or the share of routed slots to cover.
-        criterion: What makes an expert hot: ``count`` (how often it is selected) or ``mass`` (its summed weights).
+        criterion: What makes an expert hot: ``count`` (how often it is selected), ``mass`` (its summed weights) or
+            ``sensitivity`` (the squared gradient norm of its matrices).
     """
 
     hot: Annotated[int | str, BeforeValidator(parse_hot), Field(validate_default=True)] = 8
@@ -73,21 +74,24 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
 
     Args:
         profile: The profile; several tasks are summed.
-        criterion: ``count`` or ``mass``.
+        criterion: ``count``, ``mass`` or ``sensitivity``.
 
     Returns:
         Float64, shape (L, E); columns past a layer's number of experts are zero.
 
     Raises:
         ConfigurationError: the model has no routed experts.
-        ProfileError: a layer has no routed token.
+        ProfileError: a layer has no routed token, or sensitivity was not measured.
     """
     if not profile.layout.is_moe:
         raise ConfigurationError(
             f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.\n"
             "  fix:  use --method lora or --method attention"
         )
-    heat_LE = profile.total_counts().double() if criterion == "count" else profile.total_mass()
+    if criterion == "sensitivity":
+        heat_LE = profile.expert_sensitivity()
+    else:
+        heat_LE = profile.total_counts().double() if criterion == "count" else profile.total_mass()
     for block, row in zip(profile.layout.blocks, heat_LE, strict=True):
         if float(row.sum()) <= 0:
             raise ProfileError(

@@ -87,7 +87,7 @@ def build_plan(
         raise PlanError(
             f"method {name} places no adapter on {profile.layout.describe()}.\n  fix:  choose other targets"
         )
-    _check_ranks(profile.layout, placements)
+    _check_placements(profile.layout, placements)
     return Plan(
         method=name,
         options=checked.model_dump(mode="json"),
@@ -137,14 +137,14 @@ def count_cost(
     slots = _slots_per_token(profile)
     sites = profile.layout.by_name
     planned = list(placements)
-    trainable = sum(sites[p.site].num_parameters(p.rank) for p in planned)
+    trainable = sum(p.num_parameters(sites[p.site]) for p in planned)
     reference = list(everything)
     return Cost(
         trainable_parameters=trainable,
         stored_parameters=trainable,
         base_parameters=profile.layout.base_parameters,
         adapter_flops_per_token=_flops(planned, sites, slots),
-        lora_parameters=sum(sites[p.site].num_parameters(p.rank) for p in reference),
+        lora_parameters=sum(p.num_parameters(sites[p.site]) for p in reference),
         lora_flops_per_token=_flops(reference, sites, slots),
         routing=routing if profile.layout.is_moe else "none",
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
@@ -167,7 +167,7 @@ def _flops(placements: list[Placement], sites: dict[str, Site], slots: dict[tupl
     total = 0.0
     for placement in placements:
         site = sites[placement.site]
-        per_use = 2 * site.num_parameters(placement.rank)
+        per_use = 2 * placement.num_parameters(site)
         total += per_use * (1.0 if site.expert is None else slots[site.layer, site.expert])
     return total
 
@@ -200,14 +200,19 @@ def _check_settings(settings: AdapterSettings) -> None:
         raise ConfigurationError(f"alpha={settings.alpha!r} gives no scale.\n  fix:  give a number above 0")
 
 
-def _check_ranks(layout: Layout, placements: tuple[Placement, ...]) -> None:
-    """Refuse a rank above a site's smaller side, which adds nothing.
+def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:
+    """Refuse routed LoRA where a weight is no linear layer's own, and a rank above a site's smaller side.
 
     A router is exempt: it has as few rows as the layer has experts, and the published accounting of Mixtral gives its
     eight rows rank 32 like every other matrix.
     """
     for placement in placements:
         site = layout.by_name[placement.site]
+        if placement.is_routed and site.storage != "linear":
+            raise ConfigurationError(
+                f"{placement.num_experts} LoRA experts cannot stand on {site.name}: its weight is no linear layer's.\n"
+                f"  fix:  leave {site.kind} out of the targets"
+            )
         if site.kind != "router" and placement.rank > min(site.in_features, site.out_features):
             raise ConfigurationError(
                 f"rank {placement.rank} is above what {site.name} can have.\n"

@@ -9,8 +9,12 @@ from apportion.methods.base import Method
 from apportion.methods.controls import COLD, RANDOM
 from apportion.methods.hellora import HELLORA
 from apportion.methods.lora import ATTENTION, LORA
+from apportion.methods.lora_smoe import LORA_SMOE, RANDOM_VOTES
+from apportion.methods.mola import MOLA, UNIFORM
 
-METHODS: dict[str, Method] = {method.name: method for method in (HELLORA, LORA, ATTENTION, RANDOM, COLD)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (HELLORA, LORA, ATTENTION, RANDOM, COLD, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES)
+}
 
 
 def find_method(name: str) -> Method:

@@ -70,16 +70,20 @@ def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
     return layers
 
 
-def select_sites(layout: Layout, targets: tuple[str, ...], layers: set[int] | None = None) -> list[Site]:
+def select_sites(
+    layout: Layout, targets: tuple[str, ...], layers: set[int] | None = None, *, by_name: bool = True
+) -> list[Site]:
     """Give the sites that the targets name, in the layout's order.
 
     Args:
         layout: The model's sites.
         targets: As `parse_targets` returns them.
         layers: As `parse_layers` returns them.
+        by_name: Whether somebody asked for these targets; of a method's own ones, kinds that the model lacks are left
+            out.
 
     Returns:
-        The sites. With the default targets, kinds that the model lacks are left out.
+        The sites.
 
     Raises:
         ConfigurationError: the model has no site for a target that was asked for by name.
@@ -90,7 +94,7 @@ def select_sites(layout: Layout, targets: tuple[str, ...], layers: set[int] | No
         if (site.kind in targets or f"{site.kind}.{site.projection}" in targets)
         and (layers is None or site.layer in layers)
     ]
-    if targets != ALL_TARGETS:
+    if by_name:
         have = {site.kind for site in chosen} | {f"{site.kind}.{site.projection}" for site in chosen}
         missing = [target for target in targets if target not in have]
         if missing:

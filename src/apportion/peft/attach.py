@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from apportion.adapters.experts import ExpertLora
+from apportion.adapters.routed import RoutedLora
 from apportion.adapters.weight import WeightLora
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanMismatchError
@@ -152,7 +153,8 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         raise ConfigurationError(f"dropout={dropout} is no share.\n  fix:  give a number from 0 to below 1")
     _check_architecture(layout, plan)
     for placement in plan.placements:
-        if placement.num_experts != 1 or placement.sparsity:
+        routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
+        if routed or placement.sparsity:
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
     experts = {path: own for path, _, own in walk_modules(model)}
     for block in layout.blocks:
@@ -183,7 +185,7 @@ def _check_architecture(layout: Layout, plan: Plan) -> None:
 
 @torch.no_grad()
 def _start_factors(model: PeftModel, adapter_name: str, seed: int) -> None:
-    """Draw every A from the seed and its site's name, Kaiming-uniform as PEFT does; B is zero."""
+    """Draw every A and every router from the seed and its site's name, Kaiming-uniform as PEFT does; B is zero."""
     for path, called, own in walk_modules(model):
         if called is own or adapter_name not in getattr(called, "lora_A", {}):
             continue
@@ -192,9 +194,11 @@ def _start_factors(model: PeftModel, adapter_name: str, seed: int) -> None:
                 parts = torch.split(called.lora_A[adapter_name][name], list(factors.ranks))
                 for expert, a_RI in zip(factors.experts, parts, strict=True):
                     _draw(a_RI, f"{path}.{expert}.{name}", seed)
-        elif isinstance(called, (LoraLayer, WeightLora)):
+        elif isinstance(called, (LoraLayer, RoutedLora, WeightLora)):
             weight: Any = called.lora_A[adapter_name].weight
             _draw(weight, path, seed)
+            if isinstance(called, RoutedLora) and adapter_name in called.lora_router:
+                _draw(called.lora_router[adapter_name].weight, f"{path}.lora_router", seed)
 
 
 def _draw(a_RI: Tensor, site: str, seed: int) -> None:

@@ -10,13 +10,15 @@ from typing import Any, cast
 
 import torch
 from peft import LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from apportion.adapters.experts import ExpertFactors, ExpertLora
+from apportion.adapters.routed import RoutedLora
 from apportion.adapters.weight import WeightLora
 from apportion.discovery import find_sites
-from apportion.errors import PlanMismatchError
+from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
 from apportion.records.plan import Placement, Plan
 from apportion.records.site import Layout
@@ -27,8 +29,8 @@ _EXPERT_SITE = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 class ApportionModel(LoraModel):
     """PEFT's LoRA tuner, with the plan in place of name patterns.
 
-    Linear layers get PEFT's own LoRA layers. Stacked experts get `ExpertLora`, routers and other modules with a bare
-    weight get `WeightLora`.
+    Linear layers get PEFT's own LoRA layers, or `RoutedLora` where several experts are planned. Stacked experts get
+    `ExpertLora`, routers and other modules with a bare weight get `WeightLora`.
     """
 
     prefix = "lora_"
@@ -64,24 +66,68 @@ class ApportionModel(LoraModel):
         placements = lora_config.planned_modules[current_key]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         storage = lora_config.storage[current_key]
-        if storage == "linear":
+        placement = placements[0]
+        routed = placement.is_routed or isinstance(target, RoutedLora)
+        if storage == "linear" and not routed:
             config = copy.copy(lora_config)
-            (placement,) = placements
             config.r, config.lora_alpha = placement.rank, placement.alpha
             super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
             return
-        kind = ExpertLora if storage == "fused" else WeightLora
-        module = target if isinstance(target, kind) else kind(base)
+        kind = {"fused": ExpertLora, "weight": WeightLora, "linear": RoutedLora}[storage]
+        module: Any = target if isinstance(target, kind) else kind(base)
+        scale = placement.alpha / placement.rank
         if isinstance(module, ExpertLora):
             module.add_adapter(adapter_name, _factors(placements), lora_config.lora_dropout)
+        elif isinstance(module, RoutedLora):
+            if isinstance(target, LoraLayer):
+                module.adopt(target)
+            module.add_adapter(
+                adapter_name,
+                placement.rank,
+                scale,
+                num_experts=placement.num_experts,
+                top_k=placement.top_k,
+                dropout=lora_config.lora_dropout,
+            )
         else:
-            (placement,) = placements
-            module.add_adapter(adapter_name, placement.rank, placement.alpha / placement.rank)
+            module.add_adapter(adapter_name, placement.rank, scale)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(requires_grad=False)
         module.set_adapter(self.active_adapters, inference_mode=lora_config.inference_mode)
         if module is not target:
             setattr(parent, target_name, module)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
+        """Fold adapters into the weights, all of them or, where one has a gate, none.
+
+        Args:
+            adapter_names: The adapters; the active ones where not given.
+            **kwargs: As PEFT takes them.
+
+        Raises:
+            ConfigurationError: a gate depends on the input.
+        """
+        self._refuse_gates(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, merge: bool = True, **kwargs: Any) -> nn.Module:
+        """Take the adapters off, folded in or not."""
+        if merge:
+            self._refuse_gates(kwargs.get("adapter_names"))
+        unloaded: nn.Module = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
+        return unloaded
+
+    def _refuse_gates(self, adapter_names: list[str] | None) -> None:
+        """Refuse to merge adapters whose gate depends on the input, before any weight is changed."""
+        for path, module in self.model.named_modules():
+            if isinstance(module, RoutedLora):
+                for name in adapter_names or module.active_adapters:
+                    if module.num_experts.get(name, 1) > 1:
+                        raise ConfigurationError(
+                            f"adapter {name!r} cannot be merged: its gates depend on the input.\n"
+                            f"  place:  {path} has {module.num_experts[name]} LoRA experts\n"
+                            "  fix:    use the model with the adapter attached"
+                        )
 
     @classmethod
     def _get_adapter_state_dict(

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from apportion.errors import PlanError
 from apportion.records.cost import Cost
 from apportion.records.files import seal, write_text
+from apportion.records.site import Site
 
 SCHEMA_VERSION = 1
 _STRICT = ConfigDict(extra="forbid")
@@ -41,6 +42,31 @@ class Placement:
     num_experts: int = 1
     top_k: int = 1
     sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no adapter can have."""
+        if not 1 <= self.top_k <= self.num_experts:
+            raise PlanError(
+                f"{self.site} has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.\n"
+                "  fix:  give a top_k of at least 1 and at most the number of experts"
+            )
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the adapter has a router of its own: then its gate depends on the input, and it cannot be merged."""
+        return self.num_experts > 1
+
+    def num_parameters(self, site: Site) -> int:
+        """Count the factors of all LoRA experts, and the router where there is one.
+
+        Args:
+            site: The site, for its widths.
+
+        Returns:
+            The number of parameters.
+        """
+        router = self.num_experts * site.in_features if self.is_routed else 0
+        return self.num_experts * site.num_parameters(self.rank) + router
 
 
 @validated_dataclass(frozen=True, config=_STRICT)
@@ -112,6 +138,16 @@ class Plan:
     def by_site(self) -> dict[str, Placement]:
         """Map the sites' names to their placements."""
         return {placement.site: placement for placement in self.placements}
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether the adapters can be folded into the weights: no gate may depend on the input."""
+        return not any(placement.is_routed for placement in self.placements)
+
+    @property
+    def num_lora_experts(self) -> int:
+        """LoRA experts over all sites; a plain LoRA counts as one."""
+        return sum(placement.num_experts for placement in self.placements)
 
     def experts_by_layer(self) -> dict[str, list[int]]:
         """For each experts module with planned experts, their ids in rising order."""

@@ -82,6 +82,33 @@ class Profile:
         """Tokens summed over tasks."""
         return sum(self.tokens.values())
 
+    def measured_sensitivity(self) -> dict[str, dict[str, float]]:
+        """Give each task's squared gradient norms by site.
+
+        Returns:
+            As `sensitivity`, for every task.
+
+        Raises:
+            ProfileError: a task was profiled without gradients.
+        """
+        without = [task for task in self.tasks if task not in self.sensitivity]
+        if without:
+            raise ProfileError(
+                f"the sensitivity of task {without[0]!r} was not measured.\n"
+                "  fix:  profile with --sensitivity, and give that profile"
+            )
+        return self.sensitivity
+
+    def expert_sensitivity(self) -> Tensor:
+        """Sum the squared gradient norms over tasks and over each expert's matrices: float64, shape (L, E)."""
+        total_LE = torch.zeros_like(self.total_mass())
+        for norms in self.measured_sensitivity().values():
+            for row, block in enumerate(self.layout.blocks):
+                for expert in range(block.num_experts):
+                    names = (block.site(expert, projection).name for projection in block.projections)
+                    total_LE[row, expert] += sum(norms[name] for name in names)
+        return total_LE
+
     def of_task(self, task: str) -> Profile:
         """Give the part of the profile that belongs to one task.
 

@@ -25,6 +25,7 @@ class TrainSettings:
         max_grad_norm: Norm that gradients are clipped to.
         dropout: Share of the adapters' inputs that is dropped.
         router_aux_loss: Weight of the model's own load-balancing loss; 0 leaves it out.
+        balance_loss: Weight of the balance loss of routed LoRA layers; 0 leaves it out.
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
         bf16: Compute in bfloat16 where autocast allows it.
         save_every: Steps between two checkpoints.
@@ -42,6 +43,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     dropout: float = 0.0
     router_aux_loss: float = 0.0
+    balance_loss: float = 0.0
     gradient_checkpointing: bool = False
     bf16: bool = False
     save_every: int = 100
@@ -60,6 +62,9 @@ class TrainSettings:
             raise ConfigurationError(f"steps={self.steps} trains nothing.\n  fix:  give at least 1")
         if self.steps is None and not self.epochs > 0:
             raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
+        for name in ("router_aux_loss", "balance_loss"):
+            if not getattr(self, name) >= 0:
+                raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.\n  fix:  give 0 or more")
         if not self.lr > 0:
             raise ConfigurationError(f"lr={self.lr} trains nothing.\n  fix:  give a number above 0")
 

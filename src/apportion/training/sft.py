@@ -20,6 +20,7 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,17 +35,15 @@ from trl import SFTConfig, SFTTrainer
 
 from apportion.data.batches import encode
 from apportion.data.sources import Row
-from apportion.errors import ConfigurationError, TrainingError
+from apportion.errors import TrainingError
 from apportion.peft.attach import apply
-from apportion.records.files import require_empty, seal, use_default_mode, write_text
+from apportion.records.files import use_default_mode, write_text
 from apportion.records.plan import Plan
+from apportion.training.balance import BalanceLoss
+from apportion.training.runs import CHECKPOINTS, RUN_FILE, last_checkpoint, open_run, run_identity
 from apportion.training.settings import TrainSettings
 
-RUN_FILE = "run.json"
 RESULT_FILE = "training.json"
-CHECKPOINTS = "checkpoints"
-
-_RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def train(
     settings = settings or TrainSettings()
     settings.check()
     folder = Path(output)
-    identity = _identity(plan, rows, settings)
-    last = _open_run(folder, identity, resume=resume)
+    identity = run_identity(plan, rows, settings)
+    last = open_run(folder, identity, resume=resume)
     lengths = [encode(row, tokenizer, settings.max_length) for row in rows]
     truncated = sum(row.truncated for row in lengths)
     peft_model = apply(model, plan, seed=settings.seed, dropout=settings.dropout)
@@ -134,6 +133,8 @@ def train(
             processing_class=tokenizer,
             callbacks=[interrupt],
         )
+        if settings.balance_loss:
+            trainer.balance, trainer.balance_weight = BalanceLoss(peft_model), settings.balance_loss
         trainer.remove_callback(PrinterCallback)  # these two write the logs to standard output
         trainer.remove_callback(ProgressCallback)
         if progress:
@@ -180,6 +181,8 @@ class _Trainer(SFTTrainer):
     """TRL's trainer, stopped by the first loss that is not a number, before it reaches the weights."""
 
     tokens_before = 0
+    balance: BalanceLoss | None = None
+    balance_weight = 0.0
 
     def go_on_from(self, checkpoint: Path | None) -> None:
         """Train to the end: from the beginning, from a checkpoint, or not at all where that was the last one.
@@ -196,6 +199,20 @@ class _Trainer(SFTTrainer):
         else:
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
             self.state = before
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Add the balance loss, where there is one."""
+        if self.balance is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.balance.begin(inputs.get("attention_mask"))
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
+        own = self.balance.loss().to(loss.device) * self.balance_weight
+        if (
+            self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        ):  # then nobody divides by the accumulated batches any more
+            own = own / self.current_gradient_accumulation_steps
+        return (loss + own, *outputs) if outputs else loss + own
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one step and look at its loss."""
@@ -253,58 +270,6 @@ class _StopOnInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written whole.
-
-    Args:
-        folder: Where the checkpoints are.
-
-    Returns:
-        Its folder, or None. A checkpoint that a kill left half written is passed over.
-    """
-    if not folder.is_dir():
-        return None
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
-        if all((checkpoint / name).is_file() for name in _RESUMABLE) and _is_json(checkpoint / "trainer_state.json"):
-            return checkpoint
-    return None
-
-
-def _is_json(path: Path) -> bool:
-    """Tell whether a file, the last one written of a checkpoint, is whole."""
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _identity(plan: Plan, rows: Sequence[Row], settings: TrainSettings) -> dict[str, Any]:
-    """Give what two sittings of one run must share."""
-    shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
-    return {"plan": plan.as_dict()["seal"], "rows": seal({"rows": list(rows)}), "settings": seal(shared)}
-
-
-def _open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
-    """Check the output folder, and find the checkpoint to go on from."""
-    if not resume:
-        require_empty(folder)
-        return None
-    run_file = folder / RUN_FILE
-    if not run_file.is_file():
-        require_empty(folder)
-        return None
-    before = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
-    changed = [name for name, value in identity.items() if before.get(name) != value]
-    if changed:
-        raise ConfigurationError(
-            f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.\n"
-            "  fix:  resume with the same plan, data and settings, or choose another output folder"
-        )
-    return last_checkpoint(folder / CHECKPOINTS)
 
 
 def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTConfig:

@@ -1,0 +1,74 @@
+"""Several tasks' rows as one training set."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+from apportion.data.sources import Row
+from apportion.errors import ConfigurationError
+
+
+def parse_weights(text: str | None) -> dict[str, float] | None:
+    """Read ``a=2,b=1``.
+
+    Args:
+        text: What the user gave.
+
+    Returns:
+        Weights by task, or None for none.
+
+    Raises:
+        ConfigurationError: it is no such list, or a weight is not above 0.
+    """
+    if text is None:
+        return None
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError as error:
+            raise ConfigurationError(f"weights={text!r} is not understood.\n  fix:  give TASK=NUMBER,...") from error
+    return weights
+
+
+def mix(rows: Mapping[str, Sequence[Row]], weights: Mapping[str, float] | None = None, seed: int = 0) -> list[Row]:
+    """Mix tasks into one training set of as many rows as they have together.
+
+    Every task gets its share by weight, to the nearest row; a task with fewer rows than that is gone through again,
+    each time in another order, and of one with more a part is drawn.
+
+    Args:
+        rows: Rows by task.
+        weights: The tasks' weights; the numbers of their rows where not given, so that each row comes once.
+        seed: Seed of what is drawn.
+
+    Returns:
+        The rows, task after task.
+
+    Raises:
+        ConfigurationError: a weight is missing, not above 0, or of no task.
+    """
+    if weights is None:
+        return [row for part in rows.values() for row in part]
+    unknown = [name for name in weights if name not in rows] + [name for name in rows if name not in weights]
+    if unknown:
+        raise ConfigurationError(
+            f"the weights and the data name different tasks: {unknown[0]!r}.\n  data:  {', '.join(rows)}\n"
+            "  fix:   give one weight a task"
+        )
+    bad = [name for name, weight in weights.items() if not (weight > 0 and math.isfinite(weight))]
+    if bad:
+        raise ConfigurationError(f"weight {weights[bad[0]]} of task {bad[0]!r} is no share.\n  fix:  give it above 0")
+    total, whole = sum(map(len, rows.values())), sum(weights.values())
+    mixed: list[Row] = []
+    for name, part in rows.items():
+        generator = random.Random(f"{seed}/{name}")  # noqa: S311 - no secret
+        wanted = max(1, round(total * weights[name] / whole))
+        while wanted > 0:
+            drawn = generator.sample(list(part), min(wanted, len(part)))
+            mixed.extend(drawn)
+            wanted -= len(drawn)
+    return mixed

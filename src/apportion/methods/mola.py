@@ -1,0 +1,167 @@
+"""Numbers of LoRA experts that look at no data: by depth (`mola`), or the same everywhere (`uniform`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from apportion.errors import ConfigurationError
+from apportion.methods.base import AdapterSettings, Method
+from apportion.methods.budget import BudgetOptions, RoutedOptions, spent
+from apportion.records.plan import Placement
+from apportion.records.profile import Profile
+from apportion.records.site import Layout, Site
+
+
+def parse_shape(value: Any) -> str:
+    """Read numbers of experts by depth.
+
+    Args:
+        value: Such as ``"2-4-6-8"``.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigurationError: it is no such list of numbers of at least 1.
+    """
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(value)):
+        raise ConfigurationError(
+            f"experts={value!r} is not understood.\n  fix:  give numbers from the first layers to the last: 2-4-6-8"
+        )
+    return str(value)
+
+
+class MolaOptions(RoutedOptions):
+    """Options of `mola`.
+
+    Args:
+        experts: LoRA experts of the first, ..., last part of the layers: ``2-4-6-8``, ``8-6-4-2``, ``8-2-2-8`` and
+            ``5-5-5-5`` are the published shapes.
+    """
+
+    experts: Annotated[str, BeforeValidator(parse_shape)] = "2-4-6-8"
+
+
+class UniformOptions(BudgetOptions):
+    """Options of `uniform`.
+
+    Args:
+        experts: LoRA experts of every matrix, where no budget is given.
+    """
+
+    experts: Annotated[int, Field(ge=1)] = 5
+
+
+def place_mola(profile: Profile, options: MolaOptions, settings: AdapterSettings) -> list[Placement]:
+    """Give every matrix the number of LoRA experts of its part of the layers.
+
+    Args:
+        profile: For its layout alone.
+        options: The numbers; experts a token.
+        settings: Rank and scale of every LoRA expert.
+
+    Returns:
+        One placement a matrix.
+
+    Raises:
+        ConfigurationError: there are more numbers than layers.
+
+    Source: MoLA, arXiv:2402.08562.
+    Differs: layers that the numbers do not divide are split as evenly as can be, earlier parts first.
+    """
+    numbers = [int(number) for number in options.experts.split("-")]
+    options.check_top_k(max(numbers))
+    sites = options.select(profile.layout)
+    layers = sorted({site.layer for site in sites})
+    if len(numbers) > len(layers):
+        raise ConfigurationError(
+            f"experts={options.experts} names {len(numbers)} parts of {len(layers)} layers.\n  fix:  give fewer numbers"
+        )
+    number_of = {layer: numbers[place * len(numbers) // len(layers)] for place, layer in enumerate(layers)}
+    return [settings.place(site, number_of[site.layer], options.top_k) for site in sites]
+
+
+def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSettings) -> list[Placement]:
+    """Give every matrix the same number of LoRA experts, or with a budget one more or less.
+
+    Args:
+        profile: For its layout alone.
+        options: The number, or the budget; experts a token.
+        settings: Rank and scale of every LoRA expert.
+
+    Returns:
+        One placement a matrix; where the budget is smaller than that, on matrices at even distances.
+
+    Raises:
+        ConfigurationError: both a number and a budget were given, or the budget buys no LoRA expert.
+
+    Source: the usual baseline of LoRA-SMoE, arXiv:2505.06272.
+    Differs: what a budget leaves over is spread at even distances.
+    """
+    sites = options.select(profile.layout)
+    if options.budget is None:
+        options.check_top_k(options.experts)
+        return [settings.place(site, options.experts, options.top_k) for site in sites]
+    if "experts" in options.model_fields_set:
+        raise ConfigurationError("experts and budget were both given.\n  fix:  give one of them")
+
+    def placed(total: int) -> list[Placement]:
+        numbers = spread(total, len(sites))
+        pairs = zip(sites, numbers, strict=True)
+        return [settings.place(site, number, options.top_k) for site, number in pairs if number]
+
+    total = _most_that_fits(options.budget, sites, profile.layout, settings)
+    options.check_top_k(max(spread(total, len(sites))))
+    return placed(total)
+
+
+def spread(total: int, places: int) -> list[int]:
+    """Share a number out over places, the remainder at even distances.
+
+    Args:
+        total: What is shared out.
+        places: Places.
+
+    Returns:
+        One number a place, which add up to the total and differ by at most one.
+
+    Example:
+        >>> spread(7, 4)
+        [1, 2, 2, 2]
+    """
+    return [(place + 1) * total // places - place * total // places for place in range(places)]
+
+
+def _most_that_fits(budget: str, sites: Sequence[Site], layout: Layout, settings: AdapterSettings) -> int:
+    """Find the number of LoRA experts over all sites that takes most of the budget and not more."""
+    best, most = 0, 0
+    for total in range(1, int(budget.partition("=")[2]) + 1):
+        pairs = zip(sites, spread(total, len(sites)), strict=True)
+        taken, allowed = spent(budget, [settings.place(site, number) for site, number in pairs if number], layout)
+        if best < taken <= allowed:
+            best, most = taken, total
+        if taken > 2 * allowed or (taken > allowed and total % len(sites) == 0):
+            break
+    if most == 0:
+        raise ConfigurationError(f"the budget {budget} buys no LoRA expert.\n  fix:  give more, or a lower rank")
+    return most
+
+
+MOLA = Method(
+    name="mola",
+    summary="baseline: numbers of routed LoRA experts by depth",
+    source="MoLA, arXiv:2402.08562",
+    options=MolaOptions,
+    place=place_mola,
+)
+UNIFORM = Method(
+    name="uniform",
+    summary="baseline: the same number of routed LoRA experts on every matrix",
+    source="control at lora_smoe's budget",
+    options=UniformOptions,
+    place=place_uniform,
+)

@@ -1,0 +1,56 @@
+"""The balance loss of routed LoRA layers, as a term of the training loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from apportion.adapters.routed import BalanceSums, RoutedLora
+from apportion.errors import ConfigurationError
+
+
+class BalanceLoss:
+    """Watches a model's routed LoRA layers and gives the mean of their balance losses, each the Switch form.
+
+    Call `begin` before a forward pass in training and `loss` after it. Layers stop recording with `end`.
+
+    Args:
+        model: A model with adapters.
+
+    Raises:
+        ConfigurationError: no adapter of the model has several LoRA experts.
+
+    Source: Switch Transformer, arXiv:2101.03961, equation 4, as LoRA-SMoE, arXiv:2505.06272, leaves it open.
+    Differs: padding is left out; the mean over layers, so that one weight suits plans of any size.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, RoutedLora) and module.lora_router]
+        if not self.layers:
+            raise ConfigurationError(
+                "a balance loss was asked for, and no adapter has several LoRA experts.\n"
+                "  fix:  leave it out, or plan with lora_smoe, mola or uniform"
+            )
+        self.sums = [BalanceSums() for _ in self.layers]
+        for layer, sums in zip(self.layers, self.sums, strict=True):
+            layer.balance.update(dict.fromkeys(layer.lora_router, sums))
+
+    def begin(self, attention_mask: Tensor | None) -> None:
+        """Forget the last pass.
+
+        Args:
+            attention_mask: Which tokens of the next pass are real, shape (sequences, positions); None for all.
+        """
+        real_T = None if attention_mask is None else attention_mask.reshape(-1) != 0
+        for sums in self.sums:
+            sums.real_T, sums.loss = real_T, None
+
+    def loss(self) -> Tensor:
+        """Give the mean over the layers that the last pass used: 1 where every layer is balanced."""
+        used = [sums.loss for sums in self.sums if sums.loss is not None]
+        return torch.stack(used).mean() if used else torch.zeros(())
+
+    def end(self) -> None:
+        """Stop recording."""
+        for layer in self.layers:
+            layer.balance.clear()

@@ -1,0 +1,93 @@
+"""A training run's folder: what it was started with, and where it can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apportion.data.sources import Row
+from apportion.errors import ConfigurationError
+from apportion.records.files import require_empty, seal
+from apportion.records.plan import Plan
+from apportion.training.settings import TrainSettings
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+
+_RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint that was written whole.
+
+    Args:
+        folder: Where the checkpoints are.
+
+    Returns:
+        Its folder, or None. A checkpoint that a kill left half written is passed over.
+    """
+    if not folder.is_dir():
+        return None
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if all((checkpoint / name).is_file() for name in _RESUMABLE) and _is_json(checkpoint / "trainer_state.json"):
+            return checkpoint
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    """Tell whether a file, the last one written of a checkpoint, is whole."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def run_identity(plan: Plan, rows: Sequence[Row], settings: TrainSettings) -> dict[str, Any]:
+    """Give what two sittings of one run must share.
+
+    Args:
+        plan: The plan.
+        rows: Training rows.
+        settings: The run's settings; how often checkpoints are written may differ.
+
+    Returns:
+        A digest of each.
+    """
+    shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
+    return {"plan": plan.as_dict()["seal"], "rows": seal({"rows": list(rows)}), "settings": seal(shared)}
+
+
+def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
+    """Check a run's folder, and find the checkpoint to go on from.
+
+    Args:
+        folder: The folder.
+        identity: As `run_identity` gives it.
+        resume: Whether a run in the folder may be gone on with.
+
+    Returns:
+        The checkpoint, or None to begin.
+
+    Raises:
+        ConfigurationError: the run in the folder was started with something else.
+        OutputExistsError: the folder has something in it and `resume` was not asked for.
+    """
+    if not resume:
+        require_empty(folder)
+        return None
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        require_empty(folder)
+        return None
+    before = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+    changed = [name for name, value in identity.items() if before.get(name) != value]
+    if changed:
+        raise ConfigurationError(
+            f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.\n"
+            "  fix:  resume with the same plan, data and settings, or choose another output folder"
+        )
+    return last_checkpoint(folder / CHECKPOINTS)

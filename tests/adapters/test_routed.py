@@ -1,0 +1,107 @@
+"""Routed LoRA: equal to the plain sum over experts, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from apportion.adapters.routed import BalanceSums, RoutedLora
+
+
+def _layer(num_experts: int, top_k: int, rank: int = 3, dtype: torch.dtype = torch.float64) -> RoutedLora:
+    layer = RoutedLora(nn.Linear(7, 5, dtype=dtype))
+    layer.add_adapter("default", rank, 2.0, num_experts=num_experts, top_k=top_k)
+    layer.set_adapter("default")
+    nn.init.normal_(layer.lora_B["default"].weight)
+    return layer
+
+
+def plain_sum(layer: RoutedLora, x: Tensor) -> Tensor:
+    """Add up the experts one by one, token by token."""
+    num_experts, top_k = layer.num_experts["default"], layer.top_k["default"]
+    a = layer.lora_A["default"].weight.chunk(num_experts, 0)
+    b = layer.lora_B["default"].weight.chunk(num_experts, 1)
+    outputs = []
+    for token in x.reshape(-1, x.shape[-1]):
+        out = layer.base_layer(token)
+        router = layer.lora_router["default"].weight if num_experts > 1 else token.new_zeros(1, len(token))
+        probabilities = (router @ token).softmax(0)
+        chosen = probabilities.argsort(descending=True)[:top_k]
+        for expert in chosen.tolist():
+            gate = probabilities[expert] / probabilities[chosen].sum()
+            out = out + layer.scaling["default"] * gate * (b[expert] @ (a[expert] @ token))
+        outputs.append(out)
+    return torch.stack(outputs).view(*x.shape[:-1], -1)
+
+
+@given(num_experts=st.integers(1, 6), top_k=st.integers(1, 6), seed=st.integers(0, 99))
+def test_equals_the_plain_sum_over_experts(num_experts: int, top_k: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = _layer(num_experts, min(top_k, num_experts))
+    x = torch.randn(2, 4, 7, dtype=torch.float64, requires_grad=True)
+    weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    weights += [layer.lora_router["default"].weight] if num_experts > 1 else []
+    direction = torch.randn(2, 4, 5, dtype=torch.float64)
+    found, expected = layer(x), plain_sum(layer, x)
+    assert torch.allclose(found, expected, atol=1e-9)
+    for one, other in zip(
+        torch.autograd.grad((found * direction).sum(), weights),
+        torch.autograd.grad((expected * direction).sum(), weights),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-9)
+
+
+def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
+    layer = RoutedLora(nn.Linear(64, 64))
+    layer.add_adapter("default", 2, 1.0, num_experts=8, top_k=2)
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, Tensor) else 0)
+            return out
+
+    with Watch():
+        layer(torch.randn(32, 64))
+    assert max(sizes) == 32 * 64
+
+
+def test_types_may_differ() -> None:
+    layer = RoutedLora(nn.Linear(7, 5, dtype=torch.bfloat16))
+    layer.add_adapter("default", 2, 1.0, num_experts=3, top_k=2)
+    for name in ("lora_A", "lora_B", "lora_router"):
+        getattr(layer, name).float()
+    out = layer(torch.randn(4, 7, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+
+
+def test_one_expert_merges_and_more_do_not() -> None:
+    layer = _layer(1, 1)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    before, weight = layer(x), layer.base_layer.weight.clone()
+    layer.merge()
+    assert torch.allclose(layer(x), before)
+    layer.unmerge()
+    assert torch.allclose(layer.base_layer.weight, weight)
+    with pytest.raises(ValueError, match="gate that depends"):
+        _layer(2, 1).merge()
+
+
+def test_the_balance_loss_is_the_switch_form_over_real_tokens() -> None:
+    sums = BalanceSums()
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    sums.add(probabilities, ids)
+    assert sums.loss is not None
+    assert float(sums.loss) == pytest.approx(1.0)
+    sums.real_T = torch.tensor([True, True, False])
+    sums.add(probabilities, ids)
+    shares, means = torch.tensor([1, 2, 1]) / 4, torch.tensor([0.4, 0.4, 0.2])
+    assert float(sums.loss) == pytest.approx(3 * float((shares * means).sum()))
