@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from apportion.models.auto import auto_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -30,48 +32,77 @@ SMALL: dict[str, Any] = {
     "mamba_dt_rank": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_dense_layers": 1,
     "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
-    "index_n_heads": 8, "index_head_dim": 8, "index_topk": 8,
+    "index_n_heads": 8, "index_head_dim": 8, "index_topk": 8, "linear_head_dim": 8, "linear_num_heads": 4,
+    "moe_hidden_size": 32, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
+    "o_groups": 2, "o_lora_rank": 8, "hc_lowrank": 8, "index_kpool": 2,
+    # of image and audio towers
+    "depth": 1, "num_heads": 4, "out_hidden_size": 32, "text_hidden_size": 32, "patch_size": 4, "image_size": 16,
+    "num_position_embeddings": 16, "projection_intermediate_size": 16, "projector_hidden_size": 16,
+    "deepstack_visual_indexes": [0], "output_channels": 16, "downsample_channels": [16, 32], "mlp_dim": 16,
+    "global_attn_indexes": [1], "window_size": 2, "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 16, "output_dim": 32, "downsample_hidden_size": 8, "num_mel_bins": 16,
 }  # fmt: skip
+
+_SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Folder in transformers -> what its tiny configuration needs besides; "type" where the model type has another name.
 SUPPORTED: dict[str, dict[str, Any]] = {
     "afmoe": {}, "aria": {"type": "aria_text"}, "axk1": {}, "axk2": {}, "bailing_hybrid": {"num_hidden_layers": 8},
-    "cohere2_moe": {}, "deepseek_v2": {}, "deepseek_v3": {}, "deepseek_v32": {}, "dots1": {},
-    "dots3_note": {"type": "dots3_note_text"}, "ernie4_5_moe": {}, "exaone_moe": {}, "flex_olmo": {}, "flint": {},
+    "beam": {"mlp_layer_types": ["dense", "sparse"], "n_group": 2, "topk_group": 1}, "cohere2_moe": {},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}}, "deepseek_v2": {}, "deepseek_v3": {},
+    "deepseek_v32": {},
+    "deepseek_v4": {
+        "head_dim": 8, "partial_rotary_factor": 0.5, "num_key_value_heads": 1, "mlp_layer_types": ["hash_moe", "moe"],
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "dots1": {},
+    "dots3_note": {"type": "dots3_note_text"}, "ernie4_5_moe": {},
+    "ernie4_5_vl_moe": {
+        "text_config": {"moe_intermediate_size": [16, 16], "rope_parameters": _SECTIONS | {"mrope_section": [1, 1, 2]}},
+    },
+    "exaone_moe": {}, "flex_olmo": {}, "flint": {},
     "gemma4": {
         "type": "gemma4_text", "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 0,
         "enable_moe_block": True,
     },
-    "glm4_moe": {}, "glm4_moe_lite": {}, "glm_moe_dsa": {}, "gpt_oss": {}, "granitemoe": {}, "granitemoe_swa": {},
+    "glm4_moe": {}, "glm4_moe_lite": {},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": _SECTIONS | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+        },
+    },
+    "glm5_next": {
+        "text_config": {
+            "qk_rope_head_dim": 0, "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
+    },
+    "glm_moe_dsa": {}, "gpt_oss": {}, "granitemoe": {}, "granitemoe_swa": {},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]}, "granitemoeshared": {}, "hunyuan_v1_moe": {},
-    "hy_v3": {}, "hy_v4": {}, "inkling2": {"type": "inkling2_text"}, "jamba": {}, "kolibri1": {}, "laguna": {},
+    "hy_v3": {}, "hy_v4": {}, "inkling": {"type": "inkling_text"}, "inkling2": {"type": "inkling2_text"},
+    "jamba": {}, "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]}, "kolibri1": {}, "laguna": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]}, "mellum": {}, "mimo_v2_flash": {}, "minimax": {},
-    "minimax_m2": {}, "minimax_m3_vl": {"type": "minimax_m3_vl_text"}, "mixtral": {}, "olmoe": {}, "phimoe": {},
+    "minimax_m2": {}, "minimax_m3_vl": {"type": "minimax_m3_vl_text"}, "mistral4": {}, "mistral_large4": {},
+    "mixtral": {},
+    "muse_spark": {"audio_config": {"patch_sizes": [4, 2], "hidden_sizes": [8, 16], "depths": [1, 1]}},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "moe", "full_attention", "moe"], "num_hidden_layers": 4, "n_groups": 1,
+    },
+    "olmoe": {},
+    "openai_privacy_filter": {"auto": AutoModelForTokenClassification, "num_labels": 64},
+    "phimoe": {},
     "qwen2_moe": {}, "qwen3_5_moe": {"type": "qwen3_5_moe_text", "num_hidden_layers": 4}, "qwen3_moe": {},
-    "qwen3_next": {"num_hidden_layers": 4}, "solar_open": {}, "zaya": {"num_experts_per_tok": 1},
+
+    "qwen3_next": {"num_hidden_layers": 4}, "qwen3_omni_moe": {"type": "qwen3_omni_moe_thinker"}, "qwen3_vl_moe": {},
+    "qwen4_exp": {
+        "type": "qwen4_exp_text", "layer_types": ["linear_attention", "full_attention"], "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    },
+    "solar_open": {}, "unlimited_ocr": {}, "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-_VISION = "its language model is built through a vision-language class; not tried yet"
-_CONFIGURATION = "no tiny configuration that runs was found yet"
-NOT_TESTED: dict[str, str] = {
-    "beam": "its tiny configuration has no Mixture-of-Experts layer; not looked into yet",
-    "deepseek_ocr2": _VISION,
-    "deepseek_v4": _CONFIGURATION,
-    "diffusion_gemma": "no causal language model",
-    "ernie4_5_vl_moe": _VISION,
-    "glm4v_moe": _VISION,
-    "glm5_next": _VISION,
-    "inkling": _VISION,
-    "kimi_linear": "its tiny model did not finish within a minute on a CPU",
-    "mistral4": _VISION,
-    "mistral_large4": _VISION,
-    "muse_spark": _VISION,
-    "nemotron_h": _CONFIGURATION,
-    "openai_privacy_filter": "no causal language model",
-    "qwen3_omni_moe": _VISION,
-    "qwen3_vl_moe": _VISION,
-    "qwen4_exp": _CONFIGURATION,
-    "unlimited_ocr": _VISION,
+NOT_SUPPORTED: dict[str, str] = {
+    "diffusion_gemma": "generates by denoising blocks of text: its forward pass takes no labels and gives no loss",
 }
 
 
@@ -83,19 +114,33 @@ def marked() -> set[str]:
     }
 
 
+def tiny_config(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
+    """Make a configuration small, and those inside it; changes to an inner one stand under its name."""
+    fields = config_class.__dataclass_fields__
+    settings = {key: value for key, value in SMALL.items() if key in fields}
+    if "qk_rope_head_dim" in fields:  # latent attention: heads have widths of their own
+        settings.pop("head_dim", None)
+        settings["num_key_value_heads"] = 4
+    inner = {
+        key: tiny_config(CONFIG_MAPPING[spec.model_type], changes.get(key, {}))
+        for key, spec in config_class.sub_configs_defaults.items()
+    }
+    return config_class(**settings | changes | inner)
+
+
 def build(name: str) -> PreTrainedModel:
     """Build one tiny model with random weights, in evaluation mode."""
     changes = dict(SUPPORTED[name])
-    config_class = CONFIG_MAPPING[changes.pop("type", name)]
-    settings = {key: value for key, value in SMALL.items() if key in config_class.__dataclass_fields__}
-    if "qk_rope_head_dim" in config_class.__dataclass_fields__:  # latent attention: heads have widths of their own
-        settings.pop("head_dim", None)
-        settings["num_key_value_heads"] = 4
+    auto = changes.pop("auto", None)
+    config = tiny_config(CONFIG_MAPPING[changes.pop("type", name)], changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**settings | changes))
+    model = (auto or auto_class(config)).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
+        for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # a table from token to experts, zero until a checkpoint fills it
+                buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) % 8)
     return model.float().eval()
 
 
@@ -113,11 +158,11 @@ def page() -> str:
         "",
         f"**All of this holds ({len(SUPPORTED)}):** " + ", ".join(f"`{name}`" for name in sorted(SUPPORTED)) + ".",
         "",
-        f"**Not tested ({len(NOT_TESTED)}):**",
+        f"**Not tested ({len(NOT_SUPPORTED)}):**",
         "",
         "| architecture | why |",
         "| --- | --- |",
-        *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_TESTED.items())),
+        *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_SUPPORTED.items())),
         "",
         "Experts that transformers does not mark (Llama 4, DBRX, JetMoE) are refused by name.",
         "",

@@ -11,8 +11,10 @@ from transformers import OlmoeConfig, PreTrainedConfig
 
 import apportion
 from apportion.accounting import layout_of
+from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.loading import config_source, known_configurations
+from architectures import build
 from tiny_models import build_tiny
 
 PUBLISHED = [
@@ -76,6 +78,11 @@ def test_a_config_file_is_enough(tmp_path: Path) -> None:
     OlmoeConfig(**OLMOE_1B_7B).save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "config.json"):
         assert apportion.cost(path, "hellora", hot=8, rank=32).trainable_parameters == 47_218_688
+
+
+def test_a_vision_language_configuration_is_counted() -> None:
+    model = build("qwen3_vl_moe")
+    assert layout_of(model.config) == find_sites(model)
 
 
 def test_a_profile_of_another_model_is_refused(tiny_model: nn.Module, tokens: Tensor) -> None:

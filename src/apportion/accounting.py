@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-import apportion.models  # noqa: F401 - registers the architectures that transformers lacks
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.methods.base import AdapterSettings
 from apportion.methods.planning import build_plan, even_profile
+from apportion.models.auto import auto_class
 from apportion.records.cost import Cost
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
@@ -80,12 +80,7 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str]) -> Layout:
             config = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"the configuration {path} cannot be read.\n  found:  {error}") from error
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"model type {config.model_type!r} is no causal language model that transformers knows.\n"
-            "  fix:  update transformers, or give another configuration"
-        ) from error
+    auto = auto_class(config)
+    with torch.device("meta"):
+        model = auto.from_config(config)
     return find_sites(model)
