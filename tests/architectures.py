@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from apportion.models.auto import auto_class
@@ -101,6 +107,22 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "solar_open": {}, "unlimited_ocr": {}, "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# Families whose experts transformers does not mark, and that `expert_forms` describes.
+UNMARKED: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "rope_parameters": _SECTIONS,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "llama4": {"type": "llama4_text", "intermediate_size_mlp": 16},
+}  # fmt: skip
+# Model type -> the class that transformers builds it with, and the module that the refusal names.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "jetmoe": (AutoModelForCausalLM, "JetMoeParallelExperts"),
+    "longcat_flash": (AutoModelForCausalLM, "LongcatFlashExperts"),
+    "nllb-moe": (AutoModelForSeq2SeqLM, "NllbMoeExperts"),
+    "switch_transformers": (AutoModelForSeq2SeqLM, "SwitchTransformersExperts"),
+}
 NOT_SUPPORTED: dict[str, str] = {
     "diffusion_gemma": "generates by denoising blocks of text: its forward pass takes no labels and gives no loss",
 }
@@ -122,15 +144,22 @@ def tiny_config(config_class: type[PreTrainedConfig], changes: dict[str, Any]) -
         settings.pop("head_dim", None)
         settings["num_key_value_heads"] = 4
     inner = {
-        key: tiny_config(CONFIG_MAPPING[spec.model_type], changes.get(key, {}))
+        key: tiny_config(CONFIG_MAPPING[spec.model_type], dict(changes.get(key, {})))
         for key, spec in config_class.sub_configs_defaults.items()
     }
     return config_class(**settings | changes | inner)
 
 
+def build_refused(model_type: str) -> PreTrainedModel:
+    """Build one of the models that are refused, without weights."""
+    auto, _ = REFUSED[model_type]
+    with torch.device("meta"):
+        return auto.from_config(tiny_config(CONFIG_MAPPING[model_type], {}))
+
+
 def build(name: str) -> PreTrainedModel:
     """Build one tiny model with random weights, in evaluation mode."""
-    changes = dict(SUPPORTED[name])
+    changes = dict((SUPPORTED | UNMARKED)[name])
     auto = changes.pop("auto", None)
     config = tiny_config(CONFIG_MAPPING[changes.pop("type", name)], changes)
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import apportion
 from apportion.discovery import find_sites
-from architectures import NOT_SUPPORTED, PAGE, SUPPORTED, build, marked, page
+from architectures import NOT_SUPPORTED, PAGE, SUPPORTED, UNMARKED, build, marked, page
 
 
 def test_every_marked_architecture_is_listed() -> None:
@@ -23,7 +23,7 @@ def test_every_marked_architecture_is_listed() -> None:
         assert PAGE.read_text() == page(), "run: python tests/architectures.py"
 
 
-@pytest.mark.parametrize("name", sorted(SUPPORTED))
+@pytest.mark.parametrize("name", sorted(SUPPORTED | UNMARKED))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the architectures' own making
 def test_architecture(name: str, tokens: Tensor, tmp_path: Path) -> None:
     tokens = tokens[:4, :12].contiguous()

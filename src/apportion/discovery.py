@@ -1,7 +1,7 @@
 """`find_sites`: where adapters can stand in a model, whatever its family.
 
-A layer of routed experts is recognised by its form: either a module that transformers marks with
-`use_experts_implementation` (stacked parameters), or a `ModuleList` of equal small networks of linear layers.
+A layer of routed experts is recognised by its form: either a module of stacked parameters that `form_of` knows, or a
+`ModuleList` of equal small networks of linear layers.
 Around it, the module that holds it tells the router from the shared experts. Everything else with a linear layer
 inside a numbered decoder layer is attention or a dense MLP, told apart by the names that all families use.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from apportion.errors import ConfigurationError
+from apportion.expert_forms import ExpertForm, form_of
 from apportion.records.site import ExpertBlock, Kind, Layout, Projection, Site, Storage, fingerprint
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
@@ -115,11 +116,6 @@ def base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
     return list(distinct.values())
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Tell whether a module is marked by transformers' `use_experts_implementation`."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
-
-
 def is_expert_list(module: nn.Module) -> bool:
     """Tell whether a module is a list of experts: several networks of the same linear layers, under that name."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
@@ -195,8 +191,9 @@ def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config: object) -> ExpertBlock | None:
     """Describe one experts module, or give None for any other module."""
     storage: Storage
-    if is_fused_experts(module):
-        storage, num_experts, projections = "fused", int(module.down_proj.shape[0]), _fused_projections(module)
+    form = form_of(module)
+    if form is not None:
+        storage, num_experts, projections = "fused", form.num_experts, _stacked_projections(module, form)
     elif is_expert_list(module) and "expert" in path.rpartition(".")[2]:
         storage, num_experts = "linear", len(module)
         projections = tuple(
@@ -217,23 +214,24 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertB
         own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
         class_name = type(module).__name__
         shared = "shared" in path.rpartition(".")[2]  # a few run for every token; stacked, they are no sites
-        if own and "Expert" in class_name and "Router" not in class_name and not shared and not path.startswith(known):
+        holds_experts = own or isinstance(module, nn.ModuleDict)
+        if not holds_experts or "Expert" not in class_name or "Router" in class_name:
+            continue
+        if not shared and not path.startswith(known):
             raise ConfigurationError(
-                "the experts of this model are stored in a form that is not supported yet.\n"
+                "the experts of this model are stored in a form that is not supported.\n"
                 f"  place:  {path} ({class_name})\n"
-                "  fix:    use PEFT's own LoRA on attention, or a model whose experts transformers marks"
+                "  fix:    use PEFT's own LoRA on attention, or a model that docs/architectures.md lists"
             )
 
 
-def _fused_projections(module: Any) -> tuple[Projection, ...]:
-    """Read the shapes of stacked projections: [E, out, in], or [E, in, out] where the layout is transposed."""
-    axes = (1, 2) if module.is_transposed else (2, 1)
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    width, inner = (int(first.shape[axis]) for axis in axes)
-    down_in, down_out = (int(module.down_proj.shape[axis]) for axis in axes)
-    names = ("gate", "up") if module.has_gate else ("up",)
-    entering = tuple(Projection(name, f"{name}_proj", width, inner // len(names)) for name in names)
-    return (*entering, Projection("down", "down_proj", down_in, down_out))
+def _stacked_projections(module: nn.Module, form: ExpertForm) -> tuple[Projection, ...]:
+    """Read the shapes of stacked projections."""
+    shapes = {name: form.weights(module, name).shape for name in form.projections}
+    return tuple(
+        Projection(name.removesuffix("_proj"), name, int(width_in), int(width_out))
+        for name, (_, width_out, width_in) in shapes.items()
+    )
 
 
 def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: object) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
 from apportion.adapters.wrapped import WrappedModule
+from apportion.expert_forms import ExpertForm, form_of
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
@@ -37,13 +38,13 @@ class ExpertFactors:
 
 
 class ExpertLora(WrappedModule):
-    """An experts module of transformers, with LoRA on the planned experts' projections.
+    """A module of stacked experts, with LoRA on the planned experts' projections.
 
     Factors are stored stacked: ``lora_A[adapter][projection]`` has shape (R, I) and ``lora_B[adapter][projection]``
     (R, O), expert after expert in rising order. The checkpoint holds them expert by expert, in PEFT's shapes.
 
     Args:
-        base_layer: A module marked by transformers' `use_experts_implementation`.
+        base_layer: A module that `form_of` knows.
     """
 
     other_param_names = ("lora_dropout", "factors")
@@ -62,10 +63,12 @@ class ExpertLora(WrappedModule):
             factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
             dropout: Share of the adapter's inputs that is dropped in training.
         """
-        weight = self.base_layer.down_proj
-        kwargs: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        a = {name: torch.empty(sum(f.ranks), self._width(name)[0], **kwargs) for name, f in factors.items()}
-        b = {name: torch.zeros(sum(f.ranks), self._width(name)[1], **kwargs) for name, f in factors.items()}
+        a, b = {}, {}
+        for name, planned in factors.items():
+            weights_EOI = self._form().weights(self.base_layer, name)
+            kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
+            a[name] = torch.empty(sum(planned.ranks), weights_EOI.shape[2], **kwargs)
+            b[name] = torch.zeros(sum(planned.ranks), weights_EOI.shape[1], **kwargs)
         for tensor in a.values():
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
         self.factors[adapter_name] = dict(factors)
@@ -73,67 +76,74 @@ class ExpertLora(WrappedModule):
         self.lora_B[adapter_name] = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in b.items()})
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Run the experts, with the active adapters.
 
         Args:
-            hidden_states: Shape (T, D).
+            hidden_states: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
             top_k_index: Expert ids, shape (T, K).
             top_k_weights: Routing weights, shape (T, K).
 
         Returns:
-            Shape (T, D).
+            The shape of `hidden_states`.
         """
         active = self.adapters_to_run()
-        if active:
-            return self._adapted(hidden_states, top_k_index, top_k_weights, active)
-        output: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
-        return output
+        if not active:
+            routing = () if top_k_index is None else (top_k_index, top_k_weights)
+            output: Tensor = self.base_layer(hidden_states, *routing)
+            return output
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if top_k_index is None or top_k_weights is None:
+            summed = self._adapted_copies(hidden, active)
+        else:
+            summed = self._adapted(hidden, top_k_index, top_k_weights, active)
+        return summed.to(hidden_states.dtype).view_as(hidden_states)
 
     def _adapted(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active: list[str]) -> Tensor:
         """Sort the routed rows by expert, run base and adapters on them, and put the sums back in the tokens' order."""
-        base = self.base_layer
         num_tokens, top_k = ids_TK.shape
         ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-        sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
+        sizes_E = torch.bincount(ids_S, minlength=self._form().num_experts)
         place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         x_SD = reorder_rows(hidden_TD, order_S, place_S, copies=top_k)
-
-        if base.has_gate:
-            inner = self._base_product("gate_up_proj", x_SD, ids_S, sizes_E)
-            inner = base._apply_gate(self._add_entering(inner, x_SD, sizes_E, active))
-        else:
-            inner = self._base_product("up_proj", x_SD, ids_S, sizes_E)
-            inner = base.act_fn(self._add(inner, "up_proj", x_SD, sizes_E, active))
-        out_SD = self._base_product("down_proj", inner, ids_S, sizes_E)
-        out_SD = self._add(out_SD, "down_proj", inner, sizes_E, active)
-        if base.has_post_expert_norm:
-            out_SD = base.post_expert_norm(out_SD)
-
+        out_SD = self._run(x_SD, sizes_E, active)
         out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
-        summed: Tensor = out_SD.view(num_tokens, top_k, -1).sum(1)
-        return summed.to(hidden_TD.dtype)
+        return out_SD.view(num_tokens, top_k, -1).sum(1)
 
-    def _base_product(self, name: str, x_SI: Tensor, ids_S: Tensor, sizes_E: Tensor) -> Tensor:
-        """Run one stacked base matrix on the sorted rows."""
-        base = self.base_layer
-        out = grouped_linear(x_SI, getattr(base, name), sizes_E, transposed=base.is_transposed)
-        return out + getattr(base, f"{name}_bias")[ids_S] if base.has_bias else out
+    def _adapted_copies(self, copies_ETD: Tensor, active: list[str]) -> Tensor:
+        """Run base and adapters on the rows that were routed: the others are zero, and stay so."""
+        routed = copies_ETD.any(dim=1)
+        rows_S = routed.nonzero().squeeze(1)
+        sizes_E = routed.view(self._form().num_experts, -1).sum(1)
+        out_SD = self._run(copies_ETD.index_select(0, rows_S), sizes_E, active)
+        return torch.zeros_like(copies_ETD).index_copy(0, rows_S, out_SD.to(copies_ETD.dtype))
 
-    def _add_entering(self, inner_S2F: Tensor, x_SD: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
-        """Add the adapters of gate and up to their fused output."""
-        if not any(name in self.factors[adapter] for adapter in active for name in ("gate_proj", "up_proj")):
-            return inner_S2F
-        width = inner_S2F.shape[1] // 2
-        if self.base_layer.is_concatenated:
-            gate, up = inner_S2F[:, :width], inner_S2F[:, width:]
-        else:
-            gate, up = inner_S2F[:, 0::2], inner_S2F[:, 1::2]
-        gate = self._add(gate, "gate_proj", x_SD, sizes_E, active)
-        up = self._add(up, "up_proj", x_SD, sizes_E, active)
-        if self.base_layer.is_concatenated:
-            return torch.cat([gate, up], dim=1)
-        return torch.stack([gate, up], dim=2).flatten(1)
+    def _run(self, x_SD: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
+        """Run the experts on rows that are sorted by expert."""
+        base, form = self.base_layer, self._form()
+        entered = {name: self._product(name, x_SD, sizes_E, active) for name in form.entering}
+        inner_SF = form.activate(base, entered)
+        out_SD = self._product(form.projections["down_proj"].parameter, inner_SF, sizes_E, active)
+        return getattr(base, form.norm)(out_SD) if form.norm else out_SD
+
+    def _product(self, parameter: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
+        """Multiply the sorted rows by one stacked parameter, and add the adapters of the projections in it."""
+        base, form = self.base_layer, self._form()
+        stored = {name: stacked for name, stacked in form.projections.items() if stacked.parameter == parameter}
+        transposed = any(stacked.transposed for stacked in stored.values())
+        out = grouped_linear(x_SI, form.matrices(base, parameter), sizes_E, transposed=transposed)
+        if form.has_bias:
+            ids_S = torch.arange(form.num_experts, device=out.device).repeat_interleave(sizes_E, output_size=len(out))
+            out = out + getattr(base, f"{parameter}_bias")[ids_S]
+        if not any(name in self.factors[adapter] for adapter in active for name in stored):
+            return out
+        parts = [self._add(out[:, stacked.rows], name, x_SI, sizes_E, active) for name, stacked in stored.items()]
+        if len(parts) == 1:
+            return parts[0]
+        interleaved = any(stacked.rows.step for stacked in stored.values())
+        return torch.stack(parts, dim=2).flatten(1) if interleaved else torch.cat(parts, dim=1)
 
     def _add(self, out_SO: Tensor, name: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
         """Add the active adapters of one projection to the rows of their experts."""
@@ -157,13 +167,12 @@ class ExpertLora(WrappedModule):
         pairs = zip(factors.ranks, factors.scales, strict=True)
         return torch.cat([like.new_full((rank, 1), scale) for rank, scale in pairs])
 
-    def _width(self, name: str) -> tuple[int, int]:
-        """Give a projection's input and output width."""
-        base = self.base_layer
-        stored = name if name == "down_proj" or not base.has_gate else "gate_up_proj"
-        out_in = getattr(base, stored).shape[1:]
-        width_out, width_in = reversed(out_in) if base.is_transposed else out_in
-        return width_in, width_out // 2 if stored == "gate_up_proj" else width_out
+    def _form(self) -> ExpertForm:
+        """Describe the wrapped module."""
+        form = form_of(self.base_layer)
+        if form is None:
+            raise TypeError(f"{type(self.base_layer).__name__} is no module of stacked experts.")
+        return form
 
     @torch.no_grad()
     def delta(self, adapter_name: str, name: str) -> Tensor:
@@ -189,24 +198,11 @@ class ExpertLora(WrappedModule):
     def add_to_weights(self, adapter_name: str, sign: float) -> None:
         """Add an adapter's deltas, times the sign, to the stacked weights."""
         for name, factors in self.factors[adapter_name].items():
+            weights_EOI = self._form().weights(self.base_layer, name)
             for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
-                target = self._weight_of(name, expert)
-                target += sign * delta_OI.to(target.dtype)
-
-    def _weight_of(self, name: str, expert: int) -> Tensor:
-        """Give the view of one projection of one expert in the stacked weights, shape (O, I)."""
-        base = self.base_layer
-        if name == "down_proj" or not base.has_gate:
-            stored: Tensor = getattr(base, name).data[expert]
-            return stored.t() if base.is_transposed else stored
-        stored = base.gate_up_proj.data[expert]
-        stored_2FD = stored.t() if base.is_transposed else stored
-        half = stored_2FD.shape[0] // 2
-        if base.is_concatenated:
-            return stored_2FD[:half] if name == "gate_proj" else stored_2FD[half:]
-        return stored_2FD[0::2] if name == "gate_proj" else stored_2FD[1::2]
+                weights_EOI[expert] += sign * delta_OI.to(weights_EOI.dtype)
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""
-        weight = base_layer.down_proj
+        weight = self._form().weights(base_layer, "down_proj")
         return weight.device, weight.dtype
