@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from apportion.discovery import find_sites
+from apportion.expert_forms import form_of
 from apportion.models.auto import auto_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -53,7 +55,7 @@ _SECTIONS: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Folder in transformers -> what its tiny configuration needs besides; "type" where the model type has another name.
 SUPPORTED: dict[str, dict[str, Any]] = {
-    "afmoe": {}, "aria": {"type": "aria_text"}, "axk1": {}, "axk2": {}, "bailing_hybrid": {"num_hidden_layers": 8},
+    "afmoe": {}, "aria": {"type": "aria_text"}, "axk1": {}, "axk2": {}, "bailing_hybrid": {"layer_group_size": 2},
     "beam": {"mlp_layer_types": ["dense", "sparse"], "n_group": 2, "topk_group": 1}, "cohere2_moe": {},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}}, "deepseek_v2": {}, "deepseek_v3": {},
     "deepseek_v32": {},
@@ -173,27 +175,80 @@ def build(name: str) -> PreTrainedModel:
     return model.float().eval()
 
 
+def describe(name: str) -> list[str]:
+    """Give one architecture's row of the table, read off its tiny model."""
+    model = build(name)
+    layout = find_sites(model)
+    block = layout.blocks[0]
+    form = form_of(model.get_submodule(block.name))
+    entering = [form.projections[projection] for projection in form.projections if projection != "down_proj"]
+    stored = "experts under one another" if "mlp.w1" in form.entering else "stacked"
+    notes = {
+        "transposed": entering[0].transposed,
+        "gate and up interleaved": any(stacked.rows.step for stacked in entering),
+        "no gate": len(entering) == 1,
+        "biases": form.has_bias,
+        "a norm after each expert": form.norm is not None,
+        "called with all experts' rows": form.called == "stacked",
+    }
+    kinds = {site.kind for site in layout.others}
+    stacked_shared = any(
+        "SharedExperts" in type(module).__name__ and hasattr(module, "n_shared_experts") for module in model.modules()
+    )
+    routers = sum(site.kind == "router" for site in layout.others) // len(layout.blocks)
+    return [
+        f"`{name}`",
+        f"`{type(model).__name__}`",
+        ", ".join([stored, *(note for note, holds in notes.items() if holds)]),
+        "frozen (stacked)" if stacked_shared else "yes" if "shared" in kinds else "no",
+        "yes" if "dense" in kinds else "no",
+        "a matrix" if routers == 1 else f"{routers} matrices",
+    ]
+
+
 def page() -> str:
     """Write the page of the docs."""
+    rows = [describe(name) for name in sorted(SUPPORTED | UNMARKED)]
     lines = [
         "# Architectures",
         "",
-        f"transformers {transformers.__version__} marks the experts of {len(marked())} architectures. For each in the",
-        "first list a test builds a tiny model and checks that profile counts add up, that a new `hellora` adapter",
-        "changes no logit by more than 1e-5, that every planned tensor gets a gradient and moves and nothing else",
-        "does, that merged equals unmerged, and that an adapter loads as it was saved. Models whose experts are a",
-        "`ModuleList` of linear layers are covered by a model of the tests' own, and DeepSeekMoE by its",
-        "implementation here.",
+        f"transformers {transformers.__version__} marks the experts of {len(marked())} architectures."
+        f" {len(SUPPORTED)} of them work here, and {len(UNMARKED)} that it",
+        "does not mark. For each in the table a test builds a tiny model and checks that",
         "",
-        f"**All of this holds ({len(SUPPORTED)}):** " + ", ".join(f"`{name}`" for name in sorted(SUPPORTED)) + ".",
+        "- profile counts add up to tokens times top-k in every layer,",
+        "- a new `hellora` adapter changes no logit by more than 1e-5,",
+        "- every planned tensor gets a gradient and moves, and nothing else does,",
+        "- an adapter loads as it was saved, and merged equals unmerged.",
         "",
-        f"**Not tested ({len(NOT_SUPPORTED)}):**",
+        "Models whose experts are a `ModuleList` of linear layers are covered by a model of the tests' own, and",
+        "DeepSeekMoE by its implementation here. The table is read off the tiny models.",
+        "",
+        "| architecture | class | experts | shared experts | dense layers | router |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        "Sites of stacked experts have the same names everywhere: `...experts.5.gate_proj`, `up_proj`, `down_proj`,",
+        "also where a model calls its projections otherwise (DBRX: `w1` is gate, `v1` is up, `w2` is down).",
+        "",
+        "## What is left out",
+        "",
+        "- Of models that read images or sound, everything but the language model: text gives the towers no gradient.",
+        "  `apportion` builds and loads them whole. ERNIE 4.5 VL keeps experts for images in its language model; these",
+        "  are left out too.",
+        "- Matrices that an adapter would not train or that are no weight matrices in the usual sense: the indexers of",
+        "  sparse attention, Mamba's `dt_proj`, hyper-connections, the scalar gate of a shared expert.",
+        "- Inkling's shared experts, which are stacked in one parameter and stay frozen.",
+        "",
+        "## What is refused, by name",
         "",
         "| architecture | why |",
         "| --- | --- |",
         *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_SUPPORTED.items())),
-        "",
-        "Experts that transformers does not mark (Llama 4, DBRX, JetMoE) are refused by name.",
+        *(
+            f"| `{name}` | its experts (`{experts}`) are stored in a form of their own |"
+            for name, (_, experts) in sorted(REFUSED.items())
+        ),
         "",
     ]
     return "\n".join(lines)
