@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -59,7 +60,39 @@ class ExpertForm:
         names = (stacked.parameter for name, stacked in self.projections.items() if name != "down_proj")
         return tuple(dict.fromkeys(names))
 
-    def matrices(self, module: nn.Module, parameter: str) -> Tensor:
+    def projections_in(self, parameter: str) -> dict[str, Stacked]:
+        """Give the projections that a parameter holds, in its order."""
+        return {name: stacked for name, stacked in self.projections.items() if stacked.parameter == parameter}
+
+    def split(self, parameter: str, out_SO: Tensor) -> dict[str, Tensor]:
+        """Split a parameter's output, or its gradient, into its projections'.
+
+        Args:
+            parameter: The parameter's path.
+            out_SO: Shape (S, O).
+
+        Returns:
+            Views by projection; `join` puts them together again.
+        """
+        return {name: out_SO[:, stacked.rows] for name, stacked in self.projections_in(parameter).items()}
+
+    def join(self, parameter: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Put the outputs of a parameter's projections together.
+
+        Args:
+            parameter: The parameter's path.
+            parts: Outputs by projection, as `split` gives them.
+
+        Returns:
+            Shape (S, O).
+        """
+        tensors = list(parts.values())
+        if len(tensors) == 1:
+            return tensors[0]
+        interleaved = any(stacked.rows.step for stacked in self.projections_in(parameter).values())
+        return torch.stack(tensors, dim=2).flatten(1) if interleaved else torch.cat(tensors, dim=1)
+
+    def matrices(self, module: nn.Module, parameter: str) -> tuple[Tensor, bool]:
         """Give a parameter with the experts first, as it is stored otherwise.
 
         Args:
@@ -67,10 +100,10 @@ class ExpertForm:
             parameter: The parameter's path.
 
         Returns:
-            A view of shape (experts, out, in), or (experts, in, out) where it is stored transposed.
+            A view of shape (experts, out, in), or (experts, in, out) where it is stored transposed; whether it is.
         """
-        weight: Tensor = attrgetter(parameter)(module)
-        return weight if weight.ndim == 3 else weight.view(self.num_experts, -1, weight.shape[-1])
+        transposed = any(stacked.transposed for stacked in self.projections_in(parameter).values())
+        return self._experts_first(attrgetter(parameter)(module)), transposed
 
     def weights(self, module: nn.Module, projection: str) -> Tensor:
         """Give one projection of every expert.
@@ -82,9 +115,25 @@ class ExpertForm:
         Returns:
             A view of shape (experts, out, in).
         """
+        return self.view(attrgetter(self.projections[projection].parameter)(module), projection)
+
+    def view(self, tensor: Tensor, projection: str) -> Tensor:
+        """Give one projection of every expert in a tensor of its parameter's shape, such as the parameter's gradient.
+
+        Args:
+            tensor: The parameter, or a tensor of its shape.
+            projection: The projection.
+
+        Returns:
+            A view of shape (experts, out, in).
+        """
         stacked = self.projections[projection]
-        matrices = self.matrices(module, stacked.parameter)
+        matrices = self._experts_first(tensor)
         return (matrices.transpose(1, 2) if stacked.transposed else matrices)[:, stacked.rows]
+
+    def _experts_first(self, tensor: Tensor) -> Tensor:
+        """Give a tensor the experts' axis where its rows are the experts' rows one under the other."""
+        return tensor if tensor.ndim == 3 else tensor.view(self.num_experts, -1, tensor.shape[-1])
 
 
 def form_of(module: Any) -> ExpertForm | None:
@@ -101,6 +150,24 @@ def form_of(module: Any) -> ExpertForm | None:
         if form is not None:
             return form
     return None
+
+
+def known_form(module: Any) -> ExpertForm:
+    """Give the form of a module that has one.
+
+    Args:
+        module: A module of stacked experts.
+
+    Returns:
+        Its form.
+
+    Raises:
+        TypeError: it has none.
+    """
+    form = form_of(module)
+    if form is None:
+        raise TypeError(f"{type(module).__name__} is no module of stacked experts.")
+    return form
 
 
 def _marked(module: Any) -> ExpertForm | None:

@@ -7,7 +7,7 @@ of their own. The merged weight is never built, and no gradient of a frozen weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
 from apportion.adapters.wrapped import WrappedModule
-from apportion.expert_forms import ExpertForm, form_of
+from apportion.expert_forms import ExpertForm, known_form
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
@@ -35,6 +35,78 @@ class ExpertFactors:
     experts: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+
+
+AfterProduct = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+
+
+def run_experts(
+    base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None, weights_TK: Tensor | None, after: AfterProduct
+) -> Tensor:
+    """Run stacked experts on the routed rows, sorted by expert, with a look at every product.
+
+    Args:
+        base: A module that `form_of` knows.
+        hidden_TD: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
+        ids_TK: Expert ids, shape (T, K); None where the module is called with copies.
+        weights_TK: Routing weights, shape (T, K); None where the module is called with copies.
+        after: Called with each stacked parameter's path, its input and output rows and the rows of each expert; what it
+            returns takes the output's place.
+
+    Returns:
+        The shape of `hidden_TD`.
+    """
+    form = known_form(base)
+    rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
+    if ids_TK is None or weights_TK is None:
+        routed = rows_ND.any(dim=1)  # the rows of tokens that are not routed to an expert are zero, and stay so
+        sizes_E = routed.view(form.num_experts, -1).sum(1)
+        rows_S = routed.nonzero().squeeze(1)
+        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), sizes_E, after)
+        summed = torch.zeros_like(rows_ND).index_copy(0, rows_S, out_SD.to(rows_ND.dtype))
+    else:
+        num_tokens, top_k = ids_TK.shape
+        ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
+        sizes_E = torch.bincount(ids_S, minlength=form.num_experts)
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        x_SD = reorder_rows(rows_ND, order_S, place_S, copies=top_k)
+        out_SD = _run_sorted(base, form, x_SD, sizes_E, after)
+        out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
+        summed = out_SD.view(num_tokens, top_k, -1).sum(1)
+    return summed.to(hidden_TD.dtype).view_as(hidden_TD)
+
+
+def token_of_rows(base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None) -> Tensor:
+    """Tell which token each of the rows is that `run_experts` sorts by expert.
+
+    Args:
+        base: As `run_experts` takes it.
+        hidden_TD: As `run_experts` takes it.
+        ids_TK: As `run_experts` takes it.
+
+    Returns:
+        Positions among the T tokens, shape (S,).
+    """
+    if ids_TK is None:
+        rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
+        return rows_ND.any(dim=1).nonzero().squeeze(1) % (len(rows_ND) // known_form(base).num_experts)
+    return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
+
+
+def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, sizes_E: Tensor, after: AfterProduct) -> Tensor:
+    """Run stacked experts on rows that are sorted by expert."""
+
+    def product(parameter: str, x_SI: Tensor) -> Tensor:
+        matrices, transposed = form.matrices(base, parameter)
+        out = grouped_linear(x_SI, matrices, sizes_E, transposed=transposed)
+        if form.has_bias:
+            ids_S = torch.arange(form.num_experts, device=out.device).repeat_interleave(sizes_E, output_size=len(out))
+            out = out + getattr(base, f"{parameter}_bias")[ids_S]
+        return after(parameter, x_SI, out, sizes_E)
+
+    inner_SF = form.activate(base, {parameter: product(parameter, x_SD) for parameter in form.entering})
+    out_SD = product(form.projections["down_proj"].parameter, inner_SF)
+    return getattr(base, form.norm)(out_SD) if form.norm else out_SD
 
 
 class ExpertLora(WrappedModule):
@@ -65,7 +137,7 @@ class ExpertLora(WrappedModule):
         """
         a, b = {}, {}
         for name, planned in factors.items():
-            weights_EOI = self._form().weights(self.base_layer, name)
+            weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
             kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
             a[name] = torch.empty(sum(planned.ranks), weights_EOI.shape[2], **kwargs)
             b[name] = torch.zeros(sum(planned.ranks), weights_EOI.shape[1], **kwargs)
@@ -89,61 +161,31 @@ class ExpertLora(WrappedModule):
         Returns:
             The shape of `hidden_states`.
         """
-        active = self.adapters_to_run()
-        if not active:
-            routing = () if top_k_index is None else (top_k_index, top_k_weights)
-            output: Tensor = self.base_layer(hidden_states, *routing)
-            return output
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if top_k_index is None or top_k_weights is None:
-            summed = self._adapted_copies(hidden, active)
-        else:
-            summed = self._adapted(hidden, top_k_index, top_k_weights, active)
-        return summed.to(hidden_states.dtype).view_as(hidden_states)
+        if self.adapters_to_run():
+            return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.after_product)
+        routing = () if top_k_index is None else (top_k_index, top_k_weights)
+        output: Tensor = self.base_layer(hidden_states, *routing)
+        return output
 
-    def _adapted(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, active: list[str]) -> Tensor:
-        """Sort the routed rows by expert, run base and adapters on them, and put the sums back in the tokens' order."""
-        num_tokens, top_k = ids_TK.shape
-        ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-        sizes_E = torch.bincount(ids_S, minlength=self._form().num_experts)
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        x_SD = reorder_rows(hidden_TD, order_S, place_S, copies=top_k)
-        out_SD = self._run(x_SD, sizes_E, active)
-        out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
-        return out_SD.view(num_tokens, top_k, -1).sum(1)
+    def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+        """Add the active adapters to the output of one stacked base parameter; `run_experts` calls this.
 
-    def _adapted_copies(self, copies_ETD: Tensor, active: list[str]) -> Tensor:
-        """Run base and adapters on the rows that were routed: the others are zero, and stay so."""
-        routed = copies_ETD.any(dim=1)
-        rows_S = routed.nonzero().squeeze(1)
-        sizes_E = routed.view(self._form().num_experts, -1).sum(1)
-        out_SD = self._run(copies_ETD.index_select(0, rows_S), sizes_E, active)
-        return torch.zeros_like(copies_ETD).index_copy(0, rows_S, out_SD.to(copies_ETD.dtype))
+        Args:
+            parameter: The parameter's path in the experts module.
+            x_SI: Its input, rows sorted by expert.
+            out_SO: Its output.
+            sizes_E: Rows of each expert.
 
-    def _run(self, x_SD: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
-        """Run the experts on rows that are sorted by expert."""
-        base, form = self.base_layer, self._form()
-        entered = {name: self._product(name, x_SD, sizes_E, active) for name in form.entering}
-        inner_SF = form.activate(base, entered)
-        out_SD = self._product(form.projections["down_proj"].parameter, inner_SF, sizes_E, active)
-        return getattr(base, form.norm)(out_SD) if form.norm else out_SD
-
-    def _product(self, parameter: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
-        """Multiply the sorted rows by one stacked parameter, and add the adapters of the projections in it."""
-        base, form = self.base_layer, self._form()
-        stored = {name: stacked for name, stacked in form.projections.items() if stacked.parameter == parameter}
-        transposed = any(stacked.transposed for stacked in stored.values())
-        out = grouped_linear(x_SI, form.matrices(base, parameter), sizes_E, transposed=transposed)
-        if form.has_bias:
-            ids_S = torch.arange(form.num_experts, device=out.device).repeat_interleave(sizes_E, output_size=len(out))
-            out = out + getattr(base, f"{parameter}_bias")[ids_S]
-        if not any(name in self.factors[adapter] for adapter in active for name in stored):
-            return out
-        parts = [self._add(out[:, stacked.rows], name, x_SI, sizes_E, active) for name, stacked in stored.items()]
-        if len(parts) == 1:
-            return parts[0]
-        interleaved = any(stacked.rows.step for stacked in stored.values())
-        return torch.stack(parts, dim=2).flatten(1) if interleaved else torch.cat(parts, dim=1)
+        Returns:
+            Shape (S, O).
+        """
+        form, active = known_form(self.base_layer), self.adapters_to_run()
+        if not any(name in self.factors[adapter] for adapter in active for name in form.projections_in(parameter)):
+            return out_SO
+        parts = form.split(parameter, out_SO)
+        return form.join(
+            parameter, {name: self._add(part, name, x_SI, sizes_E, active) for name, part in parts.items()}
+        )
 
     def _add(self, out_SO: Tensor, name: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
         """Add the active adapters of one projection to the rows of their experts."""
@@ -166,13 +208,6 @@ class ExpertLora(WrappedModule):
         """Give every row of A its expert's scale, shape (R, 1)."""
         pairs = zip(factors.ranks, factors.scales, strict=True)
         return torch.cat([like.new_full((rank, 1), scale) for rank, scale in pairs])
-
-    def _form(self) -> ExpertForm:
-        """Describe the wrapped module."""
-        form = form_of(self.base_layer)
-        if form is None:
-            raise TypeError(f"{type(self.base_layer).__name__} is no module of stacked experts.")
-        return form
 
     @torch.no_grad()
     def delta(self, adapter_name: str, name: str) -> Tensor:
@@ -198,11 +233,11 @@ class ExpertLora(WrappedModule):
     def add_to_weights(self, adapter_name: str, sign: float) -> None:
         """Add an adapter's deltas, times the sign, to the stacked weights."""
         for name, factors in self.factors[adapter_name].items():
-            weights_EOI = self._form().weights(self.base_layer, name)
+            weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
             for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
                 weights_EOI[expert] += sign * delta_OI.to(weights_EOI.dtype)
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""
-        weight = self._form().weights(base_layer, "down_proj")
+        weight = known_form(base_layer).weights(base_layer, "down_proj")
         return weight.device, weight.dtype
