@@ -78,9 +78,23 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str]) -> Layout:
         path = os.fspath(config)
         try:
             config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the configuration {path} cannot be read.\n  found:  {error}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"the configuration {path} cannot be read.\n  found:  {_first_line(error)}\n"
+                "  fix:    give a config.json of a model type that this version of transformers knows"
+            ) from error
     auto = auto_class(config)
-    with torch.device("meta"):
-        model = auto.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ConfigurationError(
+            f"no {config.model_type} model can be built from this configuration.\n  found:  {_first_line(error)}\n"
+            "  fix:    mend its sizes"
+        ) from error
     return find_sites(model)
+
+
+def _first_line(error: Exception) -> str:
+    """Leave out what other libraries advise after saying what is wrong."""
+    return str(error).strip().partition("\n")[0]
