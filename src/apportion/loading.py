@@ -69,6 +69,8 @@ def load_model(
         ) from error
     if extra:
         _forget_gguf(model)
+    if not hasattr(model, model.base_model_prefix):
+        model.base_model_prefix = "model"  # Llama 4 says language_model; trainers ask for the model without its head
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
