@@ -23,6 +23,12 @@ def test_every_marked_architecture_is_listed() -> None:
         assert PAGE.read_text() == page(), "run: python tests/architectures.py"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    """Tiny products gain nothing from threads, which wait for each other where the machine has other work."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("name", sorted(SUPPORTED | UNMARKED))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the architectures' own making
 def test_architecture(name: str, tokens: Tensor, tmp_path: Path) -> None:

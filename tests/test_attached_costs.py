@@ -27,6 +27,12 @@ OTHERS = ("granitemoe", "jamba", "lfm2_moe", "llama4", "phimoe", "qwen3_moe")
 MODELS = (*sorted(TINY), *OTHERS, "dense")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    """Tiny products gain nothing from threads, which wait for each other where the machine has other work."""
+    torch.set_num_threads(1)
+
+
 @cache
 def _model(name: str) -> PreTrainedModel:
     if name == "dense":
