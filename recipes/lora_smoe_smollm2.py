@@ -69,10 +69,10 @@ class Settings:
 
     model: str
     profile_rows: int = 32
-    released_rows: int = 60
+    released_rows: int = 30
     train_rows: int = 250
     eval_rows: int = 50
-    steps: int = 100
+    steps: int = 60
     batch_size: int = 16
     lr: float = 1e-3
     rank: int = 8

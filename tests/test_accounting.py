@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 from transformers import OlmoeConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import apportion
 from apportion.accounting import layout_of
+from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.loading import config_source, known_configurations
+from architectures import NOT_SUPPORTED, build, tiny_config
 from tiny_models import build_tiny
 
 PUBLISHED = [
@@ -78,10 +81,21 @@ def test_a_config_file_is_enough(tmp_path: Path) -> None:
         assert apportion.cost(path, "hellora", hot=8, rank=32).trainable_parameters == 47_218_688
 
 
+def test_a_vision_language_configuration_is_counted() -> None:
+    model = build("qwen3_vl_moe")
+    assert layout_of(model.config) == find_sites(model)
+
+
 def test_a_profile_of_another_model_is_refused(tiny_model: nn.Module, tokens: Tensor) -> None:
     profile = apportion.profile(tiny_model, [{"input_ids": tokens}])
     with pytest.raises(PlanMismatchError, match="another architecture"):
         apportion.cost(build_tiny("mixtral"), "hellora", hot=2, rank=4, profile=profile)
+
+
+@pytest.mark.parametrize("model_type", sorted(NOT_SUPPORTED))
+def test_a_model_that_is_no_language_model_is_refused(model_type: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{model_type}.*no causal language model"):
+        apportion.cost(tiny_config(CONFIG_MAPPING[model_type], {}), "lora")
 
 
 class _Unknown(PreTrainedConfig):

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
+from architectures import REFUSED, build, build_refused
 from tiny_models import build_dense, build_tiny
 
 
@@ -83,18 +83,36 @@ def test_a_model_without_layers_is_refused() -> None:
         find_sites(nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "experts"),
-    [("llama4_text", "Llama4TextExperts"), ("dbrx", "DbrxExpertGLU"), ("jetmoe", "JetMoeParallelExperts")],
-)
-def test_experts_in_another_form_are_refused_by_name(model_type: str, experts: str) -> None:
-    config = AutoConfig.for_model(model_type)
-    if model_type == "dbrx":
-        config.attn_config.rope_theta = 10000.0  # its default configuration lacks it
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ConfigurationError, match=f"not supported yet.*\n.*{experts}"):
-        find_sites(model)
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_experts_in_another_form_are_refused_by_name(model_type: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"in a form that is not supported.*\n.*{REFUSED[model_type][1]}"):
+        find_sites(build_refused(model_type))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_omni_moe", "muse_spark", "ernie4_5_vl_moe", "mistral_large4"])
+def test_sites_are_in_the_language_model_alone(name: str) -> None:
+    model = build(name)
+    layout = find_sites(model)
+    assert layout.is_moe
+    assert all(".language_model.layers." in site.name and "vision" not in site.name for site in layout.sites())
+    assert layout.base_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_layer_of_a_router_is_a_router() -> None:
+    sites = [site for site in find_sites(build("zaya")).others if site.kind == "router"]
+    assert [site.projection for site in sites] == ["down", "fc1", "fc2", "out"] * 2
+    assert all(".mlp.gate." in site.name for site in sites)
+
+
+def test_a_router_with_rows_for_shared_experts_is_a_router() -> None:
+    sites = [site for site in find_sites(build("inkling")).others if site.kind == "router"]
+    assert [(site.out_features, site.storage) for site in sites] == [(9, "weight")] * 2
+
+
+def test_linear_layers_that_compute_something_else_are_adapted_through_their_weight() -> None:
+    sites = find_sites(build("deepseek_v4")).by_name
+    assert sites["model.layers.0.self_attn.o_a_proj"].storage == "weight"
+    assert sites["model.layers.0.self_attn.o_b_proj"].storage == "linear"
 
 
 def test_layouts_survive_json(any_model: nn.Module) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-import apportion.models  # noqa: F401 - registers the architectures that transformers lacks
 from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.errors import ConfigurationError, PlanMismatchError, ProfileError
 from apportion.methods.base import AdapterSettings
 from apportion.methods.planning import build_plan, even_profile
+from apportion.methods.registry import find_method
+from apportion.models.auto import auto_class
 from apportion.records.cost import Cost
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
@@ -25,6 +26,7 @@ def cost(
     *,
     rank: int = 32,
     alpha: float | None = None,
+    seed: int = 0,
     profile: Profile | None = None,
     **options: Any,
 ) -> Cost:
@@ -38,6 +40,7 @@ def cost(
         method: A method's name.
         rank: Rank of every adapter.
         alpha: Scale numerator; it costs nothing.
+        seed: Seed of methods that draw at random.
         profile: What was measured on this architecture.
         **options: The method's own options.
 
@@ -48,6 +51,7 @@ def cost(
         ConfigurationError: the method, an option or the rank does not fit the model, or the configuration is of no
             known causal language model.
         PlanMismatchError: the profile is of another architecture.
+        ProfileError: the method needs a profile, or one with sensitivities.
 
     Cost: the model is built on the meta device: no weight is allocated.
     """
@@ -57,7 +61,11 @@ def cost(
             "the profile was made for another architecture.\n"
             f"  model:    {layout.describe()}\n  profile:  {profile.layout.describe()}\n  fix:      profile this model"
         )
-    settings = AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, 0)
+    if profile is None and find_method(method).reads_tasks:
+        raise ProfileError(
+            f"what {method} costs depends on the tasks.\n  fix:  profile with --sensitivity, and give that profile"
+        )
+    settings = AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed)
     measured = even_profile(layout) if profile is None else profile
     return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
 
@@ -78,14 +86,23 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str]) -> Layout:
         path = os.fspath(config)
         try:
             config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the configuration {path} cannot be read.\n  found:  {error}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"the configuration {path} cannot be read.\n  found:  {_first_line(error)}\n"
+                "  fix:    give a config.json of a model type that this version of transformers knows"
+            ) from error
+    auto = auto_class(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+            model = auto.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ConfigurationError(
-            f"model type {config.model_type!r} is no causal language model that transformers knows.\n"
-            "  fix:  update transformers, or give another configuration"
+            f"no {config.model_type} model can be built from this configuration.\n  found:  {_first_line(error)}\n"
+            "  fix:    mend its sizes"
         ) from error
     return find_sites(model)
+
+
+def _first_line(error: Exception) -> str:
+    """Leave out what other libraries advise after saying what is wrong."""
+    return str(error).strip().partition("\n")[0]

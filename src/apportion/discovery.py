@@ -1,7 +1,7 @@
 """`find_sites`: where adapters can stand in a model, whatever its family.
 
-A layer of routed experts is recognised by its form: either a module that transformers marks with
-`use_experts_implementation` (stacked parameters), or a `ModuleList` of equal small networks of linear layers.
+A layer of routed experts is recognised by its form: either a module of stacked parameters that `form_of` knows, or a
+`ModuleList` of equal small networks of linear layers.
 Around it, the module that holds it tells the router from the shared experts. Everything else with a linear layer
 inside a numbered decoder layer is attention or a dense MLP, told apart by the names that all families use.
 """
@@ -15,18 +15,22 @@ from typing import Any
 from torch import nn
 
 from apportion.errors import ConfigurationError
+from apportion.expert_forms import ExpertForm, form_of
 from apportion.records.site import ExpertBlock, Kind, Layout, Projection, Site, Storage, fingerprint
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
 _ATTENTION_NAME = re.compile(r"attn|attention|mamba")
-# Matrices whose adapter would never train: a sparse attention's indexer only picks positions, and Mamba's time step
-# projection is read past its module.
-_WITHOUT_GRADIENT = re.compile(r"\.indexer\.|\.mamba\.dt_proj$")
+# Matrices that are no sites. A sparse attention's indexer only picks positions, and Mamba's time step projection is
+# read past its module: their adapters would never train. Hyper-connections mix a handful of residual streams.
+_NO_SITE = re.compile(r"\.indexer\.|\.mamba\.dt_proj$|hyper_connection")
+# Experts that a language model keeps for images alone: text is never routed to them.
+_OF_IMAGES = re.compile(r"(?:^|\.)vision_")
 _MLP_ROLES = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
     "w1": "gate", "w3": "up", "w2": "down",
     "fc1": "up", "fc2": "down",
 }  # fmt: skip
+_ROUTER_NAME = re.compile(r"\.(gate|router|wg)\b")
 _TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -78,11 +82,12 @@ def find_sites(model: nn.Module) -> Layout:
 
     Cost: one walk over the modules; no weight is read.
     """
-    modules = {path: own for path, _, own in walk_modules(model)}
+    every_module = {path: own for path, _, own in walk_modules(model)}
+    modules = _of_language_model(base_model(model), every_module)
     config = getattr(base_model(model), "config", None)
     shapes = {
         f"{path}.{name}" if path else name: tuple(parameter.shape)
-        for path, module in modules.items()
+        for path, module in every_module.items()
         for name, parameter in module.named_parameters(recurse=False)
     }
     blocks = tuple(block for path, module in modules.items() if (block := _expert_block(path, module, modules, config)))
@@ -98,7 +103,7 @@ def find_sites(model: nn.Module) -> Layout:
     return Layout(
         model_class=model_class,
         model_type=model_type,
-        base_parameters=sum(parameter.numel() for parameter in base_parameters(modules)),
+        base_parameters=sum(parameter.numel() for parameter in base_parameters(every_module)),
         fingerprint=fingerprint(model_type, shapes),
         others=others,
         blocks=blocks,
@@ -109,11 +114,6 @@ def base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
     """List the distinct parameters of the given modules; tied ones come once."""
     distinct = {id(p): p for module in modules.values() for p in module.parameters(recurse=False)}
     return list(distinct.values())
-
-
-def is_fused_experts(module: nn.Module) -> bool:
-    """Tell whether a module is marked by transformers' `use_experts_implementation`."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def is_expert_list(module: nn.Module) -> bool:
@@ -130,6 +130,8 @@ def is_expert_list(module: nn.Module) -> bool:
 def find_router(experts_path: str, num_experts: int, modules: dict[str, nn.Module]) -> str | None:
     """Find the router of an experts module: the module beside it with one row of weights an expert.
 
+    Where there is none (a router of several layers, or one with rows for shared experts too), the name decides.
+
     Args:
         experts_path: Path of the experts module.
         num_experts: Experts in it.
@@ -140,14 +142,37 @@ def find_router(experts_path: str, num_experts: int, modules: dict[str, nn.Modul
     """
     parent = experts_path.rpartition(".")[0]
     found = []
-    for path, module in modules.items():
-        if not path.startswith(parent + ".") or path.startswith(experts_path + "."):
+    for path, module in _below(parent, modules):
+        if path.startswith(experts_path + "."):
             continue
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] == num_experts:
             found.append(path)
-    named = [path for path in found if re.search(r"gate|router|wg", path[len(parent) :])]
-    return next(iter(named or found), None)
+    named = [path for path in found if _ROUTER_NAME.search(path[len(parent) :])]
+    if named or found:
+        return (named or found)[0]
+    beside = (path for path, _ in _below(parent, modules) if _ROUTER_NAME.fullmatch(path[len(parent) :]))
+    return next(beside, None)
+
+
+def _below(parent: str, modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """List the modules below a path."""
+    return [(path, module) for path, module in modules.items() if path.startswith(parent + ".")]
+
+
+def _of_language_model(model: Any, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave out what reads images and sound, towers and experts: text gives them no gradient.
+
+    A model that is more than a language model has a configuration of its text part, and gives that part as its decoder.
+    """
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    if text_config is config or getattr(config, "is_encoder_decoder", False):
+        return modules
+    decoder = model.get_decoder()
+    prefix = next((path for path, module in modules.items() if module is decoder), "")
+    inside = {path: module for path, module in modules.items() if not prefix or f"{path}.".startswith(f"{prefix}.")}
+    return {path: module for path, module in inside.items() if not _OF_IMAGES.search(path)}
 
 
 def _without_adapter(module: Any) -> Any:
@@ -166,8 +191,9 @@ def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config: object) -> ExpertBlock | None:
     """Describe one experts module, or give None for any other module."""
     storage: Storage
-    if is_fused_experts(module):
-        storage, num_experts, projections = "fused", int(module.down_proj.shape[0]), _fused_projections(module)
+    form = form_of(module)
+    if form is not None:
+        storage, num_experts, projections = "fused", form.num_experts, _stacked_projections(module, form)
     elif is_expert_list(module) and "expert" in path.rpartition(".")[2]:
         storage, num_experts = "linear", len(module)
         projections = tuple(
@@ -187,23 +213,25 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertB
     for path, module in modules.items():
         own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
         class_name = type(module).__name__
-        if own and "Expert" in class_name and "Router" not in class_name and not path.startswith(known):
+        shared = "shared" in path.rpartition(".")[2]  # a few run for every token; stacked, they are no sites
+        holds_experts = own or isinstance(module, nn.ModuleDict)
+        if not holds_experts or "Expert" not in class_name or "Router" in class_name:
+            continue
+        if not shared and not path.startswith(known):
             raise ConfigurationError(
-                "the experts of this model are stored in a form that is not supported yet.\n"
+                "the experts of this model are stored in a form that is not supported.\n"
                 f"  place:  {path} ({class_name})\n"
-                "  fix:    use PEFT's own LoRA on attention, or a model whose experts transformers marks"
+                "  fix:    use PEFT's own LoRA on attention, or a model that docs/architectures.md lists"
             )
 
 
-def _fused_projections(module: Any) -> tuple[Projection, ...]:
-    """Read the shapes of stacked projections: [E, out, in], or [E, in, out] where the layout is transposed."""
-    axes = (1, 2) if module.is_transposed else (2, 1)
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    width, inner = (int(first.shape[axis]) for axis in axes)
-    down_in, down_out = (int(module.down_proj.shape[axis]) for axis in axes)
-    names = ("gate", "up") if module.has_gate else ("up",)
-    entering = tuple(Projection(name, f"{name}_proj", width, inner // len(names)) for name in names)
-    return (*entering, Projection("down", "down_proj", down_in, down_out))
+def _stacked_projections(module: nn.Module, form: ExpertForm) -> tuple[Projection, ...]:
+    """Read the shapes of stacked projections."""
+    shapes = {name: form.weights(module, name).shape for name in form.projections}
+    return tuple(
+        Projection(name.removesuffix("_proj"), name, int(width_in), int(width_out))
+        for name, (_, width_out, width_in) in shapes.items()
+    )
 
 
 def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: object) -> int:
@@ -221,21 +249,23 @@ def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: o
 
 def _other_sites(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...]) -> Iterator[Site]:
     """Go through all sites but the routed experts."""
-    routers = {find_router(block.name, block.num_experts, modules): block for block in blocks}
+    routers = tuple(router for b in blocks if (router := find_router(b.name, b.num_experts, modules)))
+    inside_routers = tuple(router + "." for router in routers)
     moe_layers = {block.layer for block in blocks}
     inside_experts = tuple(block.name + "." for block in blocks)
     for path, module in modules.items():
-        if path in routers:
+        if path in routers and isinstance(getattr(module, "weight", None), nn.Parameter):
             yield _site(path, module, "router", "router")
             continue
         if not isinstance(module, nn.Linear) or path.startswith(inside_experts) or not _LAYER_NUMBER.search(path):
             continue
-        if _WITHOUT_GRADIENT.search(path):
+        if _NO_SITE.search(path):
             continue
+        kind: Kind = "router" if path.startswith(inside_routers) else _kind(path, moe_layers)
         last = path.rpartition(".")[2]
-        kind = _kind(path, moe_layers)
+        name = last.removesuffix("_proj")
         if module.out_features > 1:  # a shared expert's own gate is a scalar, not a matrix
-            yield _site(path, module, kind, _MLP_ROLES.get(last, last.removesuffix("_proj")))
+            yield _site(path, module, kind, name if kind == "router" else _MLP_ROLES.get(last, name))
 
 
 def _kind(path: str, moe_layers: set[int]) -> Kind:
@@ -252,9 +282,13 @@ def _kind(path: str, moe_layers: set[int]) -> Kind:
 def _site(path: str, module: Any, kind: Kind, projection: str) -> Site:
     """Describe a module with a two-dimensional weight as a site."""
     out_features, in_features = (int(size) for size in module.weight.shape)
-    returns_logits = type(module) is nn.Linear or kind != "router"  # some routers subclass Linear and return a choice
-    storage: Storage = "linear" if isinstance(module, nn.Linear) and returns_logits else "weight"
+    storage: Storage = "linear" if isinstance(module, nn.Linear) and not _has_own_forward(module) else "weight"
     return Site(path, kind, _layer_of(path), projection, in_features, out_features, storage=storage)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Tell linear layers that a model's own code makes into something else: routers, block-diagonal products."""
+    return "modeling_" in type(module).__module__ and type(module).forward is not nn.Linear.forward
 
 
 def _layer_of(path: str) -> int:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import apportion.models  # noqa: F401 - registers the architectures that transformers lacks
 from apportion.errors import MissingDependencyError, ModelLoadError
+from apportion.models.auto import auto_class
 
 EMBEDDED = "embedded"
 _ASSETS = Path(str(files("apportion"))) / "assets"
@@ -37,7 +37,7 @@ def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def load_model(
     name: str | os.PathLike[str], dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
+    """Load a language model, or a model whose language model reads images or sound too, and its tokenizer.
 
     Args:
         name: ``embedded``, a hub id, a folder, or a ``.gguf`` file.
@@ -57,7 +57,8 @@ def load_model(
     torch_dtype = DTYPES[dtype] if dtype else ("auto" if on_gpu else torch.float32)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, **extra)
+        config = AutoConfig.from_pretrained(folder, **extra)
+        model = auto_class(config).from_pretrained(folder, dtype=torch_dtype, **extra)
     except ImportError as error:
         raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
     except (OSError, ValueError, KeyError) as error:
@@ -68,6 +69,8 @@ def load_model(
         ) from error
     if extra:
         _forget_gguf(model)
+    if not hasattr(model, model.base_model_prefix):
+        model.base_model_prefix = "model"  # Llama 4 says language_model; trainers ask for the model without its head
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

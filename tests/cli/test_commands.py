@@ -185,6 +185,7 @@ def _mistakes() -> list[Any]:
     plan = ["plan", "{profile}", "-o", "plan.json"]
     train = ["train", "{plan}", "-o", "run"]
     profile = ["profile", "embedded", "-o", "p.safetensors"]
+    cost = ["cost", "embedded", "--hot", "4"]
     return [
         pytest.param([*plan, "--hot", "0"], "keeps no expert", id="hot of 0"),
         pytest.param([*plan, "--hot", "17"], "more experts than a layer has", id="too many hot"),
@@ -208,6 +209,15 @@ def _mistakes() -> list[Any]:
         pytest.param(["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"], "no file", id="no gguf"),
         pytest.param(["cost", "nobody/nothing"], "cannot be read", id="no configuration"),
         pytest.param(["cost", "{dense}", "--hot", "2"], "is a dense model", id="cost of a dense model"),
+        pytest.param(["cost", "{nonsense}"], "does not recognize this architecture", id="unknown model type"),
+        pytest.param(["cost", "{vit}"], "is no causal language model", id="no language model"),
+        pytest.param(["cost", "{uneven}"], "no olmoe model can be built", id="sizes that do not fit"),
+        pytest.param([*cost, "--targets", "atention"], "did you mean attention", id="misspelt target"),
+        pytest.param([*cost, "--targets", "experts.dwon"], "nothing for the target 'experts.dwon'", id="projection"),
+        pytest.param([*cost, "--layers", "four"], "layers='four' is not understood", id="misspelt layers"),
+        pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model lacks", id="layers out of range"),
+        pytest.param([*cost, "--rank", "0"], "rank=0 is not a rank", id="rank of 0"),
+        pytest.param([*cost, "--rank", "97"], "rank 97 is above", id="rank above the smaller dimension"),
         pytest.param(["train", "none.json", "--data", "task:gcd", "-o", "run"], "there is no plan", id="no plan"),
         pytest.param(["train", "{broken_plan}", "--data", "task:gcd", "-o", "run"], "truncated", id="truncated plan"),
         pytest.param(["train", "{edited_plan}", "--data", "task:gcd", "-o", "run"], "was changed", id="edited plan"),
@@ -246,6 +256,15 @@ def files(tmp_path: Path, profile: Path, adapter: Path) -> dict[str, Path]:
     texts = {"empty": "", "columns": '{"question": "a"}\n', "xml": "<rows/>"}
     for name, text in texts.items():
         made[name] = tmp_path / f"{name}{'.xml' if name == 'xml' else '.jsonl'}"
+        made[name].write_text(text)
+    configurations = {
+        "nonsense": '{"model_type": "nonsense"}',
+        "vit": '{"model_type": "vit"}',
+        "uneven": '{"model_type": "olmoe", "num_attention_heads": 0}',
+    }
+    for name, text in configurations.items():
+        made[name] = tmp_path / name / "config.json"
+        made[name].parent.mkdir()
         made[name].write_text(text)
     plan = made["plan"].read_text()
     made["broken_plan"] = tmp_path / "broken.json"

@@ -124,28 +124,6 @@ def test_costs_are_sums_over_sites(layout: Layout) -> None:
     assert cost.lora_percentage_ratio == pytest.approx(own / whole)
 
 
-@given(
-    method=st.sampled_from(["lora", "attention", "hellora", "random", "cold"]),
-    rank=st.integers(1, 16),
-    hot=st.one_of(
-        st.integers(1, 4),
-        st.integers(1, 100).map("{}%".format),
-        st.floats(0.05, 1).map("coverage={:.3f}".format),
-    ),
-    name=st.sampled_from(["olmoe", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "listed"]),
-    seed=st.integers(0, 5),
-)
-def test_planned_costs_equal_attached_parameters(method: str, rank: int, hot: int | str, name: str, seed: int) -> None:
-    model = build_tiny(name)
-    tokens = torch.randint(3, 64, (2, 16))
-    options = {} if method in ("lora", "attention") else {"hot": hot}
-    plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), method, rank=rank, seed=seed, **options)
-    adapted = apportion.apply(model, plan)
-    counted = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert counted == plan.cost.trainable_parameters
-    assert sum(plan.cost.sites_by_kind.values()) == len(plan.placements)
-
-
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=20), st.data())
 def test_hottest_and_coldest_are_extremes(counts: list[int], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(counts)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import apportion
 from apportion.errors import DataError
+from architectures import build
 from tiny_models import build_dense, build_tiny
 
 
@@ -46,6 +47,37 @@ def test_counts_add_up(any_model: nn.Module, tokens: Tensor) -> None:
     profile = apportion.profile(any_model, [{"input_ids": tokens}])
     assert profile.counts["default"].sum(1).tolist() == [tokens.numel() * 2] * len(profile.layers)
     assert profile.num_experts.tolist() == [block.num_experts for block in profile.layout.blocks]
+
+
+def test_scores_of_all_experts_are_read_where_no_ids_are_given(tokens: Tensor) -> None:
+    model = build("llama4")
+    seen: list[Tensor] = []
+    routers = [layer.feed_forward.router for layer in model.model.layers]
+    handles = [router.register_forward_hook(lambda module, args, output: seen.append(output[1])) for router in routers]
+    profile = apportion.profile(model, [{"input_ids": tokens}])
+    for handle in handles:
+        handle.remove()
+    chosen = [logits.topk(2, dim=-1) for logits in seen]
+    counts = torch.stack([torch.bincount(top.indices.flatten(), minlength=8) for top in chosen])
+    mass = torch.stack([top.values.double().sigmoid().sum() for top in chosen])
+    assert torch.equal(profile.counts["default"], counts)
+    assert torch.allclose(profile.routing_mass["default"].sum(1), mass)
+
+
+def test_a_token_that_skips_the_experts_does_not_count(tokens: Tensor) -> None:
+    model = build("zaya")
+    for layer in model.model.layers:
+        layer.mlp.gate.balancing_biases[-1] = 0.02
+    skipped: list[int] = []
+    handles = [
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: skipped.append(int((output[1] == 0).sum())))
+        for layer in model.model.layers
+    ]
+    profile = apportion.profile(model, [{"input_ids": tokens}])
+    for handle in handles:
+        handle.remove()
+    assert any(skipped)
+    assert profile.counts["default"].sum(1).tolist() == [tokens.numel() - count for count in skipped]
 
 
 def test_padding_does_not_count(tiny_model: nn.Module, tokens: Tensor) -> None:

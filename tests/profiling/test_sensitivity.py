@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import apportion
-from apportion.adapters.experts import expert_view
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, DataError, ProfileError
+from apportion.expert_forms import known_form
 from apportion.profiling import totals as totals_module
 from apportion.profiling.norms import Rows, expert_squared_norms, gram_is_cheaper
 from apportion.profiling.sensitivity import summed_sample_losses
+from architectures import UNMARKED, build
 from tiny_models import TINY, build_dense, build_tiny
 
 Batch = dict[str, Tensor]
@@ -51,16 +52,17 @@ def dense_sensitivity(model: Any, batch: Batch) -> dict[str, float]:
             else:
                 path, expert, projection = site.name.rsplit(".", 2)
                 base = model.get_submodule(path)
-                holder = projection if projection == "down_proj" or not base.has_gate else "gate_up_proj"
-                grad = expert_view(base, getattr(base, holder).grad, projection, int(expert))
+                form = known_form(base)
+                holder = base.get_parameter(form.projections[projection].parameter)
+                grad = None if holder.grad is None else form.view(holder.grad, projection)[int(expert)]
             found[site.name] += 0.0 if grad is None else float(grad.double().square().sum())
     model.zero_grad()
     return found
 
 
-@pytest.mark.parametrize("name", [*sorted(TINY), "dense"])
+@pytest.mark.parametrize("name", [*sorted(TINY), *sorted(UNMARKED), "dense"])
 def test_one_pass_equals_dense_gradients(name: str, tokens: Tensor) -> None:
-    model = build_dense() if name == "dense" else build_tiny(name)
+    model = build_dense() if name == "dense" else build(name) if name in UNMARKED else build_tiny(name)
     batch = _batch(tokens, [16, 5, 9, 12])
     profile = apportion.profile(model, [batch], sensitivity=True)
     expected = dense_sensitivity(model, batch)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
 from apportion.adapters.wrapped import WrappedModule
+from apportion.expert_forms import ExpertForm, known_form
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
@@ -39,85 +40,83 @@ class ExpertFactors:
 AfterProduct = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 
 
-def run_experts(base: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, after: AfterProduct) -> Tensor:
-    """Run stacked experts on rows sorted by expert, with a look at every product.
+def run_experts(
+    base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None, weights_TK: Tensor | None, after: AfterProduct
+) -> Tensor:
+    """Run stacked experts on the routed rows, sorted by expert, with a look at every product.
 
     Args:
-        base: A module marked by transformers' `use_experts_implementation`.
-        hidden_TD: Shape (T, D).
-        ids_TK: Expert ids, shape (T, K).
-        weights_TK: Routing weights, shape (T, K).
-        after: Called with each stacked parameter's name, its input and output rows and the rows of each expert; what it
+        base: A module that `form_of` knows.
+        hidden_TD: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
+        ids_TK: Expert ids, shape (T, K); None where the module is called with copies.
+        weights_TK: Routing weights, shape (T, K); None where the module is called with copies.
+        after: Called with each stacked parameter's path, its input and output rows and the rows of each expert; what it
             returns takes the output's place.
 
     Returns:
-        Shape (T, D), in the tokens' order.
+        The shape of `hidden_TD`.
     """
-    num_tokens, top_k = ids_TK.shape
-    ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-    sizes_E = torch.bincount(ids_S, minlength=base.down_proj.shape[0])
-    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    x_SD = reorder_rows(hidden_TD, order_S, place_S, copies=top_k)
+    form = known_form(base)
+    rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
+    if ids_TK is None or weights_TK is None:
+        routed = rows_ND.any(dim=1)  # the rows of tokens that are not routed to an expert are zero, and stay so
+        sizes_E = routed.view(form.num_experts, -1).sum(1)
+        rows_S = routed.nonzero().squeeze(1)
+        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), sizes_E, after)
+        summed = torch.zeros_like(rows_ND).index_copy(0, rows_S, out_SD.to(rows_ND.dtype))
+    else:
+        num_tokens, top_k = ids_TK.shape
+        ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
+        sizes_E = torch.bincount(ids_S, minlength=form.num_experts)
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        x_SD = reorder_rows(rows_ND, order_S, place_S, copies=top_k)
+        out_SD = _run_sorted(base, form, x_SD, sizes_E, after)
+        out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
+        summed = out_SD.view(num_tokens, top_k, -1).sum(1)
+    return summed.to(hidden_TD.dtype).view_as(hidden_TD)
 
-    def product(name: str, x_SI: Tensor) -> Tensor:
-        out = grouped_linear(x_SI, getattr(base, name), sizes_E, transposed=base.is_transposed)
-        out = out + getattr(base, f"{name}_bias")[ids_S] if base.has_bias else out
-        return after(name, x_SI, out, sizes_E)
 
-    inner = base._apply_gate(product("gate_up_proj", x_SD)) if base.has_gate else base.act_fn(product("up_proj", x_SD))
-    out_SD = product("down_proj", inner)
-    if base.has_post_expert_norm:
-        out_SD = base.post_expert_norm(out_SD)
-    out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
-    summed: Tensor = out_SD.view(num_tokens, top_k, -1).sum(1)
-    return summed.to(hidden_TD.dtype)
-
-
-def split_gate_up(base: Any, fused_S2F: Tensor) -> tuple[Tensor, Tensor]:
-    """Split what belongs to ``gate_up_proj`` into gate and up: halves, or every other column.
+def token_of_rows(base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None) -> Tensor:
+    """Tell which token each of the rows is that `run_experts` sorts by expert.
 
     Args:
-        base: The experts module, for its layout.
-        fused_S2F: Shape (S, 2F).
+        base: As `run_experts` takes it.
+        hidden_TD: As `run_experts` takes it.
+        ids_TK: As `run_experts` takes it.
 
     Returns:
-        Two views of shape (S, F).
+        Positions among the T tokens, shape (S,).
     """
-    if base.is_concatenated:
-        width = fused_S2F.shape[1] // 2
-        return fused_S2F[:, :width], fused_S2F[:, width:]
-    return fused_S2F[:, 0::2], fused_S2F[:, 1::2]
+    if ids_TK is None:
+        rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
+        return rows_ND.any(dim=1).nonzero().squeeze(1) % (len(rows_ND) // known_form(base).num_experts)
+    return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
 
 
-def expert_view(base: Any, stacked: Tensor, name: str, expert: int) -> Tensor:
-    """Give the view of one projection of one expert in a stacked tensor.
+def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, sizes_E: Tensor, after: AfterProduct) -> Tensor:
+    """Run stacked experts on rows that are sorted by expert."""
 
-    Args:
-        base: The experts module, for its layout.
-        stacked: The stacked parameter that holds the projection, or a tensor of its shape such as its gradient.
-        name: The projection (``gate_proj``, ``up_proj``, ``down_proj``).
-        expert: The expert's id.
+    def product(parameter: str, x_SI: Tensor) -> Tensor:
+        matrices, transposed = form.matrices(base, parameter)
+        out = grouped_linear(x_SI, matrices, sizes_E, transposed=transposed)
+        if form.has_bias:
+            ids_S = torch.arange(form.num_experts, device=out.device).repeat_interleave(sizes_E, output_size=len(out))
+            out = out + getattr(base, f"{parameter}_bias")[ids_S]
+        return after(parameter, x_SI, out, sizes_E)
 
-    Returns:
-        Shape (O, I).
-    """
-    stored = stacked[expert].t() if base.is_transposed else stacked[expert]
-    if name == "down_proj" or not base.has_gate:
-        return stored
-    half = stored.shape[0] // 2
-    if base.is_concatenated:
-        return stored[:half] if name == "gate_proj" else stored[half:]
-    return stored[0::2] if name == "gate_proj" else stored[1::2]
+    inner_SF = form.activate(base, {parameter: product(parameter, x_SD) for parameter in form.entering})
+    out_SD = product(form.projections["down_proj"].parameter, inner_SF)
+    return getattr(base, form.norm)(out_SD) if form.norm else out_SD
 
 
 class ExpertLora(WrappedModule):
-    """An experts module of transformers, with LoRA on the planned experts' projections.
+    """A module of stacked experts, with LoRA on the planned experts' projections.
 
     Factors are stored stacked: ``lora_A[adapter][projection]`` has shape (R, I) and ``lora_B[adapter][projection]``
     (R, O), expert after expert in rising order. The checkpoint holds them expert by expert, in PEFT's shapes.
 
     Args:
-        base_layer: A module marked by transformers' `use_experts_implementation`.
+        base_layer: A module that `form_of` knows.
     """
 
     other_param_names = ("lora_dropout", "factors")
@@ -136,10 +135,12 @@ class ExpertLora(WrappedModule):
             factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
             dropout: Share of the adapter's inputs that is dropped in training.
         """
-        weight = self.base_layer.down_proj
-        kwargs: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        a = {name: torch.empty(sum(f.ranks), self._width(name)[0], **kwargs) for name, f in factors.items()}
-        b = {name: torch.zeros(sum(f.ranks), self._width(name)[1], **kwargs) for name, f in factors.items()}
+        a, b = {}, {}
+        for name, planned in factors.items():
+            weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
+            kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
+            a[name] = torch.empty(sum(planned.ranks), weights_EOI.shape[2], **kwargs)
+            b[name] = torch.zeros(sum(planned.ranks), weights_EOI.shape[1], **kwargs)
         for tensor in a.values():
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
         self.factors[adapter_name] = dict(factors)
@@ -147,45 +148,44 @@ class ExpertLora(WrappedModule):
         self.lora_B[adapter_name] = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in b.items()})
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Run the experts, with the active adapters.
 
         Args:
-            hidden_states: Shape (T, D).
+            hidden_states: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
             top_k_index: Expert ids, shape (T, K).
             top_k_weights: Routing weights, shape (T, K).
 
         Returns:
-            Shape (T, D).
+            The shape of `hidden_states`.
         """
         if self.adapters_to_run():
             return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.after_product)
-        output: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
+        routing = () if top_k_index is None else (top_k_index, top_k_weights)
+        output: Tensor = self.base_layer(hidden_states, *routing)
         return output
 
-    def after_product(self, name: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
-        """Add the active adapters to the output of one stacked base matrix; `run_experts` calls this.
+    def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+        """Add the active adapters to the output of one stacked base parameter; `run_experts` calls this.
 
         Args:
-            name: The parameter: ``gate_up_proj``, ``up_proj`` or ``down_proj``.
-            x_SI: The matrix's input, rows sorted by expert.
+            parameter: The parameter's path in the experts module.
+            x_SI: Its input, rows sorted by expert.
             out_SO: Its output.
             sizes_E: Rows of each expert.
 
         Returns:
             Shape (S, O).
         """
-        active = self.adapters_to_run()
-        if name != "gate_up_proj":
-            return self._add(out_SO, name, x_SI, sizes_E, active)
-        if not any(part in self.factors[adapter] for adapter in active for part in ("gate_proj", "up_proj")):
+        form, active = known_form(self.base_layer), self.adapters_to_run()
+        if not any(name in self.factors[adapter] for adapter in active for name in form.projections_in(parameter)):
             return out_SO
-        gate, up = split_gate_up(self.base_layer, out_SO)
-        gate = self._add(gate, "gate_proj", x_SI, sizes_E, active)
-        up = self._add(up, "up_proj", x_SI, sizes_E, active)
-        if self.base_layer.is_concatenated:
-            return torch.cat([gate, up], dim=1)
-        return torch.stack([gate, up], dim=2).flatten(1)
+        parts = form.split(parameter, out_SO)
+        return form.join(
+            parameter, {name: self._add(part, name, x_SI, sizes_E, active) for name, part in parts.items()}
+        )
 
     def _add(self, out_SO: Tensor, name: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
         """Add the active adapters of one projection to the rows of their experts."""
@@ -208,14 +208,6 @@ class ExpertLora(WrappedModule):
         """Give every row of A its expert's scale, shape (R, 1)."""
         pairs = zip(factors.ranks, factors.scales, strict=True)
         return torch.cat([like.new_full((rank, 1), scale) for rank, scale in pairs])
-
-    def _width(self, name: str) -> tuple[int, int]:
-        """Give a projection's input and output width."""
-        base = self.base_layer
-        stored = name if name == "down_proj" or not base.has_gate else "gate_up_proj"
-        out_in = getattr(base, stored).shape[1:]
-        width_out, width_in = reversed(out_in) if base.is_transposed else out_in
-        return width_in, width_out // 2 if stored == "gate_up_proj" else width_out
 
     @torch.no_grad()
     def delta(self, adapter_name: str, name: str) -> Tensor:
@@ -241,12 +233,11 @@ class ExpertLora(WrappedModule):
     def add_to_weights(self, adapter_name: str, sign: float) -> None:
         """Add an adapter's deltas, times the sign, to the stacked weights."""
         for name, factors in self.factors[adapter_name].items():
+            weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
             for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
-                stored = name if name == "down_proj" or not self.base_layer.has_gate else "gate_up_proj"
-                target = expert_view(self.base_layer, getattr(self.base_layer, stored).data, name, expert)
-                target += sign * delta_OI.to(target.dtype)
+                weights_EOI[expert] += sign * delta_OI.to(weights_EOI.dtype)
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""
-        weight = base_layer.down_proj
+        weight = known_form(base_layer).weights(base_layer, "down_proj")
         return weight.device, weight.dtype

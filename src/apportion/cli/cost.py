@@ -15,11 +15,11 @@ from apportion.records.profile import load_profile
 
 
 def run(
-    console: Console, *, model: str, method: str, rank: int, profile: Path | None, options: dict[str, Any]
+    console: Console, *, model: str, method: str, rank: int, seed: int, profile: Path | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Count and show."""
     quiet()
     measured = load_profile(profile) if profile else None
-    counted = cost(config_source(model), method, rank=rank, profile=measured, **options)
+    counted = cost(config_source(model), method, rank=rank, seed=seed, profile=measured, **options)
     console.print(cost_table(counted, f"{method} on {model}, rank {rank}"))
     return counted.as_dict()

@@ -211,6 +211,7 @@ def cost(
     model: Annotated[str, typer.Argument(help=CONFIG_HELP)],
     method: MethodName = "hellora",
     rank: Rank = 32,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw at random.")] = 0,
     profile: Annotated[Path | None, typer.Option(help="A profile, for the true shares of tokens.")] = None,
     hot: Hot = None,
     criterion: Criterion = None,
@@ -236,7 +237,7 @@ def cost(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
         experts=experts, budget=budget, ranks=ranks or None,
     )  # fmt: skip
-    _run("cost", model=model, method=method, rank=rank, profile=profile, options=options, as_json=json_)
+    _run("cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options, as_json=json_)
 
 
 @app.command()

@@ -112,6 +112,7 @@ class Method:
         source: Paper or repository.
         options: Its options with their defaults.
         place: The rule: profile, options and settings in, placements out. It reads no model.
+        reads_tasks: Whether the plan's size depends on the profile's tasks, so that nothing can stand for a profile.
     """
 
     name: str
@@ -119,3 +120,4 @@ class Method:
     source: str
     options: type[MethodOptions]
     place: Callable[[Profile, Any, AdapterSettings], list[Placement]]
+    reads_tasks: bool = False

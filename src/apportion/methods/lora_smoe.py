@@ -190,6 +190,7 @@ LORA_SMOE = Method(
     source="LoRA-SMoE, arXiv:2505.06272",
     options=VoteOptions,
     place=place_lora_smoe,
+    reads_tasks=True,
 )
 RANDOM_VOTES = Method(
     name="random_votes",
@@ -197,4 +198,5 @@ RANDOM_VOTES = Method(
     source="control at lora_smoe's budget",
     options=VoteOptions,
     place=place_random_votes,
+    reads_tasks=True,
 )

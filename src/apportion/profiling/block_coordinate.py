@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.experts import expert_view
 from apportion.discovery import base_model, walk_modules
+from apportion.expert_forms import known_form
 from apportion.profiling.routing import Batch, RunBatch, counting_hooks, evaluation_mode
 from apportion.profiling.sensitivity import check_loss, frozen, rows_of, summed_sample_losses
 from apportion.profiling.totals import TaskTotals
@@ -86,8 +87,8 @@ def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, d
     for block in layout.blocks:
         if block.storage == "fused":
             base = modules[block.name]
-            for name in ("gate_up_proj" if base.has_gate else "up_proj", "down_proj"):
-                layers[block.layer][getattr(base, name)] = block
+            for stacked in known_form(base).projections.values():
+                layers[block.layer][attrgetter(stacked.parameter)(base)] = block
     return dict(layers)
 
 
@@ -101,12 +102,11 @@ def _norms(owners: dict[nn.Parameter, str | ExpertBlock], modules: dict[str, Any
             norms[owner] = float(parameter.grad.float().square().sum())
             continue
         base = modules[owner.name]
+        form = known_form(base)
         for projection in owner.projections:
-            holder = "down_proj" if projection.suffix == "down_proj" else "gate_up_proj" if base.has_gate else "up_proj"
-            if getattr(base, holder) is parameter:
-                for expert in range(owner.num_experts):
-                    view = expert_view(base, parameter.grad, projection.suffix, expert)
-                    norms[owner.site(expert, projection).name] = float(view.float().square().sum())
+            if attrgetter(form.projections[projection.suffix].parameter)(base) is parameter:
+                for expert, grad_OI in enumerate(form.view(parameter.grad, projection.suffix)):
+                    norms[owner.site(expert, projection).name] = float(grad_OI.float().square().sum())
     return norms
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apportion.discovery import base_model, find_router, walk_modules
 from apportion.errors import DataError, ProfileError
+from apportion.expert_forms import form_of
 from apportion.profiling.totals import TaskTotals
 from apportion.records.site import ExpertBlock, Layout
 
@@ -19,6 +20,7 @@ from apportion.records.site import ExpertBlock, Layout
 
 Batch = Mapping[str, Any]
 Inputs = dict[str, Tensor]
+Choice = Callable[[ExpertBlock, tuple[Any, ...], dict[str, Any], Any], tuple[Tensor, Tensor]]
 
 
 RunBatch = Callable[[Batch], None]
@@ -78,11 +80,13 @@ def counting_hooks(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iter
 
     with ExitStack() as stack:
         for row, block in enumerate(layout.blocks):
-            router = find_router(block.name, block.num_experts, own)
-            seen_at = block.name if block.storage == "fused" else router
+            form = form_of(own[block.name])
+            at_experts = form is not None and form.called == "routed"
+            seen_at = block.name if at_experts else find_router(block.name, block.num_experts, own)
             if seen_at is None:
                 raise ProfileError(f"the router of {block.name} in {layout.model_class} cannot be found.")
-            stack.enter_context(_counting(called[seen_at], block, totals, row, mask))
+            choice = _passed_to_experts if at_experts else _selected_by_router
+            stack.enter_context(_counting(called[seen_at], choice, block, totals, row, mask))
         yield take
 
 
@@ -132,7 +136,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _counting(module: nn.Module, block: ExpertBlock, totals: TaskTotals, row: int, mask: _Mask) -> Iterator[None]:
+def _counting(
+    module: nn.Module, choice: Choice, block: ExpertBlock, totals: TaskTotals, row: int, mask: _Mask
+) -> Iterator[None]:
     """Count one layer's selections, at its experts or at its router, while the block is open."""
 
     def add(ids_TK: Tensor, weights_TK: Tensor) -> None:
@@ -146,39 +152,50 @@ def _counting(module: nn.Module, block: ExpertBlock, totals: TaskTotals, row: in
             )
         ids = ids_TK[real_T].reshape(-1).cpu()
         weights = weights_TK.detach()[real_T].reshape(-1).double().cpu()
+        ids, weights = ids[weights != 0], weights[weights != 0]  # a weight of 0 says that the slot was left empty
         width = totals.counts.shape[1]
         totals.counts[row] += torch.bincount(ids, minlength=width)[:width]
         totals.mass[row] += torch.bincount(ids, weights=weights, minlength=width)[:width]
 
-    if block.storage == "fused":
+    def after(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        add(*choice(block, args, kwargs, output))
 
-        def before_experts(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-            add(named["top_k_index"], named["top_k_weights"])
-
-        handle = module.register_forward_pre_hook(before_experts, with_kwargs=True)
-    else:
-
-        def after_router(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            add(*_selection(output, block))
-
-        handle = module.register_forward_hook(after_router)
+    handle = module.register_forward_hook(after, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _selection(output: Any, block: ExpertBlock) -> tuple[Tensor, Tensor]:
-    """Read a router's choice from what it returns: its own indices and weights, or the softmax top-k of its logits."""
+def _passed_to_experts(
+    _block: ExpertBlock, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+) -> tuple[Tensor, Tensor]:
+    """Read the choice off what the experts are called with."""
+    named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+    return named["top_k_index"], named["top_k_weights"]
+
+
+def _selected_by_router(
+    block: ExpertBlock, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
+) -> tuple[Tensor, Tensor]:
+    """Read the choice off what the router returns.
+
+    It is the router's own ids and weights, or scores of all experts that are zero where none was selected, or the
+    softmax top-k of its logits.
+    """
     tensors = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
     for ids in tensors:
         if not ids.is_floating_point() and ids.ndim >= 2:
             weights = next((t for t in tensors if t.is_floating_point() and t.shape == ids.shape), None)
             return ids, torch.ones_like(ids, dtype=torch.float32) if weights is None else weights
-    if len(tensors) == 1 and tensors[0].shape[-1] == block.num_experts and block.top_k:
-        weights, ids = tensors[0].float().softmax(-1).topk(block.top_k, dim=-1)
-        return ids, weights
+    if block.top_k:
+        for scores in tensors:
+            if scores.shape[-1] == block.num_experts and int((scores != 0).sum(-1).max()) <= block.top_k:
+                weights, ids = scores.topk(block.top_k, dim=-1)
+                return ids, weights
+        if len(tensors) == 1 and tensors[0].shape[-1] == block.num_experts:
+            weights, ids = tensors[0].float().softmax(-1).topk(block.top_k, dim=-1)
+            return ids, weights
     raise ProfileError(
         f"the router of {block.name} returns neither expert ids nor one logit an expert, so its choice cannot be "
         "counted.\n  fix:  use the architecture's own class in transformers"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apportion.adapters.experts import ExpertLora, run_experts, split_gate_up
+from apportion.adapters.experts import ExpertLora, run_experts, token_of_rows
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import DataError, ProfileError
+from apportion.expert_forms import known_form
 from apportion.profiling.norms import Rows, expert_squared_norms
 from apportion.profiling.routing import Batch, Inputs, RunBatch, counting_hooks, evaluation_mode
 from apportion.profiling.totals import TaskTotals
@@ -217,31 +218,32 @@ def _linear_hook(meter: _Meter, site: Site) -> Callable[[nn.Module, tuple[Any, .
 
 def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> Callable[..., Tensor]:
     """Make a forward for stacked experts that keeps every product's input until its output's gradient arrives."""
+    form = known_form(own)
 
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         meter.note(path)
         num_samples, positions = meter.shape
-        tokens = len(top_k_index)
+        copies = form.num_experts if top_k_index is None else 1
+        tokens = hidden_states.numel() // hidden_states.shape[-1] // copies
         if num_samples > 1 and tokens != num_samples * positions:
             raise ProfileError(f"{path} was given {tokens} tokens.\n  fix:  profile with batches of one row")
-        order_S = top_k_index.reshape(-1).sort(stable=True).indices
-        samples_S = order_S // (top_k_index.shape[1] * tokens // num_samples)
+        samples_S = token_of_rows(own, hidden_states, top_k_index) // (tokens // num_samples)
 
-        def after(name: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+        def after(parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
             kept = [x_SI.detach()]
 
             def on_gradient(grad_SO: Tensor) -> None:
-                fused = name == "gate_up_proj"
-                grads = split_gate_up(own, grad_SO) if fused else (grad_SO,)
-                names = ("gate_proj", "up_proj") if fused else (name,)
-                norms = expert_squared_norms(kept.pop(), grads, samples_S, sizes_E.tolist())
-                for projection, by_expert in zip(names, norms, strict=True):
+                grads = form.split(parameter, grad_SO)
+                norms = expert_squared_norms(kept.pop(), tuple(grads.values()), samples_S, sizes_E.tolist())
+                for projection, by_expert in zip(grads, norms, strict=True):
                     for expert, norm in enumerate(by_expert):
                         meter.norms[f"{path}.{expert}.{projection}"] = norm
 
             if out_SO.requires_grad:
                 out_SO.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-            return called.after_product(name, x_SI, out_SO, sizes_E) if isinstance(called, ExpertLora) else out_SO
+            return called.after_product(parameter, x_SI, out_SO, sizes_E) if isinstance(called, ExpertLora) else out_SO
 
         return run_experts(own, hidden_states, top_k_index, top_k_weights, after)
 

@@ -1,0 +1,260 @@
+"""The forms in which models stack the experts of a layer: where each projection lives, and how the module is called.
+
+Modules that transformers marks with `use_experts_implementation` describe themselves. A family that it does not mark
+is one more function here, and everything else (sites, counting, adapters, merging) follows from the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Where one projection of every expert lives.
+
+    Args:
+        parameter: Path of the parameter in the experts module; it has the experts first, or its rows are the experts'
+            rows one under the other.
+        transposed: Whether each expert's matrix is stored as (in, out).
+        rows: The projection's part of the output axis, where several projections share the parameter.
+    """
+
+    parameter: str
+    transposed: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """How one experts module stores and calls its experts.
+
+    Args:
+        num_experts: Experts in the module.
+        projections: Where each projection lives, by the last part of its site names; ``down_proj`` is the last.
+        activate: What stands between the entering projections and ``down_proj``: from the module and the products of
+            the entering parameters to the input of ``down_proj``.
+        called: ``routed`` with the tokens, their experts' ids and weights; ``stacked`` with one copy of all tokens an
+            expert, one copy after the other, each token already multiplied by its weight, which is zero where it is
+            not routed there.
+        has_bias: Whether every parameter has a bias, under its name with ``_bias``.
+        norm: Name of a module that runs after each expert.
+    """
+
+    num_experts: int
+    projections: Mapping[str, Stacked]
+    activate: Callable[[Any, Mapping[str, Tensor]], Tensor]
+    called: Literal["routed", "stacked"] = "routed"
+    has_bias: bool = False
+    norm: str | None = None
+
+    @property
+    def entering(self) -> tuple[str, ...]:
+        """The parameters that the tokens enter by."""
+        names = (stacked.parameter for name, stacked in self.projections.items() if name != "down_proj")
+        return tuple(dict.fromkeys(names))
+
+    def projections_in(self, parameter: str) -> dict[str, Stacked]:
+        """Give the projections that a parameter holds, in its order."""
+        return {name: stacked for name, stacked in self.projections.items() if stacked.parameter == parameter}
+
+    def split(self, parameter: str, out_SO: Tensor) -> dict[str, Tensor]:
+        """Split a parameter's output, or its gradient, into its projections'.
+
+        Args:
+            parameter: The parameter's path.
+            out_SO: Shape (S, O).
+
+        Returns:
+            Views by projection; `join` puts them together again.
+        """
+        return {name: out_SO[:, stacked.rows] for name, stacked in self.projections_in(parameter).items()}
+
+    def join(self, parameter: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """Put the outputs of a parameter's projections together.
+
+        Args:
+            parameter: The parameter's path.
+            parts: Outputs by projection, as `split` gives them.
+
+        Returns:
+            Shape (S, O).
+        """
+        tensors = list(parts.values())
+        if len(tensors) == 1:
+            return tensors[0]
+        interleaved = any(stacked.rows.step for stacked in self.projections_in(parameter).values())
+        return torch.stack(tensors, dim=2).flatten(1) if interleaved else torch.cat(tensors, dim=1)
+
+    def matrices(self, module: nn.Module, parameter: str) -> tuple[Tensor, bool]:
+        """Give a parameter with the experts first, as it is stored otherwise.
+
+        Args:
+            module: The experts module.
+            parameter: The parameter's path.
+
+        Returns:
+            A view of shape (experts, out, in), or (experts, in, out) where it is stored transposed; whether it is.
+        """
+        transposed = any(stacked.transposed for stacked in self.projections_in(parameter).values())
+        return self._experts_first(attrgetter(parameter)(module)), transposed
+
+    def weights(self, module: nn.Module, projection: str) -> Tensor:
+        """Give one projection of every expert.
+
+        Args:
+            module: The experts module.
+            projection: The projection.
+
+        Returns:
+            A view of shape (experts, out, in).
+        """
+        return self.view(attrgetter(self.projections[projection].parameter)(module), projection)
+
+    def view(self, tensor: Tensor, projection: str) -> Tensor:
+        """Give one projection of every expert in a tensor of its parameter's shape, such as the parameter's gradient.
+
+        Args:
+            tensor: The parameter, or a tensor of its shape.
+            projection: The projection.
+
+        Returns:
+            A view of shape (experts, out, in).
+        """
+        stacked = self.projections[projection]
+        matrices = self._experts_first(tensor)
+        return (matrices.transpose(1, 2) if stacked.transposed else matrices)[:, stacked.rows]
+
+    def _experts_first(self, tensor: Tensor) -> Tensor:
+        """Give a tensor the experts' axis where its rows are the experts' rows one under the other."""
+        return tensor if tensor.ndim == 3 else tensor.view(self.num_experts, -1, tensor.shape[-1])
+
+
+def form_of(module: Any) -> ExpertForm | None:
+    """Recognise an experts module.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Its form, or None where it is no module of stacked experts, or of a form that is not supported.
+    """
+    for recognise in (_marked, _every_expert_at_once, _rows_of_all_experts):
+        form = recognise(module)
+        if form is not None:
+            return form
+    return None
+
+
+def known_form(module: Any) -> ExpertForm:
+    """Give the form of a module that has one.
+
+    Args:
+        module: A module of stacked experts.
+
+    Returns:
+        Its form.
+
+    Raises:
+        TypeError: it has none.
+    """
+    form = form_of(module)
+    if form is None:
+        raise TypeError(f"{type(module).__name__} is no module of stacked experts.")
+    return form
+
+
+def _marked(module: Any) -> ExpertForm | None:
+    """Read what transformers' decorator says about a module."""
+    if not all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "down_proj")):
+        return None
+    transposed = module.is_transposed
+    down = Stacked("down_proj", transposed)
+    if module.has_gate:
+        width = module.gate_up_proj.shape[2 if transposed else 1] // 2
+        halves = (slice(0, width), slice(width, None)) if module.is_concatenated else _interleaved()
+        entering = {
+            name: Stacked("gate_up_proj", transposed, rows)
+            for name, rows in zip(("gate_proj", "up_proj"), halves, strict=True)
+        }
+        activate = _own_gate
+    else:
+        entering, activate = {"up_proj": Stacked("up_proj", transposed)}, _no_gate
+    return ExpertForm(
+        num_experts=int(module.down_proj.shape[0]),
+        projections={**entering, "down_proj": down},
+        activate=activate,
+        has_bias=module.has_bias,
+        norm="post_expert_norm" if module.has_post_expert_norm else None,
+    )
+
+
+def _every_expert_at_once(module: Any) -> ExpertForm | None:
+    """Recognise Llama 4: a batched product over all experts, gate and up in one transposed parameter."""
+    if type(module).__name__ != "Llama4TextExperts":
+        return None
+    width = module.gate_up_proj.shape[2] // 2
+    return ExpertForm(
+        num_experts=int(module.down_proj.shape[0]),
+        projections={
+            "gate_proj": Stacked("gate_up_proj", transposed=True, rows=slice(0, width)),
+            "up_proj": Stacked("gate_up_proj", transposed=True, rows=slice(width, None)),
+            "down_proj": Stacked("down_proj", transposed=True),
+        },
+        activate=_swiglu_of_halves,
+        called="stacked",
+    )
+
+
+def _rows_of_all_experts(module: Any) -> ExpertForm | None:
+    """Recognise DBRX: the experts' rows one under the other, gate and up apart.
+
+    Its ``w1``, ``v1`` and ``w2`` go by the names that every reader of per-expert adapters knows.
+    """
+    if type(module).__name__ != "DbrxExperts":
+        return None
+    return ExpertForm(
+        num_experts=int(module.num_experts),
+        projections={
+            "gate_proj": Stacked("mlp.w1"),
+            "up_proj": Stacked("mlp.v1"),
+            "down_proj": Stacked("mlp.w2", transposed=True),
+        },
+        activate=_swiglu_of_dbrx,
+    )
+
+
+def _interleaved() -> tuple[slice, slice]:
+    """Give the rows of gate and up where they alternate."""
+    return slice(0, None, 2), slice(1, None, 2)
+
+
+def _own_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
+    """Call the gating of a marked module."""
+    gated: Tensor = module._apply_gate(entered["gate_up_proj"])  # noqa: SLF001 - transformers' hook for this
+    return gated
+
+
+def _no_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
+    """Call the activation of a module without a gate."""
+    activated: Tensor = module.act_fn(entered["up_proj"])
+    return activated
+
+
+def _swiglu_of_halves(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
+    """Gate one half of the product with the other."""
+    gate, up = entered["gate_up_proj"].chunk(2, dim=-1)
+    gated: Tensor = up * module.act_fn(gate)
+    return gated
+
+
+def _swiglu_of_dbrx(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
+    """Gate one product with the other."""
+    gated: Tensor = module.mlp.activation_fn(entered["mlp.w1"]) * entered["mlp.v1"]
+    return gated

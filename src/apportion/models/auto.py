@@ -1,0 +1,37 @@
+"""Which of transformers' automatic classes builds a model from its configuration."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedConfig
+
+from apportion.errors import ConfigurationError
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Choose the class that builds a model's language model with its head, alone where transformers has it alone.
+
+    Models that read images or sound besides text come whole; adapters stand on their language model alone. A model
+    that gives no loss for labels (one that denoises text, say) is none of them.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        `AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModelForMultimodalLM`.
+
+    Raises:
+        ConfigurationError: none of them knows the configuration.
+    """
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        known = auto._model_mapping  # noqa: SLF001 - transformers has no public question for it
+        if type(config) not in known:
+            continue
+        if auto is AutoModelForCausalLM or "labels" in signature(known[type(config)].forward).parameters:
+            return auto
+    raise ConfigurationError(
+        f"model type {config.model_type!r} is no causal language model that transformers knows.\n"
+        "  fix:  update transformers, or give another configuration"
+    )
