@@ -64,6 +64,7 @@ class Settings:
         batch_size: Rows a step.
         lr: Peak learning rate.
         rank: Rank of every LoRA expert.
+        methods: What is compared.
         seeds: Seeds of the factors' start and of the rows' order; the profile is one for all.
     """
 
@@ -71,11 +72,12 @@ class Settings:
     profile_rows: int = 32
     released_rows: int = 30
     train_rows: int = 250
-    eval_rows: int = 50
+    eval_rows: int = 40
     steps: int = 60
-    batch_size: int = 16
+    batch_size: int = 8
     lr: float = 1e-3
     rank: int = 8
+    methods: str = "lora lora_smoe uniform mola"
     seeds: int = 1
 
 
@@ -134,9 +136,10 @@ def parse() -> tuple[Settings, Path]:
     given = parser.parse_args()
     settings = Settings(given.model, seeds=given.seeds)
     if given.model == "embedded":  # small enough for more of everything
-        settings = Settings(given.model, 64, 64, 500, 200, 100, 32, 2e-3, seeds=given.seeds)
+        methods = f"{settings.methods} random_votes"
+        settings = Settings(given.model, 64, 64, 500, 200, 100, 32, 2e-3, methods=methods, seeds=given.seeds)
     if given.quick:
-        settings = Settings(given.model, 4, 4, 16, 8, 3, 8, settings.lr, seeds=1)
+        settings = Settings(given.model, 4, 4, 16, 8, 3, 8, settings.lr, methods=settings.methods, seeds=1)
     return settings, given.output
 
 
@@ -187,7 +190,8 @@ def make_plans(profile: Profile, settings: Settings) -> dict[str, Plan]:
     }
     targets = ",".join(mola.cost.sites_by_kind)
     one = apportion.plan(profile, "lora", rank=1, targets=targets).cost.trainable_parameters
-    return {"lora": apportion.plan(profile, "lora", rank=budget // one, targets=targets), **plans}
+    plans["lora"] = apportion.plan(profile, "lora", rank=budget // one, targets=targets)
+    return {name: plans[name] for name in settings.methods.split()}
 
 
 def describe(plan: Plan) -> dict[str, Any]:

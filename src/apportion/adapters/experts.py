@@ -7,13 +7,15 @@ of their own. The merged weight is never built, and no gradient of a frozen weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
 from apportion.adapters.wrapped import WrappedModule
 from apportion.expert_forms import ExpertForm, known_form
@@ -30,11 +32,29 @@ class ExpertFactors:
         experts: Ids of the planned experts, in rising order.
         ranks: Rank of each.
         scales: alpha / rank of each.
+        indices: Where the factors are sparse, the kept entries of each expert's B, laid out row by row (out, rank).
     """
 
     experts: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+    indices: tuple[Tensor, ...] | None = None
+
+    def stacked_indices(self, width_out: int) -> Tensor:
+        """Give the kept entries' positions in the stacked factor of shape (R, O).
+
+        Args:
+            width_out: The projection's output width O.
+
+        Returns:
+            int64, expert after expert, each expert's in the order of `indices`.
+        """
+        starts = [sum(self.ranks[:number]) for number in range(len(self.ranks))]
+        own = [indices.long() for indices in self.indices or ()]
+        parts = [
+            (start + i % rank) * width_out + i // rank for start, rank, i in zip(starts, self.ranks, own, strict=True)
+        ]
+        return torch.cat(parts)
 
 
 AfterProduct = Callable[[str, Tensor, Tensor, Tensor], Tensor]
@@ -127,26 +147,55 @@ class ExpertLora(WrappedModule):
         self.lora_dropout = nn.ModuleDict()
         self.factors: dict[str, dict[str, ExpertFactors]] = {}
 
-    def add_adapter(self, adapter_name: str, factors: Mapping[str, ExpertFactors], dropout: float = 0.0) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        factors: Mapping[str, ExpertFactors],
+        dropout: float = 0.0,
+        *,
+        frozen_a: bool = False,
+        stored_a: bool = False,
+    ) -> None:
         """Add zero-initialised factors under a new name.
 
         Args:
             adapter_name: The adapter's name.
             factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
             dropout: Share of the adapter's inputs that is dropped in training.
+            frozen_a: Whether A stays as it is drawn.
+            stored_a: Whether checkpoints hold a frozen A.
         """
-        a, b = {}, {}
+        a: dict[str, Any] = {}
+        b: dict[str, Any] = {}
         for name, planned in factors.items():
             weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
+            (_, width_out, width_in), rank = weights_EOI.shape, sum(planned.ranks)
             kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
-            a[name] = torch.empty(sum(planned.ranks), weights_EOI.shape[2], **kwargs)
-            b[name] = torch.zeros(sum(planned.ranks), weights_EOI.shape[1], **kwargs)
-        for tensor in a.values():
-            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+            a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
+            b[name] = nn.Parameter(torch.zeros(rank, width_out, **kwargs))
+            if frozen_a:
+                a[name] = FrozenFactor(rank, width_in, weights_EOI.device, stored=stored_a)
+            if planned.indices is not None:
+                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), weights_EOI.device)
+            nn.init.kaiming_uniform_(matrix_of(a[name]), a=math.sqrt(5))
         self.factors[adapter_name] = dict(factors)
-        self.lora_A[adapter_name] = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in a.items()})
-        self.lora_B[adapter_name] = nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in b.items()})
+        for side, made in ((self.lora_A, a), (self.lora_B, b)):
+            whole = all(isinstance(factor, nn.Parameter) for factor in made.values())
+            side[adapter_name] = nn.ParameterDict(made) if whole else nn.ModuleDict(made)
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def keep(self, adapter_name: str, name: str, indices: Sequence[Tensor]) -> None:
+        """Keep other entries of a sparse B, all of them zero.
+
+        Args:
+            adapter_name: The adapter.
+            name: The projection.
+            indices: Each planned expert's kept entries, laid out row by row (out, rank).
+        """
+        factors = replace(self.factors[adapter_name][name], indices=tuple(indices))
+        self.factors[adapter_name][name] = factors
+        sparse = self.lora_B[adapter_name][name]
+        sparse.keep(factors.stacked_indices(sparse.shape[1]))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -196,10 +245,11 @@ class ExpertLora(WrappedModule):
             ends = sizes_E.cumsum(0).tolist()
             spans = [(ends[e - 1] if e else 0, ends[e]) for e in factors.experts]
             rows = torch.cat([torch.arange(start, end, device=x_SI.device) for start, end in spans])
-            a_RI, b_RO = self.lora_A[adapter][name], self.lora_B[adapter][name]
+            a_RI, b = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
             x = self.lora_dropout[adapter](x_SI.index_select(0, rows).to(a_RI.dtype))
-            scaled = a_RI * self._scales(factors, a_RI)
-            delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, [end - start for start, end in spans])
+            scaled, sizes = a_RI * self._scales(factors, a_RI), [end - start for start, end in spans]
+            with b.made_again_in_backward() if isinstance(b, SparseFactor) else nullcontext(b) as b_RO:
+                delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, sizes)
             out_SO = out_SO.index_add(0, rows, delta.to(out_SO.dtype))
         return out_SO
 
@@ -221,8 +271,9 @@ class ExpertLora(WrappedModule):
             Shape (planned experts, O, I), in the factors' order and type.
         """
         factors = self.factors[adapter_name][name]
-        a_RI, b_RO = self.lora_A[adapter_name][name], self.lora_B[adapter_name][name]
-        parts = zip(a_RI.split(list(factors.ranks)), b_RO.split(list(factors.ranks)), factors.scales, strict=True)
+        a_RI, b_RO = matrix_of(self.lora_A[adapter_name][name]), matrix_of(self.lora_B[adapter_name][name])
+        ranks = list(factors.ranks)
+        parts = zip(torch.split(a_RI, ranks), torch.split(b_RO, ranks), factors.scales, strict=True)
         return torch.stack([(b.t() @ a) * scale for a, b, scale in parts])
 
     def is_finite(self, adapter_name: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from apportion.adapters.factors import FrozenFactor, SparseFactor
 from apportion.adapters.wrapped import WrappedModule
 
 
@@ -28,13 +29,25 @@ class WeightLora(WrappedModule):
         super().__init__(base_layer)
         self.scaling: dict[str, float] = {}
 
-    def add_adapter(self, adapter_name: str, rank: int, scale: float) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        rank: int,
+        scale: float,
+        *,
+        frozen_a: bool = False,
+        stored_a: bool = False,
+        indices: Tensor | None = None,
+    ) -> None:
         """Add zero-initialised factors under a new name.
 
         Args:
             adapter_name: The adapter's name.
             rank: Rank of the factors.
             scale: alpha / rank.
+            frozen_a: Whether A stays as it is drawn.
+            stored_a: Whether checkpoints hold a frozen A.
+            indices: Where B is sparse, its kept entries, laid out row by row (out, rank).
         """
         weight = self.base_layer.weight
         out_features, in_features = weight.shape
@@ -43,6 +56,10 @@ class WeightLora(WrappedModule):
         self.lora_B[adapter_name] = nn.Linear(rank, out_features, **kwargs)
         nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter_name].weight)
+        if frozen_a:
+            self.lora_A[adapter_name] = FrozenFactor(rank, in_features, weight.device, stored=stored_a)
+        if indices is not None:
+            self.lora_B[adapter_name] = SparseFactor(out_features, rank, indices, weight.device)
         self.scaling[adapter_name] = scale
 
     def delta(self, adapter_name: str) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from apportion.errors import ConfigurationError
 from apportion.methods.targets import ALL_TARGETS, parse_layers, parse_targets, select_sites
@@ -23,6 +23,7 @@ class MethodOptions(BaseModel):
             projections (``experts.down``, ``attention.q``).
         layers: Decoder layers that are adapted, such as ``4-15`` or ``0,2,4-7``; all where not given.
         ranks: Ranks of single kinds, where they differ from the plan's; the scale alpha / rank stays the plan's.
+        sparsity: Share of the entries of B that stay zero, with A frozen, as LoRI does; 0 for whole factors.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +31,7 @@ class MethodOptions(BaseModel):
     targets: tuple[str, ...] = ALL_TARGETS
     layers: str | None = None
     ranks: dict[str, int] = {}
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -81,6 +83,7 @@ class AdapterSettings:
     alpha: float
     seed: int
     ranks: Mapping[str, int] = field(default_factory=dict)
+    sparsity: float = 0.0
 
     def at(self, sites: Iterable[Site]) -> list[Placement]:
         """Place one plain LoRA on each site, of its kind's rank, all at the same scale alpha / rank."""
@@ -99,7 +102,8 @@ class AdapterSettings:
         """
         rank = self.ranks.get(site.kind, self.rank)
         alpha = self.alpha * rank / self.rank
-        return Placement(site.name, rank, alpha, num_experts=num_experts, top_k=min(top_k, num_experts))
+        top_k = min(top_k, num_experts)
+        return Placement(site.name, rank, alpha, num_experts=num_experts, top_k=top_k, sparsity=self.sparsity)
 
 
 @dataclass(frozen=True)

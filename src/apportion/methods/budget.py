@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from apportion.errors import ConfigurationError
 from apportion.methods.base import MethodOptions
 from apportion.methods.targets import ALL_TARGETS
-from apportion.records.plan import Placement
+from apportion.records.plan import Placement, num_trainable
 from apportion.records.site import Layout
 
 LINEAR_TARGETS: tuple[str, ...] = tuple(kind for kind in ALL_TARGETS if kind in ("attention", "shared", "dense"))
@@ -54,8 +54,7 @@ def spent(budget: str, placements: Iterable[Placement], layout: Layout) -> tuple
     unit, _, number = budget.partition("=")
     if unit == "experts":
         return sum(placement.num_experts for placement in placements), int(number)
-    sites = layout.by_name
-    return sum(placement.num_parameters(sites[placement.site]) for placement in placements), int(number)
+    return num_trainable(list(placements), layout.by_name), int(number)
 
 
 class RoutedOptions(MethodOptions):

@@ -15,7 +15,14 @@ from apportion.errors import ConfigurationError, PlanError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
 from apportion.methods.registry import find_method
 from apportion.records.cost import Cost, RoutingSource
-from apportion.records.plan import Placement, Plan, expand_braces, group_placements
+from apportion.records.plan import (
+    Placement,
+    Plan,
+    expand_braces,
+    group_placements,
+    num_kept_entries,
+    num_trainable,
+)
 from apportion.records.profile import Profile
 from apportion.records.site import Layout, Site
 
@@ -80,7 +87,7 @@ def build_plan(
     chosen = find_method(name)
     checked = _check_options(chosen, options)
     _check_settings(settings)
-    settings = replace(settings, ranks=checked.ranks)
+    settings = replace(settings, ranks=checked.ranks, sparsity=checked.sparsity)
     targeted = checked.select(profile.layout)
     placements = _in_file_order(chosen.place(profile, checked, settings))
     if not placements:
@@ -98,7 +105,7 @@ def build_plan(
         base_model=profile.provenance.get("model"),
         fingerprint=profile.fingerprint,
         profile_digest=profile.digest if routing == "profile" else None,
-        cost=count_cost(profile, placements, settings.at(targeted), routing),
+        cost=count_cost(profile, placements, replace(settings, sparsity=0.0).at(targeted), routing),
         placements=placements,
     )
 
@@ -137,7 +144,7 @@ def count_cost(
     slots = _slots_per_token(profile)
     sites = profile.layout.by_name
     planned = list(placements)
-    trainable = sum(p.num_parameters(sites[p.site]) for p in planned)
+    trainable = num_trainable(planned, sites)
     reference = list(everything)
     return Cost(
         trainable_parameters=trainable,
@@ -148,6 +155,7 @@ def count_cost(
         lora_flops_per_token=_flops(reference, sites, slots),
         routing=routing if profile.layout.is_moe else "none",
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
+        stored_indices=num_kept_entries(planned, sites),
     )
 
 

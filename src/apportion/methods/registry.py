@@ -10,11 +10,11 @@ from apportion.methods.controls import COLD, RANDOM
 from apportion.methods.hellora import HELLORA
 from apportion.methods.lora import ATTENTION, LORA
 from apportion.methods.lora_smoe import LORA_SMOE, RANDOM_VOTES
+from apportion.methods.lori import HELLORI, LORI
 from apportion.methods.mola import MOLA, UNIFORM
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (HELLORA, LORA, ATTENTION, RANDOM, COLD, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES)
-}
+_ALL = (HELLORA, LORA, ATTENTION, RANDOM, COLD, LORI, HELLORI, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def find_method(name: str) -> Method:

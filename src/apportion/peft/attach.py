@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -11,16 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
-from apportion.adapters.experts import ExpertLora
-from apportion.adapters.routed import RoutedLora
-from apportion.adapters.weight import WeightLora
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
-from apportion.records.plan import Plan
+from apportion.peft.start import frozen_checksum, start_factors
+from apportion.records.mask import Mask, b_shapes, random_mask
+from apportion.records.plan import Plan, num_kept_entries
 from apportion.records.site import Layout
 
 
@@ -51,7 +47,15 @@ class Receipt:
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, adapter_name: str = "default", seed: int = 0, dropout: float = 0.0
+    model: nn.Module,
+    plan: Plan,
+    *,
+    adapter_name: str = "default",
+    seed: int = 0,
+    dropout: float = 0.0,
+    mask: Mask | None = None,
+    dense_b: bool = False,
+    store_a: bool = False,
 ) -> PeftModel:
     """Attach exactly the adapters that a plan names, or change nothing and say why.
 
@@ -65,16 +69,21 @@ def apply(
         adapter_name: Name of the new adapter.
         seed: Seed of the random start.
         dropout: Share of the adapters' inputs dropped in training; routers are left out of it.
+        mask: For a sparse plan, the entries of B that train; drawn at random from the seed where not given, which is
+            the control for a mask that training made (`apportion train` makes one).
+        dense_b: For a sparse plan, train all of B on the frozen A, to find out which entries to keep.
+        store_a: For a sparse plan, keep the frozen A in checkpoints rather than draw it again from the seed.
 
     Returns:
         A `PeftModel`, with the base frozen and a `receipt` attribute that accounts for every planned site.
 
     Raises:
         PlanMismatchError: the plan was made for another architecture, or names sites that the model lacks.
-        ConfigurationError: the adapter's name is taken, the dropout is no share, or the plan needs something that this
-            version cannot build.
+        ConfigurationError: the adapter's name is taken, the dropout is no share, the mask does not fit the plan, or the
+            plan needs something that cannot be built.
 
-    Source: LoRA, arXiv:2106.09685; placement as HELLoRA, arXiv:2605.18795.
+    Source: LoRA, arXiv:2106.09685; placement as HELLoRA, arXiv:2605.18795; frozen A and sparse B as LoRI,
+        arXiv:2504.07448.
     Differs: on a planned expert, gate and up have factors of their own although their weights are stored as one.
     """
     layout = find_sites(model)
@@ -85,16 +94,28 @@ def apply(
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=dropout,
+        dense_b=dense_b,
+        store_a=store_a,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
+    if plan.is_sparse and not dense_b:
+        config.mask = mask or random_mask(plan.placements, layout.by_name, seed)
+        _check_mask(config.mask, plan, layout)
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
             peft_model = model
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    _start_factors(peft_model, adapter_name, seed)
-    peft_model.receipt = _receipt(peft_model, layout, plan, adapter_name)
+    start_factors(peft_model, adapter_name, seed, frozen=False)
+    config.a_checksum = frozen_checksum(peft_model, adapter_name)
+    if mask is not None and mask.a_checksum not in (None, config.a_checksum):
+        peft_model.delete_adapter(adapter_name)
+        raise ConfigurationError(
+            "the mask was made with another A than this seed draws.\n"
+            "  fix:  use the mask's own seed, or extract a mask with this one"
+        )
+    peft_model.receipt = _receipt(peft_model, layout, plan, adapter_name, dense_b=dense_b)
     return peft_model
 
 
@@ -154,7 +175,7 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
     _check_architecture(layout, plan)
     for placement in plan.placements:
         routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
-        if routed or placement.sparsity:
+        if routed:
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
     experts = {path: own for path, _, own in walk_modules(model)}
     for block in layout.blocks:
@@ -183,41 +204,35 @@ def _check_architecture(layout: Layout, plan: Plan) -> None:
         )
 
 
-@torch.no_grad()
-def _start_factors(model: PeftModel, adapter_name: str, seed: int) -> None:
-    """Draw every A and every router from the seed and its site's name, Kaiming-uniform as PEFT does; B is zero."""
-    for path, called, own in walk_modules(model):
-        if called is own or adapter_name not in getattr(called, "lora_A", {}):
-            continue
-        if isinstance(called, ExpertLora):
-            for name, factors in called.factors[adapter_name].items():
-                parts = torch.split(called.lora_A[adapter_name][name], list(factors.ranks))
-                for expert, a_RI in zip(factors.experts, parts, strict=True):
-                    _draw(a_RI, f"{path}.{expert}.{name}", seed)
-        elif isinstance(called, (LoraLayer, RoutedLora, WeightLora)):
-            weight: Any = called.lora_A[adapter_name].weight
-            _draw(weight, path, seed)
-            if isinstance(called, RoutedLora) and adapter_name in called.lora_router:
-                _draw(called.lora_router[adapter_name].weight, f"{path}.lora_router", seed)
+def _check_mask(mask: Mask, plan: Plan, layout: Layout) -> None:
+    """Refuse a mask for other sites, other shapes or another number of entries."""
+    shapes = b_shapes(plan.placements, layout.by_name)
+    wrong = [site for site, shape in shapes.items() if mask.shapes.get(site) != shape]
+    wrong += [site for site in mask.shapes if site not in shapes]
+    if wrong:
+        raise ConfigurationError(
+            f"the mask is for other sites or shapes than the plan.\n"
+            f"  first:  {wrong[0]}: mask {mask.shapes.get(wrong[0])}, plan {shapes.get(wrong[0])}\n"
+            "  fix:    give the mask of a plan with the same sites and ranks"
+        )
+    kept = num_kept_entries(plan.placements, layout.by_name)
+    if mask.num_kept != kept:
+        raise ConfigurationError(
+            f"the mask keeps {mask.num_kept} entries, the plan {kept}.\n  fix:  give a mask of the plan's sparsity"
+        )
 
 
-def _draw(a_RI: Tensor, site: str, seed: int) -> None:
-    """Fill one A from its own generator; the bound 1/sqrt(in) is that of PEFT's initialisation."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{site}".encode()).digest()[:7]))
-    bound = 1 / math.sqrt(a_RI.shape[1])
-    if a_RI.device.type != "meta":
-        a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
-
-
-def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str) -> Receipt:
+def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:
     """Account for every planned site on the model itself."""
     sites = layout.by_name
+    expected = plan.cost.trainable_parameters
+    if dense_b:
+        sparse = [placement for placement in plan.placements if placement.sparsity]
+        expected += sum(p.num_b_entries(sites[p.site]) for p in sparse) - num_kept_entries(sparse, sites)
     adapted = [parameter for name, parameter in model.named_parameters() if f".{adapter_name}." in f"{name}."]
     counted = sum(parameter.numel() for parameter in adapted)
-    if counted != plan.cost.trainable_parameters:
-        raise RuntimeError(
-            f"{counted} parameters were attached, {plan.cost.trainable_parameters} planned: this is a bug"
-        )
+    if counted != expected:
+        raise RuntimeError(f"{counted} parameters were attached, {expected} planned: this is a bug")
     return Receipt(
         adapter_name=adapter_name,
         sites_by_kind=dict(Counter(sites[placement.site].kind for placement in plan.placements)),

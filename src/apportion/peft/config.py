@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from apportion.errors import ConfigurationError
+from apportion.records.mask import Mask
 from apportion.records.plan import Placement, Plan
 from apportion.records.site import Storage
 
@@ -21,6 +22,9 @@ class ApportionConfig(LoraConfig):
     Args:
         plan: The whole plan as `Plan.as_dict` gives it: it alone says which sites are adapted.
         init_seed: Seed of the factors' random start.
+        dense_b: Whether sparse placements train all of B for now, to find out which entries to keep.
+        store_a: Whether checkpoints hold a frozen A; otherwise it is drawn again from the seed.
+        a_checksum: SHA-256 of the frozen A that the adapter was trained with.
     """
 
     plan: dict[str, Any] = field(
@@ -28,12 +32,17 @@ class ApportionConfig(LoraConfig):
     )
     init_seed: int = field(default=0, metadata={"help": "Seed of the factors' random start"})
 
+    dense_b: bool = field(default=False, metadata={"help": "Whether sparse placements train all of B"})
+    store_a: bool = field(default=False, metadata={"help": "Whether checkpoints hold a frozen A"})
+    a_checksum: str | None = field(default=None, metadata={"help": "SHA-256 of the frozen A"})
+
     def __post_init__(self) -> None:
         """Set the type, and refuse LoRA variants that would be attached to some of the planned sites alone."""
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.planned_modules: dict[str, list[Placement]] = {}  # these two are filled when the adapter is attached
         self.storage: dict[str, Storage] = {}
+        self.mask: Mask | None = None  # the kept entries; a checkpoint brings its own
         for name in (
             "use_dora",
             "use_rslora",

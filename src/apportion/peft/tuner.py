@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -15,11 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from apportion.adapters.experts import ExpertFactors, ExpertLora
-from apportion.adapters.routed import RoutedLora
+from apportion.adapters.factors import FrozenFactor, SparseFactor
+from apportion.adapters.linear import LinearLora
 from apportion.adapters.weight import WeightLora
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
+from apportion.peft.start import frozen_checksum, start_factors
 from apportion.records.plan import Placement, Plan
 from apportion.records.site import Layout
 
@@ -29,7 +31,7 @@ _EXPERT_SITE = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 class ApportionModel(LoraModel):
     """PEFT's LoRA tuner, with the plan in place of name patterns.
 
-    Linear layers get PEFT's own LoRA layers, or `RoutedLora` where several experts are planned. Stacked experts get
+    Linear layers get PEFT's own LoRA layers, or `LinearLora` where several experts are planned. Stacked experts get
     `ExpertLora`, routers and other modules with a bare weight get `WeightLora`.
     """
 
@@ -67,18 +69,20 @@ class ApportionModel(LoraModel):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         storage = lora_config.storage[current_key]
         placement = placements[0]
-        routed = placement.is_routed or isinstance(target, RoutedLora)
-        if storage == "linear" and not routed:
+        ours = placement.is_routed or placement.sparsity > 0 or isinstance(target, LinearLora)
+        if storage == "linear" and not ours:
             config = copy.copy(lora_config)
             config.r, config.lora_alpha = placement.rank, placement.alpha
             super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
             return
-        kind = {"fused": ExpertLora, "weight": WeightLora, "linear": RoutedLora}[storage]
+        kind = {"fused": ExpertLora, "weight": WeightLora, "linear": LinearLora}[storage]
         module: Any = target if isinstance(target, kind) else kind(base)
         scale = placement.alpha / placement.rank
+        frozen: dict[str, Any] = {"frozen_a": placement.sparsity > 0, "stored_a": lora_config.store_a}
         if isinstance(module, ExpertLora):
-            module.add_adapter(adapter_name, _factors(placements), lora_config.lora_dropout)
-        elif isinstance(module, RoutedLora):
+            factors = _factors(placements, lambda placed: _kept_entries(lora_config, placed))
+            module.add_adapter(adapter_name, factors, lora_config.lora_dropout, **frozen)
+        elif isinstance(module, LinearLora):
             if isinstance(target, LoraLayer):
                 module.adopt(target)
             module.add_adapter(
@@ -88,14 +92,30 @@ class ApportionModel(LoraModel):
                 num_experts=placement.num_experts,
                 top_k=placement.top_k,
                 dropout=lora_config.lora_dropout,
+                indices=_kept_entries(lora_config, placement),
+                **frozen,
             )
         else:
-            module.add_adapter(adapter_name, placement.rank, scale)
+            indices = _kept_entries(lora_config, placement)
+            module.add_adapter(adapter_name, placement.rank, scale, indices=indices, **frozen)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(requires_grad=False)
         module.set_adapter(self.active_adapters, inference_mode=lora_config.inference_mode)
         if module is not target:
             setattr(parent, target_name, module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach, and draw every frozen A: no checkpoint brings it."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: ApportionConfig = self.peft_config[adapter_name]
+        start_factors(model, adapter_name, config.init_seed, frozen=True)
+        if config.a_checksum and not config.store_a and frozen_checksum(model, adapter_name) != config.a_checksum:
+            raise ConfigurationError(
+                "the frozen A that the seed draws here is not the one that the adapter was trained with: another "
+                "version of torch draws other numbers.\n"
+                "  fix:  use the torch version that the adapter was trained with, or train it with the A stored "
+                "(--store-a)"
+            )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
         """Fold adapters into the weights, all of them or, where one has a gate, none.
@@ -120,7 +140,7 @@ class ApportionModel(LoraModel):
     def _refuse_gates(self, adapter_names: list[str] | None) -> None:
         """Refuse to merge adapters whose gate depends on the input, before any weight is changed."""
         for path, module in self.model.named_modules():
-            if isinstance(module, RoutedLora):
+            if isinstance(module, LinearLora):
                 for name in adapter_names or module.active_adapters:
                     if module.num_experts.get(name, 1) > 1:
                         raise ConfigurationError(
@@ -143,12 +163,7 @@ class ApportionModel(LoraModel):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         for path, module in _expert_modules(model, adapter_name):
-            for name, factors in module.factors[adapter_name].items():
-                a = torch.split(found.pop(f"{path}.lora_A.{adapter_name}.{name}"), list(factors.ranks))
-                b = torch.split(found.pop(f"{path}.lora_B.{adapter_name}.{name}"), list(factors.ranks))
-                for expert, a_RI, b_RO in zip(factors.experts, a, b, strict=True):
-                    found[f"{path}.{expert}.{name}.lora_A.{adapter_name}.weight"] = a_RI.clone()
-                    found[f"{path}.{expert}.{name}.lora_B.{adapter_name}.weight"] = b_RO.t().contiguous()
+            found |= _unstacked(found, path, module, adapter_name)
         return found
 
     @classmethod
@@ -157,16 +172,18 @@ class ApportionModel(LoraModel):
     ) -> dict[str, Tensor]:
         """Stack the experts' factors again, and give every tensor its name in the model."""
         remaining = dict(state_dict)
-        stacked = {}
+        stacked: dict[str, Tensor] = {}
         for path, module in _expert_modules(model, adapter_name):
             source = path if any(key.startswith(path + ".") for key in remaining) else f"base_model.model.{path}"
-            for name, factors in module.factors[adapter_name].items():
-                keys = [f"{source}.{expert}.{name}" for expert in factors.experts]
-                if all(f"{key}.lora_{side}.weight" in remaining for key in keys for side in "AB"):
-                    a = [remaining.pop(f"{key}.lora_A.weight") for key in keys]
-                    b = [remaining.pop(f"{key}.lora_B.weight").t() for key in keys]
-                    stacked[f"{path}.lora_A.{adapter_name}.{name}"] = torch.cat(a)
-                    stacked[f"{path}.lora_B.{adapter_name}.{name}"] = torch.cat(b)
+            stacked |= _stacked(remaining, source, path, module, adapter_name)
+        for path, module in model.named_modules():
+            kept = getattr(module, "lora_B", {})
+            if isinstance(module, (LinearLora, WeightLora)) and adapter_name in kept:
+                indices = remaining.get(
+                    f"{path}.lora_B.indices", remaining.get(f"base_model.model.{path}.lora_B.indices")
+                )
+                if isinstance(kept[adapter_name], SparseFactor) and indices is not None:
+                    kept[adapter_name].keep(indices)
         rest: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, remaining)
         return rest | stacked
 
@@ -197,20 +214,77 @@ def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
     return dict(modules)
 
 
-def _factors(placements: Iterable[Placement]) -> dict[str, ExpertFactors]:
+def _kept_entries(config: ApportionConfig, placement: Placement) -> Tensor | None:
+    """Give the entries of a site's B that train; None where all do. A checkpoint that is read brings its own."""
+    if not placement.sparsity or config.dense_b:
+        return None
+    return torch.zeros(0, dtype=torch.int32) if config.mask is None else config.mask.indices[placement.site]
+
+
+def _factors(placements: Iterable[Placement], kept: Callable[[Placement], Tensor | None]) -> dict[str, ExpertFactors]:
     """Describe one layer's planned experts by projection."""
     by_projection: dict[str, list[tuple[int, Placement]]] = defaultdict(list)
     for placement in placements:
         _, expert, projection = cast("re.Match[str]", _EXPERT_SITE.fullmatch(placement.site)).groups()
         by_projection[projection].append((int(expert), placement))
-    return {
-        projection: ExpertFactors(
-            experts=tuple(expert for expert, _ in planned),
-            ranks=tuple(placement.rank for _, placement in planned),
-            scales=tuple(placement.alpha / placement.rank for _, placement in planned),
+    described = {}
+    for projection, found in by_projection.items():
+        planned = [placement for _, placement in sorted(found, key=lambda pair: pair[0])]
+        indices = [entries for placement in planned if (entries := kept(placement)) is not None]
+        described[projection] = ExpertFactors(
+            experts=tuple(sorted(expert for expert, _ in found)),
+            ranks=tuple(placement.rank for placement in planned),
+            scales=tuple(placement.alpha / placement.rank for placement in planned),
+            indices=tuple(indices) if indices else None,
         )
-        for projection, planned in ((name, sorted(found)) for name, found in by_projection.items())
-    }
+    return described
+
+
+def _unstacked(state: dict[str, Tensor], path: str, module: ExpertLora, adapter: str) -> dict[str, Tensor]:
+    """Take a layer's stacked factors out of a state dictionary, and give them expert by expert."""
+    single: dict[str, Tensor] = {}
+    for name, factors in module.factors[adapter].items():
+        ranks, keys = list(factors.ranks), [f"{path}.{expert}.{name}" for expert in factors.experts]
+        a = state.pop(f"{path}.lora_A.{adapter}.{name}", state.pop(f"{path}.lora_A.{adapter}.{name}.weight", None))
+        if a is not None:
+            parts = zip(keys, torch.split(a, ranks), strict=True)
+            single |= {f"{key}.lora_A.{adapter}.weight": part.clone() for key, part in parts}
+        if factors.indices is None:
+            parts = zip(keys, torch.split(state.pop(f"{path}.lora_B.{adapter}.{name}"), ranks), strict=True)
+            single |= {f"{key}.lora_B.{adapter}.weight": part.t().contiguous() for key, part in parts}
+            continue
+        state.pop(f"{path}.lora_B.{adapter}.{name}.indices")
+        values = state.pop(f"{path}.lora_B.{adapter}.{name}.values")
+        own = zip(keys, torch.split(values, [len(i) for i in factors.indices]), factors.indices, strict=True)
+        for key, part, indices in own:
+            single[f"{key}.lora_B.{adapter}.values"] = part.clone()
+            single[f"{key}.lora_B.{adapter}.indices"] = indices.to(torch.int32)
+    return single
+
+
+def _stacked(state: dict[str, Tensor], source: str, path: str, module: ExpertLora, adapter: str) -> dict[str, Tensor]:
+    """Take a layer's factors out of a checkpoint expert by expert, and give them stacked."""
+    stacked: dict[str, Tensor] = {}
+    for name, factors in module.factors[adapter].items():
+        keys = [f"{source}.{expert}.{name}" for expert in factors.experts]
+
+        def take(ending: str, keys: list[str] = keys) -> list[Tensor] | None:
+            whole = all(f"{key}.{ending}" in state for key in keys)
+            return [state.pop(f"{key}.{ending}") for key in keys] if whole else None
+
+        a, b = take("lora_A.weight"), take("lora_B.weight")
+        values, indices = take("lora_B.values"), take("lora_B.indices")
+        own_a, own_b = f"{path}.lora_A.{adapter}.{name}", f"{path}.lora_B.{adapter}.{name}"
+        if a is not None:
+            frozen = isinstance(module.lora_A[adapter][name], FrozenFactor)
+            stacked[f"{own_a}.weight" if frozen else own_a] = torch.cat(a)
+        if b is not None:
+            stacked[own_b] = torch.cat([part.t() for part in b])
+        if values is not None and indices is not None:
+            module.keep(adapter, name, indices)
+            stacked[f"{own_b}.values"] = torch.cat(values)
+            stacked[f"{own_b}.indices"] = module.lora_B[adapter][name].indices
+    return stacked
 
 
 def _expert_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ExpertLora]]:

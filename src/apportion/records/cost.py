@@ -8,6 +8,7 @@ from typing import Any, Literal
 RoutingSource = Literal["profile", "even", "none"]
 
 _ADAPTER_BYTES = 4  # adapters are trained and stored in float32
+_INDEX_BYTES = 4
 _ADAM_BYTES = 8  # AdamW keeps two float32 moments a parameter
 
 
@@ -26,6 +27,7 @@ class Cost:
         routing: Where the share of tokens an expert comes from: a ``profile``, ``even`` routing, or ``none`` for a
             model without experts.
         sites_by_kind: Number of planned sites of each kind.
+        stored_indices: Positions of kept entries in the checkpoint, where factors are sparse.
     """
 
     trainable_parameters: int
@@ -36,11 +38,17 @@ class Cost:
     lora_flops_per_token: float
     routing: RoutingSource
     sites_by_kind: dict[str, int]
+    stored_indices: int = 0
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the adapter's tensors on disk, in float32."""
+        """Bytes of the adapter's trained tensors on disk, in float32."""
         return self.stored_parameters * _ADAPTER_BYTES
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the kept entries' positions on disk, in int32, where factors are sparse."""
+        return self.stored_indices * _INDEX_BYTES
 
     @property
     def gradient_bytes(self) -> int:
@@ -79,8 +87,8 @@ class Cost:
     def as_dict(self) -> dict[str, Any]:
         """Give every figure, counted and derived, under its own name."""
         derived = (
-            "checkpoint_bytes gradient_bytes optimizer_bytes lora_count_ratio lora_percentage_ratio trainable_frac "
-            "lora_flops_ratio"
+            "checkpoint_bytes index_bytes gradient_bytes optimizer_bytes "
+            "lora_count_ratio lora_percentage_ratio trainable_frac lora_flops_ratio"
         )
         return asdict(self) | {name: getattr(self, name) for name in derived.split()}
 

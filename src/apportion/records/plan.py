@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +47,10 @@ class Placement:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
+        if not 0 <= self.sparsity < 1:
+            raise PlanError(
+                f"{self.site} has sparsity {self.sparsity}.\n  fix:  give a share of at least 0 and below 1"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise PlanError(
                 f"{self.site} has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.\n"
@@ -56,8 +62,16 @@ class Placement:
         """Whether the adapter has a router of its own: then its gate depends on the input, and it cannot be merged."""
         return self.num_experts > 1
 
+    def num_router_parameters(self, site: Site) -> int:
+        """Count the weights of the router over the LoRA experts, where there is one."""
+        return self.num_experts * site.in_features if self.is_routed else 0
+
+    def num_b_entries(self, site: Site) -> int:
+        """Count the entries of B, of all LoRA experts, kept or not."""
+        return self.num_experts * self.rank * site.out_features
+
     def num_parameters(self, site: Site) -> int:
-        """Count the factors of all LoRA experts, and the router where there is one.
+        """Count the factors of all LoRA experts, whole, and the router where there is one.
 
         Args:
             site: The site, for its widths.
@@ -65,8 +79,7 @@ class Placement:
         Returns:
             The number of parameters.
         """
-        router = self.num_experts * site.in_features if self.is_routed else 0
-        return self.num_experts * site.num_parameters(self.rank) + router
+        return self.num_experts * site.num_parameters(self.rank) + self.num_router_parameters(site)
 
 
 @validated_dataclass(frozen=True, config=_STRICT)
@@ -138,6 +151,11 @@ class Plan:
     def by_site(self) -> dict[str, Placement]:
         """Map the sites' names to their placements."""
         return {placement.site: placement for placement in self.placements}
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether some site keeps a part of its B alone; its A is then frozen."""
+        return any(placement.sparsity for placement in self.placements)
 
     @property
     def is_mergeable(self) -> bool:
@@ -216,6 +234,49 @@ class Plan:
                 for site in expand_braces(pattern)
             ),
         )
+
+
+def num_kept_entries(placements: Iterable[Placement], sites: Mapping[str, Site]) -> int:
+    """Count the entries of B that sparse placements keep.
+
+    Of each sparsity, that is the share of all its sites' entries together, rounded up.
+
+    Args:
+        placements: Placements, sparse or not.
+        sites: The model's sites by name.
+
+    Returns:
+        The number of entries.
+    """
+    entries: Counter[float] = Counter()
+    for placement in placements:
+        entries[placement.sparsity] += placement.num_b_entries(sites[placement.site])
+    return sum(num_kept(count, sparsity) for sparsity, count in entries.items() if sparsity)
+
+
+def num_kept(entries: int, sparsity: float) -> int:
+    """Count what a sparsity leaves of a number of entries, rounded up.
+
+    Example:
+        >>> num_kept(21_004_288, 0.9)
+        2100429
+    """
+    return math.ceil(round((1 - sparsity) * entries, 6))
+
+
+def num_trainable(placements: Sequence[Placement], sites: Mapping[str, Site]) -> int:
+    """Count the parameters that placements train: whole factors; of sparse ones the kept entries of B; routers.
+
+    Args:
+        placements: The placements.
+        sites: The model's sites by name.
+
+    Returns:
+        The number of parameters.
+    """
+    whole = sum(p.num_parameters(sites[p.site]) for p in placements if not p.sparsity)
+    routers = sum(p.num_router_parameters(sites[p.site]) for p in placements if p.sparsity)
+    return whole + routers + num_kept_entries(placements, sites)
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:

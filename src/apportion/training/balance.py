@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.routed import BalanceSums, RoutedLora
+from apportion.adapters.linear import BalanceSums, LinearLora
 from apportion.errors import ConfigurationError
 
 
@@ -25,7 +25,7 @@ class BalanceLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, RoutedLora) and module.lora_router]
+        self.layers = [module for module in model.modules() if isinstance(module, LinearLora) and module.lora_router]
         if not self.layers:
             raise ConfigurationError(
                 "a balance loss was asked for, and no adapter has several LoRA experts.\n"

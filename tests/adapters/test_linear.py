@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from apportion.adapters.routed import BalanceSums, RoutedLora
+from apportion.adapters.linear import BalanceSums, LinearLora
 
 
-def _layer(num_experts: int, top_k: int, rank: int = 3, dtype: torch.dtype = torch.float64) -> RoutedLora:
-    layer = RoutedLora(nn.Linear(7, 5, dtype=dtype))
+def _layer(num_experts: int, top_k: int, rank: int = 3, dtype: torch.dtype = torch.float64) -> LinearLora:
+    layer = LinearLora(nn.Linear(7, 5, dtype=dtype))
     layer.add_adapter("default", rank, 2.0, num_experts=num_experts, top_k=top_k)
     layer.set_adapter("default")
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer
 
 
-def plain_sum(layer: RoutedLora, x: Tensor) -> Tensor:
+def plain_sum(layer: LinearLora, x: Tensor) -> Tensor:
     """Add up the experts one by one, token by token."""
     num_experts, top_k = layer.num_experts["default"], layer.top_k["default"]
     a = layer.lora_A["default"].weight.chunk(num_experts, 0)
@@ -58,7 +58,7 @@ def test_equals_the_plain_sum_over_experts(num_experts: int, top_k: int, seed: i
 
 
 def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
-    layer = RoutedLora(nn.Linear(64, 64))
+    layer = LinearLora(nn.Linear(64, 64))
     layer.add_adapter("default", 2, 1.0, num_experts=8, top_k=2)
     sizes = []
 
@@ -74,7 +74,7 @@ def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
 
 
 def test_types_may_differ() -> None:
-    layer = RoutedLora(nn.Linear(7, 5, dtype=torch.bfloat16))
+    layer = LinearLora(nn.Linear(7, 5, dtype=torch.bfloat16))
     layer.add_adapter("default", 2, 1.0, num_experts=3, top_k=2)
     for name in ("lora_A", "lora_B", "lora_router"):
         getattr(layer, name).float()

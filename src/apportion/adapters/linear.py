@@ -1,4 +1,4 @@
-"""Several LoRA experts on one linear layer, with a router of their own: each token uses its top-k."""
+"""LoRA on a linear layer in the forms that PEFT lacks: several routed LoRA experts, a frozen A, a sparse B."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from apportion.adapters.factors import FrozenFactor, SparseFactor
 from apportion.adapters.wrapped import WrappedModule
 
 # Shapes: T tokens (over any leading dimensions), E LoRA experts, R rank of each, I and O input and output width.
 
 
-class RoutedLora(WrappedModule):
+class LinearLora(WrappedModule):
     """A linear layer plus a gated sum of low-rank experts.
 
     ``y = W x + (alpha / r) Σ_{i in top-k} g_i(x) B_i A_i x`` with g the softmax of a linear router over the experts,
@@ -39,7 +40,17 @@ class RoutedLora(WrappedModule):
         self.balance: dict[str, BalanceSums] = {}
 
     def add_adapter(
-        self, adapter_name: str, rank: int, scale: float, *, num_experts: int, top_k: int, dropout: float = 0.0
+        self,
+        adapter_name: str,
+        rank: int,
+        scale: float,
+        *,
+        num_experts: int = 1,
+        top_k: int = 1,
+        dropout: float = 0.0,
+        frozen_a: bool = False,
+        stored_a: bool = False,
+        indices: Tensor | None = None,
     ) -> None:
         """Add zero-initialised experts and a router under a new name.
 
@@ -50,6 +61,9 @@ class RoutedLora(WrappedModule):
             num_experts: LoRA experts.
             top_k: LoRA experts that a token uses.
             dropout: Share of the experts' inputs that is dropped in training; the router sees them all.
+            frozen_a: Whether A stays as it is drawn.
+            stored_a: Whether checkpoints hold a frozen A.
+            indices: Where B is sparse, its kept entries, laid out row by row (out, experts · rank).
         """
         weight = self.base_layer.weight
         dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # quantised weights are bytes
@@ -62,6 +76,10 @@ class RoutedLora(WrappedModule):
             self.lora_router[adapter_name] = nn.Linear(width_in, num_experts, **kwargs)
             nn.init.kaiming_uniform_(self.lora_router[adapter_name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter_name].weight)
+        if frozen_a:
+            self.lora_A[adapter_name] = FrozenFactor(num_experts * rank, width_in, weight.device, stored=stored_a)
+        if indices is not None:
+            self.lora_B[adapter_name] = SparseFactor(width_out, num_experts * rank, indices, weight.device)
         self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.num_experts[adapter_name], self.top_k[adapter_name] = num_experts, top_k
         self.scaling[adapter_name] = scale

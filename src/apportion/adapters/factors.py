@@ -1,0 +1,137 @@
+"""Factors that cost what is trained of them: an A that is drawn and stays, a B of which only kept entries exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Shapes: k kept entries of a matrix.
+
+
+class FrozenFactor(nn.Module):
+    """A matrix that never trains, drawn anew from its seed wherever it is needed.
+
+    It is a buffer, so no optimizer and no trainer can move it, and by default it is in no checkpoint.
+
+    Args:
+        num_rows: Rows.
+        num_columns: Columns.
+        device: Where it lives.
+        stored: Whether checkpoints hold it.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_rows: int, num_columns: int, device: torch.device, *, stored: bool = False) -> None:
+        super().__init__()
+        weight = torch.zeros(num_rows, num_columns, device=device, dtype=torch.float32)
+        self.register_buffer("weight", weight, persistent=stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply rows by the matrix."""
+        return functional.linear(x, self.weight)
+
+
+class SparseFactor(nn.Module):
+    """A matrix of which only some entries exist: trained values and where they stand; all others are zero.
+
+    Gradients, optimizer state and checkpoint are those of the values. The dense matrix is made when it is used, and is
+    not kept for the backward pass but made again there.
+
+    Args:
+        num_rows: Rows.
+        num_columns: Columns.
+        indices: Positions of the kept entries in the matrix laid out row by row, rising, int32, shape (k,).
+        device: Where it lives.
+    """
+
+    indices: Tensor
+
+    def __init__(self, num_rows: int, num_columns: int, indices: Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.shape = (num_rows, num_columns)
+        self.values = nn.Parameter(torch.zeros(len(indices), device=device, dtype=torch.float32))
+        self.register_buffer("indices", indices.to(device=device, dtype=torch.int32))
+
+    def keep(self, indices: Tensor) -> None:
+        """Keep other entries, all of them zero.
+
+        Args:
+            indices: Their positions, rising.
+        """
+        values = self.values
+        fresh = torch.zeros(len(indices), device=values.device, dtype=values.dtype)
+        self.values = nn.Parameter(fresh, requires_grad=values.requires_grad)
+        self.indices = indices.to(device=values.device, dtype=torch.int32)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix; its gradient reaches the kept entries alone."""
+        dense: Tensor = _Scatter.apply(self.values, self.indices, self.shape)  # type: ignore[no-untyped-call]
+        return dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply rows by the matrix."""
+        with self.made_again_in_backward() as weight:
+            return functional.linear(x, weight)
+
+    def made_again_in_backward(self) -> _MadeAgain:
+        """Give the dense matrix for a product, as a context: what the backward pass needs of it is not kept.
+
+        Returns:
+            A context manager whose value is the dense matrix.
+        """
+        return _MadeAgain(self)
+
+
+def matrix_of(factor: Any) -> Tensor:
+    """Give a factor's matrix, whatever holds it."""
+    matrix: Tensor = factor if isinstance(factor, Tensor) else factor.weight
+    return matrix
+
+
+class _Scatter(torch.autograd.Function):
+    """Values to a matrix, and the matrix's gradient to the values'."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Scatter."""
+        ctx.save_for_backward(indices)
+        return values.new_zeros(shape[0] * shape[1]).index_copy_(0, indices.long(), values).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gather."""
+        (indices,) = ctx.saved_tensors
+        return grads[0].reshape(-1).index_select(0, indices.long()), None, None
+
+
+class _MadeAgain:
+    """Keeps autograd from holding a sparse factor's dense matrix, or a view of it, until the backward pass."""
+
+    def __init__(self, factor: SparseFactor) -> None:
+        self.factor = factor
+        self.dense = factor.weight
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def __enter__(self) -> Tensor:
+        self.hooks.__enter__()
+        return self.dense
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+        del self.dense
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if tensor.untyped_storage().data_ptr() != self.dense.untyped_storage().data_ptr():
+            return tensor
+        return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return self.factor.weight.as_strided(*packed)

@@ -1,0 +1,77 @@
+"""Where factors start: every A and every router is drawn from the seed and its site's name; B is zero."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from apportion.adapters.experts import ExpertLora
+from apportion.adapters.factors import FrozenFactor, matrix_of
+from apportion.adapters.linear import LinearLora
+from apportion.adapters.weight import WeightLora
+from apportion.discovery import walk_modules
+
+
+@torch.no_grad()
+def start_factors(model: nn.Module, adapter_name: str, seed: int, *, frozen: bool) -> None:
+    """Draw an adapter's A, Kaiming-uniform as PEFT does, each from its own generator.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+        seed: The seed.
+        frozen: Whether to draw the frozen ones, or those that train, and the routers.
+    """
+    for site, a_RI, is_frozen in _matrices(model, adapter_name):
+        if is_frozen == frozen:
+            _draw(a_RI, site, seed)
+
+
+def frozen_checksum(model: nn.Module, adapter_name: str) -> str | None:
+    """Hash an adapter's frozen A, site by site.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        SHA-256, or None where no A is frozen.
+    """
+    total, some = hashlib.sha256(), False
+    for site, a_RI, is_frozen in _matrices(model, adapter_name):
+        if is_frozen:
+            some = True
+            total.update(site.encode())
+            total.update(a_RI.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest() if some else None
+
+
+def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """Go through an adapter's A and routers: the name it is drawn by, the matrix, whether it is frozen."""
+    for path, called, own in walk_modules(model):
+        if called is own or adapter_name not in getattr(called, "lora_A", {}):
+            continue
+        if isinstance(called, ExpertLora):
+            for name, factors in called.factors[adapter_name].items():
+                factor = called.lora_A[adapter_name][name]
+                parts = torch.split(matrix_of(factor).data, list(factors.ranks))
+                for expert, a_RI in zip(factors.experts, parts, strict=True):
+                    yield f"{path}.{expert}.{name}", a_RI, isinstance(factor, FrozenFactor)
+        elif isinstance(called, (LoraLayer, LinearLora, WeightLora)):
+            factor = called.lora_A[adapter_name]
+            yield path, matrix_of(factor).data, isinstance(factor, FrozenFactor)
+            if isinstance(called, LinearLora) and adapter_name in called.lora_router:
+                yield f"{path}.lora_router", called.lora_router[adapter_name].weight.data, False
+
+
+def _draw(a_RI: Tensor, site: str, seed: int) -> None:
+    """Fill one A from its own generator; the bound 1/sqrt(in) is that of PEFT's initialisation."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{site}".encode()).digest()[:7]))
+    bound = 1 / math.sqrt(a_RI.shape[1])
+    if a_RI.device.type != "meta":
+        a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))

@@ -1,0 +1,165 @@
+"""Frozen A and sparse B on whole models: counted, trained, saved and loaded at the kept share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import apportion
+from apportion.discovery import find_sites
+from apportion.errors import ConfigurationError, PlanError
+from apportion.peft.start import frozen_checksum
+from apportion.records.mask import Mask, load_mask, random_mask
+from apportion.records.plan import num_kept_entries
+from apportion.records.profile import Profile
+from tiny_models import build_dense, build_tiny
+
+ProfileOf = Callable[[nn.Module], Profile]
+
+
+def _model(name: str) -> Any:
+    return build_dense() if name == "dense" else build_tiny(name)
+
+
+def _plan(model: nn.Module, profile_of: ProfileOf, **options: Any) -> apportion.Plan:
+    method = "hellori" if find_sites(model).is_moe else "lori"
+    hot = {"hot": 2} if method == "hellori" else {}
+    return apportion.plan(profile_of(model), method, rank=4, **hot, **options)
+
+
+def _train(model: nn.Module, tokens: Tensor, steps: int = 4) -> None:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1)
+    model.train()
+    for _ in range(steps):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.numel() > 1)
+    assert state == 2 * sum(parameter.numel() for parameter in trainable)
+
+
+@pytest.mark.parametrize("name", ["dense", "olmoe", "deepseek_v3", "gpt_oss", "listed"])
+def test_only_what_is_kept_trains_and_is_stored(
+    name: str, profile_of: ProfileOf, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = _model(name)
+    base, layout = copy.deepcopy(model), find_sites(model)
+    plan = _plan(model, profile_of)
+    entries = sum(p.num_b_entries(layout.by_name[p.site]) for p in plan.placements)
+    assert plan.cost.trainable_parameters == -(-entries // 10)
+    before = model(input_ids=tokens).logits
+    adapted = apportion.apply(model, plan)
+    assert torch.allclose(adapted(input_ids=tokens).logits, before, atol=1e-5)
+    checksum = frozen_checksum(adapted, "default")
+    _train(adapted, tokens)
+    assert frozen_checksum(adapted, "default") == checksum
+    assert not torch.allclose(adapted(input_ids=tokens).logits, before, atol=1e-4)
+
+    expected = adapted(input_ids=tokens).logits
+    adapted.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    values = sum(t.numel() for key, t in stored.items() if key.endswith(".values"))
+    assert values == plan.cost.stored_parameters
+    assert sum(t.numel() for key, t in stored.items() if key.endswith(".indices")) == plan.cost.stored_indices
+    assert {key.rpartition(".")[2] for key in stored} == {"values", "indices"}
+    sites = {key.removeprefix("base_model.model.").rpartition(".lora_B.")[0] for key in stored}
+    assert sites == {placement.site for placement in plan.placements}
+    loaded = apportion.load(base, tmp_path)
+    assert torch.equal(loaded(input_ids=tokens).logits, expected)
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(merged(input_ids=tokens).logits, expected, atol=1e-5)
+
+
+def test_a_stored_a_is_read_back(profile_of: ProfileOf, tokens: Tensor, tmp_path: Path) -> None:
+    model = build_tiny("olmoe")
+    base = copy.deepcopy(model)
+    adapted = apportion.apply(model, _plan(model, profile_of), store_a=True)
+    _train(adapted, tokens)
+    adapted.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    changed = {key: value * 2 if "lora_A" in key else value for key, value in stored.items()}
+    assert any("lora_A" in key for key in stored)
+    same = apportion.load(copy.deepcopy(base), tmp_path)
+    assert torch.equal(same(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+    save_file(changed, tmp_path / "adapter_model.safetensors")
+    other = apportion.load(base, tmp_path)
+    assert not torch.allclose(other(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+
+
+def test_another_draw_is_refused(profile_of: ProfileOf, tmp_path: Path) -> None:
+    model = build_tiny("olmoe")
+    base = copy.deepcopy(model)
+    apportion.apply(model, _plan(model, profile_of), seed=3).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_seed": 3', '"init_seed": 4'))
+    with pytest.raises(ConfigurationError, match="--store-a"):
+        apportion.load(base, tmp_path)
+
+
+def test_all_of_b_trains_to_find_the_mask(profile_of: ProfileOf, tokens: Tensor) -> None:
+    model = build_tiny("olmoe")
+    layout = find_sites(model)
+    plan = _plan(model, profile_of)
+    adapted = apportion.apply(model, plan, dense_b=True)
+    entries = sum(p.num_b_entries(layout.by_name[p.site]) for p in plan.placements)
+    assert adapted.receipt.trainable_parameters == entries
+    checksum = frozen_checksum(adapted, "default")
+    _train(adapted, tokens)
+    assert frozen_checksum(adapted, "default") == checksum
+
+
+def test_masks_must_fit(profile_of: ProfileOf, tmp_path: Path) -> None:
+    model = build_tiny("olmoe")
+    layout = find_sites(model)
+    plan = _plan(model, profile_of)
+    mask = random_mask(plan.placements, layout.by_name, seed=0)
+    assert mask.num_kept == num_kept_entries(plan.placements, layout.by_name)
+    mask.save(tmp_path / "mask.safetensors")
+    read = load_mask(tmp_path / "mask.safetensors")
+    assert read.overlap(mask)["jaccard"] == 1.0
+    other = random_mask(plan.placements, layout.by_name, seed=1).overlap(mask)
+    assert other["jaccard"] < 0.3
+    assert other["by_chance"] == pytest.approx(0.1, abs=0.01)
+    for wrong, message in (
+        (Mask({}, {}), "other sites or shapes"),
+        (random_mask(_plan(model, profile_of, sparsity=0.5).placements, layout.by_name, 0), "keeps"),
+        (Mask(mask.indices, mask.shapes, "0" * 64), "another A"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            apportion.apply(copy.deepcopy(model), plan, mask=wrong)
+    (tmp_path / "bad").write_bytes(b"no mask")
+    for path in (tmp_path / "bad", tmp_path / "none"):
+        with pytest.raises(PlanError, match="mask"):
+            load_mask(path)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0])
+def test_sparsity_is_a_share(profile_of: ProfileOf, sparsity: float) -> None:
+    with pytest.raises(ConfigurationError, match="sparsity"):
+        apportion.plan(profile_of(build_tiny("olmoe")), "hellori", hot=2, rank=4, sparsity=sparsity)
+
+
+def test_the_published_count() -> None:
+    cost = apportion.cost(apportion.loading.config_source("olmoe-1b-7b"), "hellori", hot=8, rank=32)
+    assert cost.trainable_parameters == cost.stored_parameters == 2_100_429
+    assert round(cost.lora_count_ratio, 5) == 0.00674
+
+
+def test_sparse_factors_compose_with_routed_experts(tokens: Tensor, tmp_path: Path) -> None:
+    model = build_dense()
+    base = copy.deepcopy(model)
+    plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), "uniform", experts=3, rank=4, sparsity=0.8)
+    adapted = apportion.apply(model, plan)
+    _train(adapted, tokens)
+    adapted.save_pretrained(tmp_path)
+    loaded = apportion.load(base, tmp_path)
+    assert torch.equal(loaded(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
