@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import importlib
 import json
@@ -15,6 +14,29 @@ import typer
 from rich.console import Console
 
 from apportion._version import __version__
+from apportion.cli.options import (
+    CONFIG_HELP,
+    DATA_HELP,
+    MODEL_HELP,
+    SPARSE_PANEL,
+    Alpha,
+    Budget,
+    Criterion,
+    Dtype,
+    Experts,
+    Groups,
+    Hot,
+    Json,
+    Keep,
+    KindRank,
+    Layers,
+    MethodName,
+    Procedure,
+    Rank,
+    Sparsity,
+    Targets,
+    TopK,
+)
 from apportion.errors import ApportionError, ApportionWarning
 
 app = typer.Typer(
@@ -24,101 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-MODEL_HELP = "embedded, a hub id, a folder, or a .gguf file."
-DATA_HELP = "A .jsonl, .json, .csv or .parquet file, a hub data set (id:config:split), or task:NAME[:train|:test]."
-CONFIG_HELP = (
-    "embedded, a hub id, a folder, a config.json, or a model that apportion knows by name: deepseek-moe-16b, "
-    "deepseek-v2-lite, deepseek-v3, gpt-oss-20b, mixtral-8x22b, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b. "
-    "No weights are read."
-)
-METHODS_PANEL = "Method options"
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
-MethodName = Annotated[str, typer.Option("--method", help="How sites are chosen; `apportion methods` lists all.")]
-Rank = Annotated[int, typer.Option(help="Rank of every adapter.")]
-Alpha = Annotated[
-    float | None, typer.Option(help="Scale numerator: output x alpha / rank.", show_default="twice the rank")
-]
-Hot = Annotated[
-    str | None,
-    typer.Option(help="Experts kept a layer: 8, 25% or coverage=0.6.", show_default="8", rich_help_panel=METHODS_PANEL),
-]
-Criterion = Annotated[
-    str | None,
-    typer.Option(
-        help="What makes an expert hot: count, mass or sensitivity.",
-        show_default="count",
-        rich_help_panel=METHODS_PANEL,
-    ),
-]
-Targets = Annotated[
-    str | None,
-    typer.Option(
-        help="What is adapted: any of attention, router, experts, shared, dense, or single projections such as "
-        "experts.down, separated by commas.",
-        show_default="all",
-        rich_help_panel=METHODS_PANEL,
-    ),
-]
-
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        help="Decoder layers that are adapted: 4-15 or 0,2,4-7.", show_default="all", rich_help_panel=METHODS_PANEL
-    ),
-]
-Keep = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of a group's matrices that each task votes for.", show_default="0.6", rich_help_panel=METHODS_PANEL
-    ),
-]
-Groups = Annotated[
-    str | None,
-    typer.Option(
-        help="What is ranked together: attention/mlp, type or all.",
-        show_default="attention/mlp",
-        rich_help_panel=METHODS_PANEL,
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k", help="LoRA experts that a token uses at a matrix.", show_default="2", rich_help_panel=METHODS_PANEL
-    ),
-]
-Experts = Annotated[
-    str | None,
-    typer.Option(help="LoRA experts a matrix: 2-4-6-8 by depth (mola), 5 (uniform).", rich_help_panel=METHODS_PANEL),
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="The most that may be spent: parameters (5000000) or LoRA experts (experts=688).",
-        rich_help_panel=METHODS_PANEL,
-    ),
-]
-KindRank = Annotated[
-    int | None,
-    typer.Option(
-        help="Rank of this kind; the scale alpha / rank stays.", show_default="--rank", rich_help_panel=METHODS_PANEL
-    ),
-]
-
-
-class Dtype(enum.StrEnum):
-    """Number formats that a model can be loaded in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Procedure(enum.StrEnum):
-    """Ways to measure sensitivity."""
-
-    one_pass = "one-pass"  # noqa: S105 - no password
-    block_coordinate = "block-coordinate"
 
 
 @app.callback(invoke_without_command=True)
@@ -184,6 +111,7 @@ def plan(
     top_k: TopK = None,
     experts: Experts = None,
     budget: Budget = None,
+    sparsity: Sparsity = None,
     rank_attention: KindRank = None,
     rank_router: KindRank = None,
     rank_experts: KindRank = None,
@@ -198,7 +126,7 @@ def plan(
     )
     options = _given(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
-        experts=experts, budget=budget, ranks=ranks or None,
+        experts=experts, budget=budget, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
     _run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
@@ -222,6 +150,7 @@ def cost(
     top_k: TopK = None,
     experts: Experts = None,
     budget: Budget = None,
+    sparsity: Sparsity = None,
     rank_attention: KindRank = None,
     rank_router: KindRank = None,
     rank_experts: KindRank = None,
@@ -235,7 +164,7 @@ def cost(
     )
     options = _given(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
-        experts=experts, budget=budget, ranks=ranks or None,
+        experts=experts, budget=budget, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
     _run("cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options, as_json=json_)
 
@@ -265,6 +194,33 @@ def train(
     balance_loss: Annotated[float, typer.Option(help="Weight of the balance loss of routed LoRA experts.")] = 0.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    on_top_of: Annotated[
+        Path | None, typer.Option(help="An adapter's folder: it is merged into the model first, and stays.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A mask to train under, instead of finding one.", rich_help_panel=SPARSE_PANEL)
+    ] = None,
+    dense_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps in which all of B trains, to find the mask.",
+            show_default="a tenth of the steps",
+            rich_help_panel=SPARSE_PANEL,
+        ),
+    ] = None,
+    dense_lr: Annotated[
+        float | None,
+        typer.Option(help="Their learning rate.", show_default="a tenth of --lr", rich_help_panel=SPARSE_PANEL),
+    ] = None,
+    mask_granularity: Annotated[
+        str, typer.Option(help="Largest entries of: global, layer, site or projection.", rich_help_panel=SPARSE_PANEL)
+    ] = "global",
+    redraw_a: Annotated[
+        bool, typer.Option(help="Another A after the mask is found, as LoRI's release.", rich_help_panel=SPARSE_PANEL)
+    ] = False,
+    store_a: Annotated[
+        bool, typer.Option(help="Keep the frozen A in the checkpoint.", rich_help_panel=SPARSE_PANEL)
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the adapters' start and of the rows' order.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
@@ -275,11 +231,12 @@ def train(
         "epochs": epochs, "steps": steps, "lr": lr, "batch_size": batch_size, "max_length": max_length,
         "gradient_accumulation": gradient_accumulation, "dropout": dropout, "weight_decay": weight_decay,
         "router_aux_loss": router_aux_loss, "balance_loss": balance_loss, "save_every": save_every, "seed": seed,
-        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing": gradient_checkpointing, "dense_steps": dense_steps, "dense_lr": dense_lr,
+        "mask_granularity": mask_granularity, "redraw_a": redraw_a, "store_a": store_a,
     }  # fmt: skip
     _run(
         "train", plan=plan, data=data, weights=weights, output=output, model=model, samples=samples, dtype=dtype,
-        settings=settings, resume=resume, as_json=json_,
+        settings=settings, mask=mask, on_top_of=on_top_of, resume=resume, as_json=json_,
     )  # fmt: skip
 
 
@@ -315,6 +272,16 @@ def merge(
 ) -> None:
     """Fold an adapter into its base: a plain model that needs no apportion."""
     _run("merge", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+
+
+@app.command()
+def mask(
+    file: Annotated[Path, typer.Argument(help="A mask that training wrote.")],
+    other: Annotated[Path | None, typer.Option("--with", help="Another mask: how far do they overlap?")] = None,
+    json_: Json = False,
+) -> None:
+    """Show where a sparse adapter's trained entries are, and how far two masks overlap."""
+    _run("mask", file=file, other=other, as_json=json_)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.console import Console
 from apportion.cli.quiet import quiet
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
-from apportion.peft.attach import load, read_adapter_plan
+from apportion.peft.attach import check_mergeable, load, read_adapter_plan
 from apportion.records.files import require_empty
 
 
@@ -21,13 +21,7 @@ def run(console: Console, *, adapter: Path, output: Path, model: str | None, dty
     quiet()
     require_empty(output)
     plan = read_adapter_plan(adapter)
-    if not plan.is_mergeable:
-        routed = next(placement for placement in plan.placements if placement.is_routed)
-        raise ConfigurationError(
-            f"the adapter in {adapter} cannot be merged: its gates depend on the input.\n"
-            f"  place:  {routed.site} has {routed.num_experts} LoRA experts\n"
-            "  fix:    use the model with the adapter attached"
-        )
+    check_mergeable(plan, adapter)
     name = model or plan.base_model
     if name is None:
         raise ConfigurationError("the adapter does not say which model it is for.\n  fix:  give --model")

@@ -13,7 +13,9 @@ from apportion.data.mixture import mix, parse_weights
 from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
+from apportion.peft.attach import check_mergeable, load, read_adapter_plan
 from apportion.records.files import require_empty
+from apportion.records.mask import load_mask
 from apportion.records.plan import load_plan
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
@@ -30,6 +32,8 @@ def run(
     samples: int | None,
     dtype: str | None,
     settings: dict[str, Any],
+    mask: Path | None,
+    on_top_of: Path | None,
     resume: bool,
 ) -> dict[str, Any]:
     """Train, save and say what was done."""
@@ -45,9 +49,15 @@ def run(
     sources, shares = named_sources(data), parse_weights(weights)
     parts = {task: read_rows(source, num_rows=samples, seed=checked.seed) for task, source in sources.items()}
     rows = mix(parts, shares, checked.seed)
-    facts = {"model": name, "data": sources, "weights": shares}
+    chosen_mask = load_mask(mask) if mask else None
+    below = read_adapter_plan(on_top_of) if on_top_of else None
+    if below is not None:
+        check_mergeable(below, on_top_of)
+    facts = {"model": name, "on_top_of": str(on_top_of) if on_top_of else None, "data": sources, "weights": shares}
     loaded, tokenizer = load_model(name, dtype)
-    result = train(loaded, tokenizer, chosen, rows, output, checked, resume=resume, facts=facts)
+    if on_top_of:
+        loaded = load(loaded, on_top_of).merge_and_unload(safe_merge=True)
+    result = train(loaded, tokenizer, chosen, rows, output, checked, mask=chosen_mask, resume=resume, facts=facts)
     console.print(str(result.model.receipt))
     if result.truncated:
         console.print(f"{result.truncated} rows were longer than {checked.max_length} tokens and were cut")

@@ -162,6 +162,25 @@ def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
     return config.read_plan()
 
 
+def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
+    """Refuse an adapter that no weight equals.
+
+    Args:
+        plan: The adapter's plan.
+        path: Its folder, for the message.
+
+    Raises:
+        ConfigurationError: a gate depends on the input.
+    """
+    routed = next((placement for placement in plan.placements if placement.is_routed), None)
+    if routed is not None:
+        raise ConfigurationError(
+            f"the adapter in {path} cannot be merged: its gates depend on the input.\n"
+            f"  place:  {routed.site} has {routed.num_experts} LoRA experts\n"
+            "  fix:    use the model with the adapter attached"
+        )
+
+
 def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, dropout: float) -> None:
     """Refuse, before anything changes, what could not be attached whole."""
     if adapter_name in getattr(model, "peft_config", {}):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from apportion.errors import ConfigurationError
+from apportion.peft.masks import Granularity
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class TrainSettings:
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
         bf16: Compute in bfloat16 where autocast allows it.
         save_every: Steps between two checkpoints.
+        dense_steps: Of sparse plans, steps of the first phase; a tenth of the second's where not given.
+        dense_lr: Of sparse plans, the first phase's learning rate; a tenth of `lr` where not given.
+        mask_granularity: Of sparse plans, over what the largest entries are sought.
+        redraw_a: Of sparse plans, draw another A for the second phase, as LoRI's released code does.
+        store_a: Of sparse plans, keep the frozen A in the checkpoint.
     """
 
     epochs: float = 3.0
@@ -47,6 +53,11 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     bf16: bool = False
     save_every: int = 100
+    dense_steps: int | None = None
+    dense_lr: float | None = None
+    mask_granularity: Granularity = "global"
+    redraw_a: bool = False
+    store_a: bool = False
 
     def check(self) -> None:
         """Refuse settings that no run can have.
@@ -62,11 +73,23 @@ class TrainSettings:
             raise ConfigurationError(f"steps={self.steps} trains nothing.\n  fix:  give at least 1")
         if self.steps is None and not self.epochs > 0:
             raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
+        if self.dense_steps is not None and self.dense_steps < 1:
+            raise ConfigurationError(f"dense_steps={self.dense_steps} finds no mask.\n  fix:  give at least 1")
+        if self.dense_lr is not None and not self.dense_lr > 0:
+            raise ConfigurationError(f"dense_lr={self.dense_lr} trains nothing.\n  fix:  give a number above 0")
+        if self.mask_granularity not in get_args(Granularity):
+            known = ", ".join(get_args(Granularity))
+            raise ConfigurationError(f"mask_granularity={self.mask_granularity!r} is none of {known}.")
         for name in ("router_aux_loss", "balance_loss"):
             if not getattr(self, name) >= 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.\n  fix:  give 0 or more")
         if not self.lr > 0:
             raise ConfigurationError(f"lr={self.lr} trains nothing.\n  fix:  give a number above 0")
+
+    def of_sparse_plans(self) -> list[str]:
+        """Name the settings that were given and that sparse plans alone have."""
+        names = ("dense_steps", "dense_lr", "mask_granularity", "redraw_a", "store_a")
+        return [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
 
     def as_dict(self) -> dict[str, Any]:
         """Give plain data for JSON."""

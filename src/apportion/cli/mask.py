@@ -1,0 +1,40 @@
+"""`apportion mask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apportion.records.mask import load_mask
+
+
+def run(console: Console, *, file: Path, other: Path | None) -> dict[str, Any]:
+    """Show the kept share of every projection type, and the overlap with another mask."""
+    mask = load_mask(file)
+    kinds: dict[str, list[int]] = {}
+    for site, (rows, columns) in mask.shapes.items():
+        counts = kinds.setdefault(site.rpartition(".")[2], [0, 0])
+        counts[0] += len(mask.indices[site])
+        counts[1] += rows * columns
+    table = Table("matrices", "kept", "of", "share", title=str(file), title_justify="left")
+    for name, (kept, entries) in kinds.items():
+        table.add_row(name, f"{kept:,}", f"{entries:,}", f"{kept / entries:.2%}")
+    table.add_section()
+    table.add_row("all", f"{mask.num_kept:,}", f"{mask.num_entries:,}", f"{mask.num_kept / mask.num_entries:.2%}")
+    console.print(table)
+    facts: dict[str, Any] = {
+        "kept": mask.num_kept,
+        "entries": mask.num_entries,
+        "projections": {name: {"kept": kept, "entries": entries} for name, (kept, entries) in kinds.items()},
+        "provenance": mask.provenance,
+    }
+    if other:
+        facts["overlap"] = mask.overlap(load_mask(other))
+        console.print(
+            f"{facts['overlap']['shared_frac']:.1%} of its entries are kept by {other} too "
+            f"({facts['overlap']['by_chance']:.1%} by chance); Jaccard {facts['overlap']['jaccard']:.3f}"
+        )
+    return facts

@@ -1,0 +1,109 @@
+"""Which entries of B to keep: the largest ones of a trained adapter."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from apportion.adapters.experts import ExpertLora
+from apportion.adapters.factors import matrix_of
+from apportion.discovery import find_sites, walk_modules
+from apportion.errors import ConfigurationError
+from apportion.peft.start import frozen_checksum
+from apportion.records.mask import Mask, b_shapes
+from apportion.records.plan import Plan, num_kept
+from apportion.records.site import Site
+
+Granularity = Literal["global", "layer", "site", "projection"]
+
+
+def b_matrices(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Give every B of an adapter by site, dense, of shape (out, LoRA experts times rank).
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        Detached tensors.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module, own in walk_modules(model):
+        called: Any = module
+        if called is own or adapter_name not in getattr(called, "lora_B", {}):
+            continue
+        if isinstance(called, ExpertLora):
+            for name, factors in called.factors[adapter_name].items():
+                parts = torch.split(matrix_of(called.lora_B[adapter_name][name]).detach(), list(factors.ranks))
+                for expert, b_RO in zip(factors.experts, parts, strict=True):
+                    found[f"{path}.{expert}.{name}"] = b_RO.t()
+        else:
+            found[path] = matrix_of(called.lora_B[adapter_name]).detach()
+    return found
+
+
+@torch.no_grad()
+def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: Granularity = "global") -> Mask:
+    """Keep the entries of B that are largest by magnitude, as many as a sparse plan counts.
+
+    With ``global`` one threshold holds for all sites; otherwise every layer, site or projection type keeps its share.
+    Ties go to the earlier entry.
+
+    Args:
+        model: A model whose adapter trained all of B.
+        adapter_name: The adapter.
+        plan: The sparse plan.
+        granularity: Over what the largest entries are sought.
+
+    Returns:
+        The mask, with the checksum of the adapter's A.
+
+    Raises:
+        ConfigurationError: B is zero, so that no entry is larger than another.
+
+    Source: LoRI, arXiv:2504.07448, calibration of the mask.
+    Differs: nothing; the other granularities are its ablations.
+    """
+    sites = find_sites(model).by_name
+    matrices = b_matrices(model, adapter_name)
+    shapes = b_shapes(plan.placements, sites)
+    if not any(bool(matrices[site].any()) for site in shapes):
+        raise ConfigurationError("no entry of B is larger than another: B is zero.\n  fix:  train it first")
+    indices: dict[str, Tensor] = {}
+    for sparsity in sorted({p.sparsity for p in plan.placements if p.sparsity}):
+        groups: dict[str, list[str]] = {}
+        for placement in plan.placements:
+            if placement.sparsity == sparsity:
+                groups.setdefault(_group(sites[placement.site], granularity), []).append(placement.site)
+        sizes = [sum(matrices[name].numel() for name in names) for names in groups.values()]
+        total, seen, given = num_kept(sum(sizes), sparsity), 0, 0
+        for names, size in zip(groups.values(), sizes, strict=True):
+            seen += size
+            count = total * seen // sum(sizes) - given
+            given += count
+            indices |= _largest({name: matrices[name] for name in names}, count)
+    facts = {"made": "by magnitude", "granularity": granularity}
+    return Mask({site: indices[site] for site in shapes}, shapes, frozen_checksum(model, adapter_name), facts)
+
+
+def _group(site: Site, granularity: Granularity) -> str:
+    """Name what a site's entries are compared within."""
+    kinds = {"global": "", "layer": str(site.layer), "site": site.name, "projection": f"{site.kind}.{site.projection}"}
+    return kinds[granularity]
+
+
+def _largest(matrices: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Give the positions of the largest entries of several matrices together."""
+    sizes = {name: matrix.abs().reshape(-1) for name, matrix in matrices.items()}
+    flat = torch.cat(list(sizes.values())).float()
+    keep = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    if count:
+        threshold = flat.kthvalue(len(flat) - count + 1).values
+        keep = flat > threshold
+        ties = (flat == threshold).nonzero().squeeze(1)[: count - int(keep.sum())]
+        keep[ties] = True
+    parts = torch.split(keep, [len(values) for values in sizes.values()])
+    return {name: part.nonzero().squeeze(1).to(torch.int32).cpu() for name, part in zip(sizes, parts, strict=True)}
