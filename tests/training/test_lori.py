@@ -17,7 +17,8 @@ from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
-from apportion.peft.masks import b_matrices, extract_mask
+from apportion.peft.factors import site_factors
+from apportion.peft.masks import extract_mask
 from apportion.peft.start import frozen_checksum
 from apportion.records.mask import load_mask, random_mask
 from apportion.records.plan import Plan
@@ -74,7 +75,7 @@ def test_every_other_entry_is_zero_and_a_is_as_drawn(
 ) -> None:
     folder, result = finished
     mask = load_mask(folder / "mask.safetensors")
-    for site, b in b_matrices(result.model, "default").items():
+    for site, _, b in site_factors(result.model, "default"):
         values = b.reshape(-1).clone()
         kept = values[mask.indices[site].long()]
         assert kept.any() or not len(kept)  # one threshold for all may leave a site nothing

@@ -275,6 +275,36 @@ def merge(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of two or more adapters of one model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the combined adapter.")],
+    weights: Annotated[
+        str | None, typer.Option(help="One weight an adapter: 0.5,0.5.", show_default="equal, adding up to 1")
+    ] = None,
+    how: Annotated[str, typer.Option(help="cat (exact; ranks add up) or linear (factors are added).")] = "cat",
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Make one adapter of several tasks' adapters."""
+    _run(
+        "combine", adapters=adapters, output=output, weights=weights, how=how, model=model, dtype=dtype, as_json=json_
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the plain LoRA adapter.")],
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write an adapter of linear layers as plain LoRA, for software that knows nothing of apportion."""
+    _run("export", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+
+
+@app.command()
 def mask(
     file: Annotated[Path, typer.Argument(help="A mask that training wrote.")],
     other: Annotated[Path | None, typer.Option("--with", help="Another mask: how far do they overlap?")] = None,

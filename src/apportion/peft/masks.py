@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from apportion.adapters.experts import ExpertLora
-from apportion.adapters.factors import matrix_of
-from apportion.discovery import find_sites, walk_modules
+from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
+from apportion.peft.factors import site_factors
 from apportion.peft.start import frozen_checksum
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.plan import Plan, num_kept
 from apportion.records.site import Site
 
 Granularity = Literal["global", "layer", "site", "projection"]
-
-
-def b_matrices(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Give every B of an adapter by site, dense, of shape (out, LoRA experts times rank).
-
-    Args:
-        model: The model with the adapter.
-        adapter_name: The adapter.
-
-    Returns:
-        Detached tensors.
-    """
-    found: dict[str, Tensor] = {}
-    for path, module, own in walk_modules(model):
-        called: Any = module
-        if called is own or adapter_name not in getattr(called, "lora_B", {}):
-            continue
-        if isinstance(called, ExpertLora):
-            for name, factors in called.factors[adapter_name].items():
-                parts = torch.split(matrix_of(called.lora_B[adapter_name][name]).detach(), list(factors.ranks))
-                for expert, b_RO in zip(factors.experts, parts, strict=True):
-                    found[f"{path}.{expert}.{name}"] = b_RO.t()
-        else:
-            found[path] = matrix_of(called.lora_B[adapter_name]).detach()
-    return found
 
 
 @torch.no_grad()
@@ -68,7 +42,7 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
     Differs: nothing; the other granularities are its ablations.
     """
     sites = find_sites(model).by_name
-    matrices = b_matrices(model, adapter_name)
+    matrices = {site: b_OR for site, _, b_OR in site_factors(model, adapter_name)}
     shapes = b_shapes(plan.placements, sites)
     if not any(bool(matrices[site].any()) for site in shapes):
         raise ConfigurationError("no entry of B is larger than another: B is zero.\n  fix:  train it first")

@@ -20,6 +20,7 @@ from apportion.adapters.linear import LinearLora
 from apportion.adapters.weight import WeightLora
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
 from apportion.peft.start import frozen_checksum, start_factors
 from apportion.records.plan import Placement, Plan
@@ -116,6 +117,45 @@ class ApportionModel(LoraModel):
                 "  fix:  use the torch version that the adapter was trained with, or train it with the A stored "
                 "(--store-a)"
             )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Combination = "cat",
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter that is made of others.
+
+        Args:
+            adapters: Their names.
+            weights: One weight an adapter.
+            adapter_name: Name of the new one.
+            combination_type: ``cat``, which is exact, or ``linear``; as PEFT has them.
+            **kwargs: What only PEFT's other combinations take.
+
+        Raises:
+            ConfigurationError: the adapters cannot be combined so, or the name is taken.
+        """
+        if adapter_name in self.peft_config:
+            raise ConfigurationError(f"the model has an adapter {adapter_name!r} already.\n  fix:  choose another name")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ConfigurationError(f"there is no adapter {unknown[0]!r}.\n  found:  {', '.join(self.peft_config)}")
+        plans = {name: self.peft_config[name].read_plan() for name in adapters}
+        plan = combined_plan(plans, weights, combination_type, find_sites(self.model))
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = ApportionConfig(
+            plan=plan.as_dict(),
+            r=plan.rank,
+            lora_alpha=plan.alpha,
+            task_type=first.task_type,
+            base_model_name_or_path=first.base_model_name_or_path,
+            inference_mode=first.inference_mode,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        write_combined(self.model, plans, weights, combination_type, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
         """Fold adapters into the weights, all of them or, where one has a gate, none.

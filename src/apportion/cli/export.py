@@ -1,0 +1,28 @@
+"""`apportion export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from apportion.cli.quiet import quiet
+from apportion.errors import ConfigurationError
+from apportion.loading import load_model
+from apportion.peft.attach import load, read_adapter_plan
+from apportion.peft.export import export_lora
+from apportion.records.files import require_empty
+
+
+def run(console: Console, *, adapter: Path, output: Path, model: str | None, dtype: str | None) -> dict[str, Any]:
+    """Load an adapter and write it as plain LoRA."""
+    quiet()
+    require_empty(output)
+    name = model or read_adapter_plan(adapter).base_model
+    if name is None:
+        raise ConfigurationError("the adapter does not say which model it is for.\n  fix:  give --model")
+    loaded, _ = load_model(name, dtype)
+    export_lora(load(loaded, adapter), output)
+    console.print(f"{adapter} as plain LoRA -> {output}")
+    return {"adapter": str(output)}
