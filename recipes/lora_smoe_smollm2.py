@@ -137,7 +137,7 @@ def parse() -> tuple[Settings, Path]:
     settings = Settings(given.model, seeds=given.seeds)
     if given.model == "embedded":  # small enough for more of everything
         methods = f"{settings.methods} random_votes"
-        settings = Settings(given.model, 64, 64, 500, 200, 100, 32, 2e-3, methods=methods, seeds=given.seeds)
+        settings = Settings(given.model, 64, 64, 500, 100, 60, 32, 2e-3, methods=methods, seeds=given.seeds)
     if given.quick:
         settings = Settings(given.model, 4, 4, 16, 8, 3, 8, settings.lr, methods=settings.methods, seeds=1)
     return settings, given.output
