@@ -121,7 +121,7 @@ class Study:
             self.versions = profile.provenance["versions"]
             self.plans[task] = {
                 method: apportion.plan(
-                    profile, method, rank=settings.rank, **({"hot": settings.hot} if "hel" in method else {})
+                    profile, method, rank=settings.rank, **({"hot": settings.hot} if "hellor" in method else {})
                 )
                 for method in LEARNING_RATES
             }

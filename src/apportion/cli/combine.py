@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
+from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
-from apportion.peft.attach import load, read_adapter_plan
+from apportion.peft.attach import load
 from apportion.records.files import require_empty
 from apportion.training.phase import save_adapter
 
@@ -29,10 +30,7 @@ def run(
     quiet()
     require_empty(output)
     shares = _weights(weights, len(adapters))
-    name = model or read_adapter_plan(adapters[0]).base_model
-    if name is None:
-        raise ConfigurationError("the adapters do not say which model they are for.\n  fix:  give --model")
-    loaded, _ = load_model(name, dtype)
+    loaded, _ = load_model(base_of(adapters[0], model), dtype)
     names = [f"a{number}" for number in range(len(adapters))]
     peft_model = load(loaded, adapters[0], adapter_name=names[0])
     for path, adapter in zip(adapters[1:], names[1:], strict=True):

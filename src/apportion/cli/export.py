@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
+from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
-from apportion.errors import ConfigurationError
 from apportion.loading import load_model
-from apportion.peft.attach import load, read_adapter_plan
+from apportion.peft.attach import load
 from apportion.peft.export import export_lora
 from apportion.records.files import require_empty
 
@@ -19,10 +19,7 @@ def run(console: Console, *, adapter: Path, output: Path, model: str | None, dty
     """Load an adapter and write it as plain LoRA."""
     quiet()
     require_empty(output)
-    name = model or read_adapter_plan(adapter).base_model
-    if name is None:
-        raise ConfigurationError("the adapter does not say which model it is for.\n  fix:  give --model")
-    loaded, _ = load_model(name, dtype)
+    loaded, _ = load_model(base_of(adapter, model), dtype)
     export_lora(load(loaded, adapter), output)
     console.print(f"{adapter} as plain LoRA -> {output}")
     return {"adapter": str(output)}

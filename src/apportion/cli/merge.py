@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
-from apportion.errors import ConfigurationError
 from apportion.loading import load_model
 from apportion.peft.attach import check_mergeable, load, read_adapter_plan
 from apportion.records.files import require_empty
@@ -20,11 +20,8 @@ def run(console: Console, *, adapter: Path, output: Path, model: str | None, dty
     """Merge and save; the output folder appears whole."""
     quiet()
     require_empty(output)
-    plan = read_adapter_plan(adapter)
-    check_mergeable(plan, adapter)
-    name = model or plan.base_model
-    if name is None:
-        raise ConfigurationError("the adapter does not say which model it is for.\n  fix:  give --model")
+    check_mergeable(read_adapter_plan(adapter), adapter)
+    name = base_of(adapter, model)
     loaded, tokenizer = load_model(name, dtype)
     merged = load(loaded, adapter).merge_and_unload(safe_merge=True)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -257,6 +257,13 @@ def num_kept_entries(placements: Iterable[Placement], sites: Mapping[str, Site])
 def num_kept(entries: int, sparsity: float) -> int:
     """Count what a sparsity leaves of a number of entries, rounded up.
 
+    Args:
+        entries: Entries.
+        sparsity: Share that is left out.
+
+    Returns:
+        Entries that are kept.
+
     Example:
         >>> num_kept(21_004_288, 0.9)
         2100429
