@@ -275,7 +275,7 @@ def table(results: dict[str, Any]) -> str:
         pairs = list(zip(ours, runs, strict=False))
         if pairs and name != "lora_smoe":
             gaps = [one["mean"]["exact_match"] - other["mean"]["exact_match"] for one, other in pairs]
-            ahead = sum(gap > 0 for gap in gaps)
+            ahead = sum(gap > 1e-9 for gap in gaps)
             lines.append(f"- `lora_smoe` minus `{name}`: {spread(gaps)}, ahead in {ahead} of {len(gaps)} seeds")
     for what, share in results["votes"].items():
         lines.append(f"- votes, {what}: {share:.1%}")
