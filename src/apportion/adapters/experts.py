@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
+from apportion.adapters.fused import LowRankTerm, grouped_lora_linear
 from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
 from apportion.adapters.wrapped import WrappedModule
 from apportion.expert_forms import ExpertForm, known_form
@@ -57,21 +58,21 @@ class ExpertFactors:
         return torch.cat(parts)
 
 
-AfterProduct = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+Product = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def run_experts(
-    base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None, weights_TK: Tensor | None, after: AfterProduct
+    base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None, weights_TK: Tensor | None, product: Product
 ) -> Tensor:
-    """Run stacked experts on the routed rows, sorted by expert, with a look at every product.
+    """Run stacked experts on the routed rows, sorted by expert, with products of the caller's.
 
     Args:
         base: A module that `form_of` knows.
         hidden_TD: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
         ids_TK: Expert ids, shape (T, K); None where the module is called with copies.
         weights_TK: Routing weights, shape (T, K); None where the module is called with copies.
-        after: Called with each stacked parameter's path, its input and output rows and the rows of each expert; what it
-            returns takes the output's place.
+        product: Called with each stacked parameter's path, its input rows and the number of rows of each expert; gives
+            the output rows, as `base_product` does.
 
     Returns:
         The shape of `hidden_TD`.
@@ -82,7 +83,7 @@ def run_experts(
         routed = rows_ND.any(dim=1)  # the rows of tokens that are not routed to an expert are zero, and stay so
         sizes_E = routed.view(form.num_experts, -1).sum(1)
         rows_S = routed.nonzero().squeeze(1)
-        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), sizes_E, after)
+        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), sizes_E, product)
         summed = torch.zeros_like(rows_ND).index_copy(0, rows_S, out_SD.to(rows_ND.dtype))
     else:
         num_tokens, top_k = ids_TK.shape
@@ -90,7 +91,7 @@ def run_experts(
         sizes_E = torch.bincount(ids_S, minlength=form.num_experts)
         place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         x_SD = reorder_rows(rows_ND, order_S, place_S, copies=top_k)
-        out_SD = _run_sorted(base, form, x_SD, sizes_E, after)
+        out_SD = _run_sorted(base, form, x_SD, sizes_E, product)
         out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
         summed = out_SD.view(num_tokens, top_k, -1).sum(1)
     return summed.to(hidden_TD.dtype).view_as(hidden_TD)
@@ -113,20 +114,38 @@ def token_of_rows(base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None) -> 
     return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
 
 
-def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, sizes_E: Tensor, after: AfterProduct) -> Tensor:
+def base_product(base: nn.Module, parameter: str, x_SI: Tensor, sizes_E: Tensor) -> Tensor:
+    """Multiply sorted rows by one stacked parameter, bias included.
+
+    Args:
+        base: A module that `form_of` knows.
+        parameter: The parameter's path.
+        x_SI: Rows sorted by expert.
+        sizes_E: Rows of each expert.
+
+    Returns:
+        Shape (S, O).
+    """
+    form = known_form(base)
+    matrices, transposed = form.matrices(base, parameter)
+    return _with_bias(base, form, parameter, grouped_linear(x_SI, matrices, sizes_E, transposed=transposed), sizes_E)
+
+
+def _with_bias(base: nn.Module, form: ExpertForm, parameter: str, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+    """Add each row's expert's bias, where the form has one."""
+    if not form.has_bias:
+        return out_SO
+    ids_S = torch.arange(form.num_experts, device=out_SO.device).repeat_interleave(sizes_E, output_size=len(out_SO))
+    biased: Tensor = out_SO + getattr(base, f"{parameter}_bias")[ids_S]
+    return biased
+
+
+def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, sizes_E: Tensor, product: Product) -> Tensor:
     """Run stacked experts on rows that are sorted by expert."""
-
-    def product(parameter: str, x_SI: Tensor) -> Tensor:
-        matrices, transposed = form.matrices(base, parameter)
-        out = grouped_linear(x_SI, matrices, sizes_E, transposed=transposed)
-        if form.has_bias:
-            ids_S = torch.arange(form.num_experts, device=out.device).repeat_interleave(sizes_E, output_size=len(out))
-            out = out + getattr(base, f"{parameter}_bias")[ids_S]
-        return after(parameter, x_SI, out, sizes_E)
-
-    inner_SF = form.activate(base, {parameter: product(parameter, x_SD) for parameter in form.entering})
-    out_SD = product(form.projections["down_proj"].parameter, inner_SF)
-    return getattr(base, form.norm)(out_SD) if form.norm else out_SD
+    entered = {parameter: product(parameter, x_SD, sizes_E) for parameter in form.entering}
+    out_SD = product(form.projections["down_proj"].parameter, form.activate(base, entered), sizes_E)
+    normed: Tensor = getattr(base, form.norm)(out_SD) if form.norm else out_SD
+    return normed
 
 
 class ExpertLora(WrappedModule):
@@ -211,13 +230,46 @@ class ExpertLora(WrappedModule):
             The shape of `hidden_states`.
         """
         if self.adapters_to_run():
-            return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.after_product)
+            return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
         routing = () if top_k_index is None else (top_k_index, top_k_weights)
         output: Tensor = self.base_layer(hidden_states, *routing)
         return output
 
+    def adapted_product(self, parameter: str, x_SI: Tensor, sizes_E: Tensor) -> Tensor:
+        """Multiply sorted rows by one stacked base parameter and add the active adapters; `run_experts` calls this.
+
+        Args:
+            parameter: The parameter's path in the experts module.
+            x_SI: Its input, rows sorted by expert.
+            sizes_E: Rows of each expert.
+
+        Returns:
+            Shape (S, O).
+        """
+        form, active = known_form(self.base_layer), self.adapters_to_run()
+        matrices, transposed = form.matrices(self.base_layer, parameter)
+        mixed = x_SI.dtype != matrices.dtype or torch.is_autocast_enabled(x_SI.device.type)
+        if x_SI.is_cuda or mixed or len(active) > 1:
+            return self.after_product(parameter, x_SI, base_product(self.base_layer, parameter, x_SI, sizes_E), sizes_E)
+        (adapter,) = active
+        with ExitStack() as dense:
+            terms = []
+            for name, stacked in form.projections_in(parameter).items():
+                planned = self.factors[adapter].get(name)
+                if planned is not None:
+                    b = self.lora_B[adapter][name]
+                    b_RO = dense.enter_context(b.made_again_in_backward()) if isinstance(b, SparseFactor) else b
+                    a_RI = matrix_of(self.lora_A[adapter][name])
+                    terms.append(LowRankTerm(a_RI, b_RO, planned.experts, planned.ranks, planned.scales, stacked.rows))
+            dropout = self.lora_dropout[adapter]
+            dropped = dropout(x_SI) if terms and self.training and isinstance(dropout, nn.Dropout) else None
+            out_SO = grouped_lora_linear(
+                x_SI, matrices, sizes_E.tolist(), terms, transposed=transposed, dropped_SI=dropped
+            )
+        return _with_bias(self.base_layer, form, parameter, out_SO, sizes_E)
+
     def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
-        """Add the active adapters to the output of one stacked base parameter; `run_experts` calls this.
+        """Add the active adapters to the output of one stacked base parameter.
 
         Args:
             parameter: The parameter's path in the experts module.

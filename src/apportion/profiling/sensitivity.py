@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apportion.adapters.experts import ExpertLora, run_experts, token_of_rows
+from apportion.adapters.experts import ExpertLora, base_product, run_experts, token_of_rows
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import DataError, ProfileError
 from apportion.expert_forms import known_form
@@ -231,7 +231,8 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
             raise ProfileError(f"{path} was given {tokens} tokens.\n  fix:  profile with batches of one row")
         samples_S = token_of_rows(own, hidden_states, top_k_index) // (tokens // num_samples)
 
-        def after(parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+        def product(parameter: str, x_SI: Tensor, sizes_E: Tensor) -> Tensor:
+            out_SO = base_product(own, parameter, x_SI, sizes_E)
             kept = [x_SI.detach()]
 
             def on_gradient(grad_SO: Tensor) -> None:
@@ -245,7 +246,7 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
                 out_SO.register_hook(on_gradient)  # type: ignore[no-untyped-call]
             return called.after_product(parameter, x_SI, out_SO, sizes_E) if isinstance(called, ExpertLora) else out_SO
 
-        return run_experts(own, hidden_states, top_k_index, top_k_weights, after)
+        return run_experts(own, hidden_states, top_k_index, top_k_weights, product)
 
     return forward
 
