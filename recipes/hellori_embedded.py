@@ -35,7 +35,7 @@ from apportion.training.sft import train
 
 TASKS = DemoSettings().tasks
 LEARNING_RATES = {"lora": (2e-3, 5e-3, 1.5e-2), "hellora": (2e-3, 5e-3, 1.5e-2)}
-LEARNING_RATES |= {"lori": (5e-3, 1.5e-2, 5e-2), "hellori": (5e-3, 1.5e-2, 5e-2)}
+LEARNING_RATES |= {"lori": (1.5e-2, 5e-2, 1.5e-1), "hellori": (1.5e-2, 5e-2, 1.5e-1)}
 TUNING_SEED = 100
 
 
@@ -46,6 +46,7 @@ class Settings:
     Args:
         steps: Optimizer steps; LoRI's first phase has a tenth of them besides.
         batch_size: Rows a step.
+        tune_batch_size: Rows a step where a learning rate is chosen.
         eval_rows: Held-out rows a score.
         rank: Rank of every adapter.
         hot: Experts a layer that `hellora` and `hellori` keep, of 16.
@@ -54,7 +55,8 @@ class Settings:
     """
 
     steps: int = 40
-    batch_size: int = 16
+    batch_size: int = 32
+    tune_batch_size: int = 16
     eval_rows: int = 200
     rank: int = 16
     hot: int = 4
@@ -101,7 +103,7 @@ def parse() -> tuple[Settings, Path]:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for adapters and results")
     parser.add_argument("--quick", action="store_true", help="a few steps and one seed, to see that all works")
     given = parser.parse_args()
-    return (Settings(4, 8, 16, 4, 4, 1, 1) if given.quick else Settings()), given.output
+    return (Settings(4, 8, 8, 16, 4, 4, 1, 1) if given.quick else Settings()), given.output
 
 
 class Study:
@@ -141,9 +143,11 @@ class Study:
 
     def train(self, model: Any, method: str, task: str, seed: int, lr: float, folder: Path) -> PeftModel:
         """Train one adapter."""
-        todo = TrainSettings(steps=self.settings.steps, batch_size=self.settings.batch_size, lr=lr, seed=seed)
+        rows = self.settings.tune_batch_size if seed == TUNING_SEED else self.settings.batch_size
+        todo = TrainSettings(steps=self.settings.steps, batch_size=rows, lr=lr, seed=seed)
         plan = self.plans[task][method]
-        done = train(model, self.tokenizer, plan, self.rows[task], folder, todo, resume=True, progress=False)
+        data = self.rows[task][: self.settings.steps * rows]
+        done = train(model, self.tokenizer, plan, data, folder, todo, resume=True, progress=False)
         if done.interrupted:
             raise SystemExit(1)
         return done.model
@@ -156,9 +160,13 @@ class Study:
         def work() -> dict[str, Any]:
             found = {}
             for lr in LEARNING_RATES[method]:
-                folder = self.folder / f"tune-{method}-{lr}"
-                trained = self.train(copy.deepcopy(self.model), method, task, TUNING_SEED, lr, folder)
-                found[str(lr)] = self.scores(trained, validation)[task]
+
+                def try_one(lr: float = lr) -> float:
+                    folder = self.folder / f"tune-{method}-{lr}"
+                    trained = self.train(copy.deepcopy(self.model), method, task, TUNING_SEED, lr, folder)
+                    return self.scores(trained, validation)[task]
+
+                found[str(lr)] = self.once(f"tune-{method}-{lr}.json", try_one)
             return {"scores": found, "chosen": float(max(found, key=lambda lr: found[lr]))}
 
         chosen: dict[str, Any] = self.once(f"tune-{method}.json", work)
