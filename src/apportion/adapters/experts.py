@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -252,20 +251,15 @@ class ExpertLora(WrappedModule):
         if x_SI.is_cuda or mixed or len(active) > 1:
             return self.after_product(parameter, x_SI, base_product(self.base_layer, parameter, x_SI, sizes_E), sizes_E)
         (adapter,) = active
-        with ExitStack() as dense:
-            terms = []
-            for name, stacked in form.projections_in(parameter).items():
-                planned = self.factors[adapter].get(name)
-                if planned is not None:
-                    b = self.lora_B[adapter][name]
-                    b_RO = dense.enter_context(b.made_again_in_backward()) if isinstance(b, SparseFactor) else b
-                    a_RI = matrix_of(self.lora_A[adapter][name])
-                    terms.append(LowRankTerm(a_RI, b_RO, planned.experts, planned.ranks, planned.scales, stacked.rows))
-            dropout = self.lora_dropout[adapter]
-            dropped = dropout(x_SI) if terms and self.training and isinstance(dropout, nn.Dropout) else None
-            out_SO = grouped_lora_linear(
-                x_SI, matrices, sizes_E.tolist(), terms, transposed=transposed, dropped_SI=dropped
-            )
+        terms = []
+        for name, stacked in form.projections_in(parameter).items():
+            planned = self.factors[adapter].get(name)
+            if planned is not None:
+                a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
+                terms.append(LowRankTerm(a_RI, b_RO, planned.experts, planned.ranks, planned.scales, stacked.rows))
+        dropout = self.lora_dropout[adapter]
+        dropped = dropout(x_SI) if terms and self.training and isinstance(dropout, nn.Dropout) else None
+        out_SO = grouped_lora_linear(x_SI, matrices, sizes_E.tolist(), terms, transposed=transposed, dropped_SI=dropped)
         return _with_bias(self.base_layer, form, parameter, out_SO, sizes_E)
 
     def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
@@ -297,11 +291,10 @@ class ExpertLora(WrappedModule):
             ends = sizes_E.cumsum(0).tolist()
             spans = [(ends[e - 1] if e else 0, ends[e]) for e in factors.experts]
             rows = torch.cat([torch.arange(start, end, device=x_SI.device) for start, end in spans])
-            a_RI, b = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
+            a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), matrix_of(self.lora_B[adapter][name])
             x = self.lora_dropout[adapter](x_SI.index_select(0, rows).to(a_RI.dtype))
             scaled, sizes = a_RI * self._scales(factors, a_RI), [end - start for start, end in spans]
-            with b.made_again_in_backward() if isinstance(b, SparseFactor) else nullcontext(b) as b_RO:
-                delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, sizes)
+            delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, sizes)
             out_SO = out_SO.index_add(0, rows, delta.to(out_SO.dtype))
         return out_SO
 

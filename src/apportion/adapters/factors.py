@@ -38,7 +38,7 @@ class FrozenFactor(nn.Module):
 class SparseFactor(nn.Module):
     """A matrix of which only some entries exist: trained values and where they stand; all others are zero.
 
-    Gradients, optimizer state and checkpoint are those of the values. The dense matrix is made when it is used, and is
+    Gradients, optimizer state and checkpoint are those of the values. The dense matrix is made inside a product, and is
     not kept for the backward pass but made again there.
 
     Args:
@@ -63,8 +63,11 @@ class SparseFactor(nn.Module):
             indices: Their positions, rising.
         """
         values = self.values
-        fresh = torch.zeros(len(indices), device=values.device, dtype=values.dtype)
-        self.values = nn.Parameter(fresh, requires_grad=values.requires_grad)
+        if len(values) == len(indices) and values.device.type != "meta":
+            values.data.zero_()  # the same parameter: an optimizer may know it already
+        else:
+            fresh = torch.zeros(len(indices), device=values.device, dtype=values.dtype)
+            self.values = nn.Parameter(fresh, requires_grad=values.requires_grad)
         self.indices = indices.to(device=values.device, dtype=torch.int32)
 
     @property
@@ -75,22 +78,19 @@ class SparseFactor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply rows by the matrix."""
-        with self.made_again_in_backward() as weight:
-            return functional.linear(x, weight)
-
-    def made_again_in_backward(self) -> _MadeAgain:
-        """Give the dense matrix for a product, as a context: what the backward pass needs of it is not kept.
-
-        Returns:
-            A context manager whose value is the dense matrix.
-        """
-        return _MadeAgain(self)
+        out: Tensor = _SparseLinear.apply(x, self.values, self.indices, self.shape)  # type: ignore[no-untyped-call]
+        return out
 
 
 def matrix_of(factor: Any) -> Tensor:
     """Give a factor's matrix, whatever holds it."""
     matrix: Tensor = factor if isinstance(factor, Tensor) else factor.weight
     return matrix
+
+
+def scattered(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Make the dense matrix of kept values."""
+    return values.new_zeros(shape[0] * shape[1]).index_copy_(0, indices.long(), values).view(shape)
 
 
 class _Scatter(torch.autograd.Function):
@@ -100,7 +100,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
         """Scatter."""
         ctx.save_for_backward(indices)
-        return values.new_zeros(shape[0] * shape[1]).index_copy_(0, indices.long(), values).view(shape)
+        return scattered(values, indices, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -109,29 +109,21 @@ class _Scatter(torch.autograd.Function):
         return grads[0].reshape(-1).index_select(0, indices.long()), None, None
 
 
-class _MadeAgain:
-    """Keeps autograd from holding a sparse factor's dense matrix, or a view of it, until the backward pass."""
+class _SparseLinear(torch.autograd.Function):
+    """A product with a sparse matrix, whose dense form is made again for the backward pass."""
 
-    def __init__(self, factor: SparseFactor) -> None:
-        self.factor = factor
-        self.dense = factor.weight
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Multiply."""
+        ctx.save_for_backward(x, values, indices)
+        ctx.shape = shape
+        return functional.linear(x, scattered(values, indices, shape))
 
-    def __enter__(self) -> Tensor:
-        self.hooks.__enter__()
-        return self.dense
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-        del self.dense
-
-    def _pack(self, tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != self.dense.untyped_storage().data_ptr():
-            return tensor
-        return tensor.shape, tensor.stride(), tensor.storage_offset()
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad():
-            return self.factor.weight.as_strided(*packed)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Give the gradients of the rows and of the kept values."""
+        x, values, indices = ctx.saved_tensors
+        grad = grads[0]
+        grad_x = grad @ scattered(values, indices, ctx.shape)
+        grad_dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return grad_x, grad_dense.reshape(-1).index_select(0, indices.long()), None, None

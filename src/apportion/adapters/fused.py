@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from apportion.adapters.factors import SparseFactor, scattered
+
 # Shapes: S rows sorted by expert, E experts, I and O input and output width, R summed rank of a term's experts.
 
 
@@ -27,7 +29,7 @@ class LowRankTerm:
 
     Args:
         a_RI: The experts' A, one under the other.
-        b_RO: The experts' B transposed, one under the other.
+        b_RO: The experts' B transposed, one under the other; dense, or sparse.
         experts: The experts' ids, in rising order.
         ranks: Rank of each.
         scales: alpha / rank of each.
@@ -35,7 +37,7 @@ class LowRankTerm:
     """
 
     a_RI: Tensor
-    b_RO: Tensor
+    b_RO: Tensor | SparseFactor
     experts: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
@@ -48,6 +50,11 @@ class _Spec:
 
     columns: slice
     parts: tuple[tuple[slice, slice, float], ...]
+    shape: tuple[int, int] | None  # of a sparse B
+
+    def dense(self, b: Tensor, indices: Tensor | None) -> Tensor:
+        """Give B, made from its kept values where it is sparse."""
+        return b if indices is None or self.shape is None else scattered(b, indices, self.shape)
 
     @classmethod
     def of(cls, term: LowRankTerm, ends: Sequence[int]) -> _Spec:
@@ -57,7 +64,7 @@ class _Spec:
             if ends[expert + 1] > ends[expert]:
                 parts.append((slice(ends[expert], ends[expert + 1]), slice(start, start + rank), scale))
             start += rank
-        return cls(term.columns, tuple(parts))
+        return cls(term.columns, tuple(parts), term.b_RO.shape if isinstance(term.b_RO, SparseFactor) else None)
 
 
 def grouped_lora_linear(
@@ -88,7 +95,10 @@ def grouped_lora_linear(
     for size in sizes:
         ends.append(ends[-1] + size)
     specs = [_Spec.of(term, ends) for term in terms]
-    factors = [factor for term in terms for factor in (term.a_RI, term.b_RO)]
+    factors: list[Tensor | None] = []
+    for term in terms:
+        b = term.b_RO
+        factors += [term.a_RI, b.values, b.indices] if isinstance(b, SparseFactor) else [term.a_RI, b, None]
     out: Tensor = _GroupedLora.apply(x_SI, dropped_SI, weight_EOI, transposed, tuple(ends), specs, *factors)  # type: ignore[no-untyped-call]
     return out
 
@@ -105,7 +115,7 @@ class _GroupedLora(torch.autograd.Function):
         transposed: bool,
         ends: tuple[int, ...],
         specs: list[_Spec],
-        *factors: Tensor,
+        *factors: Tensor | None,
     ) -> Tensor:
         """Run every expert's products into one output."""
         out = x.new_empty(len(x), weight.shape[2 if transposed else 1])
@@ -115,7 +125,8 @@ class _GroupedLora(torch.autograd.Function):
                 torch.mm(x[first:last], matrix, out=out[first:last])
         source = x if dropped is None else dropped
         codes = []
-        for spec, a, b in zip(specs, factors[::2], factors[1::2], strict=True):
+        for spec, a, own, indices in zip(specs, factors[::3], factors[1::3], factors[2::3], strict=True):
+            b = spec.dense(own, indices)
             columns = out[:, spec.columns]
             kept = []
             for rows, ranks, scale in spec.parts:
@@ -135,7 +146,7 @@ class _GroupedLora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of rows and factors."""
         source, weight, *saved = ctx.saved_tensors
-        num_factors = 2 * len(ctx.specs)
+        num_factors = 3 * len(ctx.specs)
         factors, codes = saved[:num_factors], iter(saved[num_factors:])
         grad = grad.contiguous()
         grad_x = grad_source = None
@@ -150,8 +161,9 @@ class _GroupedLora(torch.autograd.Function):
             grad_source = torch.zeros_like(source) if ctx.apart else grad_x
         grads: list[Tensor | None] = []
         for number, spec in enumerate(ctx.specs):
-            a, b = factors[2 * number], factors[2 * number + 1]
-            needs_a, needs_b = ctx.needs_input_grad[_FACTORS + 2 * number : _FACTORS + 2 * number + 2]
+            a, values, indices = factors[3 * number : 3 * number + 3]
+            b = spec.dense(values, indices)
+            needs_a, needs_b, _ = ctx.needs_input_grad[_FACTORS + 3 * number : _FACTORS + 3 * number + 3]
             grad_a = torch.zeros_like(a) if needs_a else None
             grad_b = torch.zeros_like(b) if needs_b else None
             columns = grad[:, spec.columns]
@@ -166,5 +178,7 @@ class _GroupedLora(torch.autograd.Function):
                     grad_source[rows].addmm_(grad_code, a[ranks])
                 elif grad_source is not None:
                     grad_source[rows] += (grad_code @ a[ranks]).to(grad_source.dtype)
-            grads += [grad_a, grad_b]
+            if grad_b is not None and indices is not None:
+                grad_b = grad_b.view(-1).index_select(0, indices.long())
+            grads += [grad_a, grad_b, None]
         return grad_x, grad_source if ctx.apart else None, None, None, None, None, *grads

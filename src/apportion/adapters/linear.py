@@ -66,7 +66,8 @@ class LinearLora(WrappedModule):
             indices: Where B is sparse, its kept entries, laid out row by row (out, experts · rank).
         """
         weight = self.base_layer.weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # quantised weights are bytes
+        plain = weight.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        dtype = weight.dtype if plain else torch.get_default_dtype()  # quantised weights are of types of their own
         kwargs: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": dtype}
         width_in, width_out = self.base_layer.in_features, self.base_layer.out_features
         self.lora_A[adapter_name] = nn.Linear(width_in, num_experts * rank, **kwargs)
@@ -190,7 +191,11 @@ class BalanceSums:
         """
         num_experts = probabilities.shape[-1]
         probabilities, ids = probabilities.reshape(-1, num_experts), ids.reshape(-1, ids.shape[-1])
+        real_T = probabilities.new_ones(len(ids))
         if self.real_T is not None and len(self.real_T) == len(ids):
-            probabilities, ids = probabilities[self.real_T], ids[self.real_T]
-        share_E = torch.bincount(ids.reshape(-1), minlength=num_experts) / max(ids.numel(), 1)
-        self.loss = num_experts * (share_E * probabilities.mean(0)).sum()
+            real_T = self.real_T.to(probabilities)
+        num_real = real_T.sum().clamp(min=1)
+        slots_TE = torch.zeros_like(probabilities).scatter(1, ids, 1.0)  # no wait for the device
+        share_E = (slots_TE * real_T[:, None]).sum(0) / (num_real * ids.shape[-1])
+        mean_E = (probabilities * real_T[:, None]).sum(0) / num_real
+        self.loss = num_experts * (share_E * mean_E).sum()

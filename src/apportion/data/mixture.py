@@ -20,7 +20,7 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
         Weights by task, or None for none.
 
     Raises:
-        ConfigurationError: it is no such list, or a weight is not above 0.
+        ConfigurationError: it is no such list, or a task has two weights.
     """
     if text is None:
         return None
@@ -28,9 +28,12 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
     for part in text.split(","):
         name, _, number = part.partition("=")
         try:
-            weights[name.strip()] = float(number)
+            value = float(number)
         except ValueError as error:
             raise ConfigurationError(f"weights={text!r} is not understood.\n  fix:  give TASK=NUMBER,...") from error
+        if name.strip() in weights:
+            raise ConfigurationError(f"weights={text!r} gives {name.strip()!r} two weights.\n  fix:  give one a task")
+        weights[name.strip()] = value
     return weights
 
 
@@ -49,8 +52,11 @@ def mix(rows: Mapping[str, Sequence[Row]], weights: Mapping[str, float] | None =
         The rows, task after task.
 
     Raises:
-        ConfigurationError: a weight is missing, not above 0, or of no task.
+        ConfigurationError: a weight is missing, not above 0, or of no task; or a task has no row.
     """
+    empty = [name for name, part in rows.items() if not part]
+    if empty:
+        raise ConfigurationError(f"task {empty[0]!r} has no row.\n  fix:  give it rows, or leave it out")
     if weights is None:
         return [row for part in rows.values() for row in part]
     unknown = [name for name in weights if name not in rows] + [name for name in rows if name not in weights]

@@ -77,7 +77,7 @@ class RoutedOptions(MethodOptions):
         Raises:
             ConfigurationError: `top_k` was given and is larger.
         """
-        if "top_k" in self.model_fields_set and self.top_k > most:
+        if self.top_k != RoutedOptions.model_fields["top_k"].default and self.top_k > most:
             raise ConfigurationError(
                 f"top_k={self.top_k} is above the number of LoRA experts that a site can have.\n"
                 f"  found:  at most {most}\n  fix:    give a top_k of at most {most}"

@@ -131,7 +131,7 @@ def count_votes(norms: Norms, groups: Sequence[Sequence[Site]], keep: float) -> 
 
 def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
     """Turn votes into placements, at the share that is asked for or that the budget allows."""
-    if options.budget and "keep" in options.model_fields_set:
+    if options.budget and options.keep != VoteOptions.model_fields["keep"].default:
         raise ConfigurationError(
             "keep and budget were both given.\n  fix:  give one of them: keep follows from a budget"
         )

@@ -106,7 +106,7 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
     if options.budget is None:
         options.check_top_k(options.experts)
         return [settings.place(site, options.experts, options.top_k) for site in sites]
-    if "experts" in options.model_fields_set:
+    if options.experts != UniformOptions.model_fields["experts"].default:
         raise ConfigurationError("experts and budget were both given.\n  fix:  give one of them")
 
     def placed(total: int) -> list[Placement]:
@@ -138,14 +138,19 @@ def spread(total: int, places: int) -> list[int]:
 
 def _most_that_fits(budget: str, sites: Sequence[Site], layout: Layout, settings: AdapterSettings) -> int:
     """Find the number of LoRA experts over all sites that takes most of the budget and not more."""
-    best, most = 0, 0
-    for total in range(1, int(budget.partition("=")[2]) + 1):
+    unit, _, allowed = budget.partition("=")
+    if unit == "experts":
+        return int(allowed)
+
+    def taken(total: int) -> int:
         pairs = zip(sites, spread(total, len(sites)), strict=True)
-        taken, allowed = spent(budget, [settings.place(site, number) for site, number in pairs if number], layout)
-        if best < taken <= allowed:
-            best, most = taken, total
-        if taken > 2 * allowed or (taken > allowed and total % len(sites) == 0):
-            break
+        return spent(budget, [settings.place(site, number) for site, number in pairs if number], layout)[0]
+
+    rounds = 0  # whole rounds over all sites that fit; then what of one more round
+    while taken((rounds + 1) * len(sites)) <= int(allowed):
+        rounds += 1
+    fitting = [total for total in range(rounds * len(sites), (rounds + 1) * len(sites)) if taken(total) <= int(allowed)]
+    most = max(fitting, key=taken, default=0)
     if most == 0:
         raise ConfigurationError(f"the budget {budget} buys no LoRA expert.\n  fix:  give more, or a lower rank")
     return most

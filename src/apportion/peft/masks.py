@@ -42,7 +42,7 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
     Differs: nothing; the other granularities are its ablations.
     """
     sites = find_sites(model).by_name
-    matrices = {site: b_OR for site, _, b_OR in site_factors(model, adapter_name)}
+    matrices = {site: b_OR.cpu() for site, _, b_OR in site_factors(model, adapter_name)}
     shapes = b_shapes(plan.placements, sites)
     if not any(bool(matrices[site].any()) for site in shapes):
         raise ConfigurationError("no entry of B is larger than another: B is zero.\n  fix:  train it first")

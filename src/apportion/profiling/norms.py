@@ -23,7 +23,7 @@ class Rows:
     """
 
     def __init__(self, x_NPI: Tensor) -> None:
-        self.x_NPI = x_NPI.float()
+        self.x_NPI = x_NPI
         self._gram_NPP: Tensor | None = None
 
     def squared_norms(self, grad_NPO: Tensor) -> Tensor:
@@ -35,14 +35,14 @@ class Rows:
         Returns:
             Float32, shape (N,).
         """
-        grad = grad_NPO.float()
-        positions, width_in, width_out = *self.x_NPI.shape[1:], grad.shape[2]
+        grad, x = grad_NPO.float(), self.x_NPI.float()
+        positions, width_in, width_out = *x.shape[1:], grad.shape[2]
         if gram_is_cheaper(positions, width_in, width_out):
             if self._gram_NPP is None:
-                self._gram_NPP = self.x_NPI @ self.x_NPI.mT
+                self._gram_NPP = x @ x.mT
             return (self._gram_NPP * (grad @ grad.mT)).sum((1, 2))
         tiles = torch.split(grad.mT, max(positions, 1), dim=1)
-        return torch.stack([(tile @ self.x_NPI).square().sum((1, 2)) for tile in tiles]).sum(0)
+        return torch.stack([(tile @ x).square().sum((1, 2)) for tile in tiles]).sum(0)
 
 
 def expert_squared_norms(

@@ -157,7 +157,13 @@ class _Meter:
                 "  fix:  profile without sensitivity"
             )
         names = list(self.norms)
-        values = torch.stack(list(self.norms.values())).double().tolist() if names else []
+        values = (
+            torch.stack([value.to(next(iter(self.norms.values())).device) for value in self.norms.values()])
+            .double()
+            .tolist()
+            if names
+            else []
+        )
         return self.zero | dict(zip(names, values, strict=True))
 
     def by_sample(self, rows: Tensor, name: str) -> Tensor:
@@ -267,15 +273,24 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iter
 
 
 def rows_of(batch: Batch) -> Iterator[dict[str, Any]]:
-    """Go through a batch's rows as batches of one, without their padding at the end.
+    """Go through a batch's rows as batches of one, without their padding at the end and without rows of no use.
 
     Args:
         batch: A batch.
 
     Yields:
-        Batches of shape (1, P).
+        Batches of shape (1, P). Rows without a token or without a label are left out, unless no row has one.
     """
-    for row in range(len(batch["input_ids"])):
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    useful = [
+        row
+        for row in range(len(batch["input_ids"]))
+        if (mask is None or mask[row].any()) and (labels is None or bool((labels[row, 1:] != IGNORED).any()))
+    ]
+    if not useful:
+        yield dict(batch)
+        return
+    for row in useful:
         part = {name: value[row : row + 1] for name, value in batch.items() if isinstance(value, Tensor)}
         length = int(part["attention_mask"].nonzero()[-1, 1]) + 1 if "attention_mask" in part else None
         yield {name: value[:, :length] for name, value in part.items()}

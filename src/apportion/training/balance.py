@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.adapters.linear import BalanceSums, LinearLora
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, TrainingError
 
 
 class BalanceLoss:
@@ -46,11 +46,27 @@ class BalanceLoss:
             sums.real_T, sums.loss = real_T, None
 
     def loss(self) -> Tensor:
-        """Give the mean over the layers that the last pass used: 1 where every layer is balanced."""
+        """Give the mean over the layers that the last pass used: 1 where every layer is balanced.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TrainingError: it has no gradient.
+        """
         used = [sums.loss for sums in self.sums if sums.loss is not None]
-        return torch.stack(used).mean() if used else torch.zeros(())
+        if not used:
+            return torch.zeros(())
+        mean = torch.stack([loss.to(used[0].device) for loss in used]).mean()
+        if not mean.requires_grad:
+            raise TrainingError(
+                "the balance loss has no gradient, so it would train nothing: reentrant gradient checkpointing cuts it "
+                "off.\n  fix:  use_reentrant=False, or leave the balance loss out"
+            )
+        return mean
 
     def end(self) -> None:
         """Stop recording."""
-        for layer in self.layers:
+        for layer, sums in zip(self.layers, self.sums, strict=True):
             layer.balance.clear()
+            sums.real_T = sums.loss = None
