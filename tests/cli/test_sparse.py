@@ -55,9 +55,17 @@ def test_adapters_are_combined_exported_and_merged(folder: Path, tmp_path: Path)
 
 
 def test_a_second_task_is_trained_on_top(folder: Path, tmp_path: Path) -> None:
-    settings = ("--steps", 1, "--dense-steps", 1, "--samples", 8, "--batch-size", 4)
+    settings = ("--steps", 1, "--samples", 8, "--batch-size", 4)
     on_top = ("--on-top-of", folder / "aiw", "--mask", folder / "gcd/mask.safetensors")
     done = _run("train", folder / "plan.json", "--data", "task:gcd", *settings, *on_top, "-o", tmp_path / "second")
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "second/dense").exists()
-    assert json.loads((tmp_path / "second/run.json").read_text())["on_top_of"] == str(folder / "aiw")
+    assert json.loads((tmp_path / "second/run.json").read_text())["on_top_of"]["path"] == str(folder / "aiw")
+    merged = _run("merge", tmp_path / "second", "-o", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    (folder / "gcd" / "adapter_model.safetensors").replace(tmp_path / "moved")
+    gone = _run(
+        "train", folder / "plan.json", "--data", "task:gcd", *settings, "--on-top-of", folder / "gcd", "-o", "x"
+    )
+    assert gone.exit_code == 2
+    (tmp_path / "moved").replace(folder / "gcd" / "adapter_model.safetensors")

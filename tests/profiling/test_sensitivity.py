@@ -16,8 +16,10 @@ from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, DataError, ProfileError
 from apportion.expert_forms import known_form
 from apportion.profiling import totals as totals_module
+from apportion.profiling.block_coordinate import block_coordinate_meter
 from apportion.profiling.norms import Rows, expert_squared_norms, gram_is_cheaper
 from apportion.profiling.sensitivity import summed_sample_losses
+from apportion.profiling.totals import TaskTotals
 from architectures import UNMARKED, build
 from tiny_models import TINY, build_dense, build_tiny
 
@@ -117,7 +119,11 @@ def test_nothing_about_the_model_is_different(tiny_model: nn.Module, tokens: Ten
 
 def test_block_coordinate_measures_one_layer_a_row(tiny_model: nn.Module, tokens: Tensor) -> None:
     batch = _batch(tokens, [16])
-    one = apportion.profile(tiny_model, [batch], sensitivity="block-coordinate").sensitivity["default"]
+    layout = find_sites(tiny_model)
+    totals = TaskTotals.zeros(layout)
+    with block_coordinate_meter(tiny_model, layout, totals) as run_batch:
+        run_batch(batch)
+    one = totals.sensitivity
     assert one.keys() == {name for name in one if ".layers.1." in name}
     dense = {name: value for name, value in dense_sensitivity(tiny_model, batch).items() if name in one}
     norm = sum(dense.values()) ** 0.5
@@ -188,11 +194,45 @@ def test_a_stopped_measurement_goes_on(
     assert not file.exists()
 
 
-def test_totals_of_another_measurement_are_ignored(tiny_model: nn.Module, tokens: Tensor, tmp_path: Path) -> None:
+def test_totals_of_another_measurement_are_ignored(
+    tiny_model: nn.Module, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "p.partial"
     file.write_bytes(b"damaged")
     profile = apportion.profile(tiny_model, [_batch(tokens, [16])], partial=file)
     assert profile.tokens == {"default": 16}
+
+    def stopping() -> Any:
+        yield _batch(tokens, [16])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(totals_module, "_SAVE_EVERY_S", 0.0)
+    for other in ("weights", "facts", "batches"):
+        with pytest.raises(KeyboardInterrupt):
+            apportion.profile(tiny_model, stopping(), partial=file)
+        model = build_tiny("olmoe", seed=1) if other == "weights" else tiny_model
+        facts = {"rows": 7} if other == "facts" else None
+        lengths = [9] if other == "batches" else [16]
+        if other == "batches":
+            with pytest.raises(DataError, match="not those that the measurement was begun with"):
+                apportion.profile(model, [_batch(tokens[1:], lengths)] * 2, provenance=facts, partial=file)
+        else:
+            profile = apportion.profile(model, [_batch(tokens[1:], lengths)], provenance=facts, partial=file)
+            assert profile.tokens == {"default": 16}
+
+
+def test_too_few_rows_for_every_layer_are_refused(tiny_model: nn.Module, tokens: Tensor) -> None:
+    with pytest.raises(ProfileError, match="task 'default' has 1 rows, too few"):
+        apportion.profile(tiny_model, [_batch(tokens, [16])], sensitivity="block-coordinate")
+
+
+def test_rows_without_labels_count_for_nothing(tokens: Tensor) -> None:
+    for name in ("olmoe", "listed"):
+        batch = _batch(tokens, [16, 9])
+        batch["labels"][1] = -100
+        both = apportion.profile(build_tiny(name), [batch], sensitivity=True).sensitivity["default"]
+        alone = apportion.profile(build_tiny(name), [_batch(tokens, [16])], sensitivity=True).sensitivity["default"]
+        assert both == pytest.approx(alone, rel=1e-3, abs=1e-12)
 
 
 def test_bad_input_is_refused(tiny_model: nn.Module, tokens: Tensor) -> None:

@@ -19,7 +19,6 @@ from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
 from apportion.peft.masks import extract_mask
-from apportion.peft.start import frozen_checksum
 from apportion.records.mask import load_mask, random_mask
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings
@@ -82,7 +81,9 @@ def test_every_other_entry_is_zero_and_a_is_as_drawn(
         values[mask.indices[site].long()] = 0
         assert not values.any()
     fresh = apportion.apply(copy.deepcopy(embedded_model[0]), plan, seed=0)
-    assert frozen_checksum(result.model, "default") == frozen_checksum(fresh, "default") == mask.a_checksum
+    drawn = {site: a for site, a, _ in site_factors(fresh, "default")}
+    assert all(torch.equal(a, drawn[site]) for site, a, _ in site_factors(result.model, "default"))
+    assert mask.a_checksum == result.model.peft_config["default"].a_checksum
 
 
 def test_state_and_checkpoint_are_the_kept_share(finished: tuple[Path, Any], plan: Plan) -> None:
@@ -132,12 +133,18 @@ def test_a_mask_can_be_reused(
     embedded_model: tuple[Any, Any], plan: Plan, finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     mask = load_mask(finished[0] / "mask.safetensors")
-    _train(embedded_model, plan, tmp_path / "run", mask=mask)
+    given = replace(SETTINGS, dense_steps=None, dense_lr=None)
+    _train(embedded_model, plan, tmp_path / "run", given, mask=mask)
     assert not (tmp_path / "run" / "dense").exists()
     whole, again = (load_file(f / "adapter_model.safetensors") for f in (finished[0], tmp_path / "run"))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     with pytest.raises(ConfigurationError, match="another A"):
-        _train(embedded_model, plan, tmp_path / "other", replace(SETTINGS, seed=5), mask=mask)
+        _train(embedded_model, plan, tmp_path / "other", replace(given, seed=5), mask=mask)
+    with pytest.raises(ConfigurationError, match="dense_steps, dense_lr find a mask"):
+        _train(embedded_model, plan, tmp_path / "other", mask=mask)
+    assert not list(tmp_path.glob("other/*"))
+    with pytest.raises(ConfigurationError, match="other mask"):
+        _train(embedded_model, plan, tmp_path / "run", given, resume=True)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "site", "projection"])
@@ -162,7 +169,7 @@ def test_the_release_s_other_a(embedded_model: tuple[Any, Any], plan: Plan, tmp_
     settings = replace(SETTINGS, steps=2, dense_steps=2, redraw_a=True)
     result = _train(embedded_model, plan, tmp_path / "run", settings)
     dense = json.loads((tmp_path / "run" / "dense" / "adapter_config.json").read_text())
-    assert dense["a_checksum"] != frozen_checksum(result.model, "default")
+    assert dense["a_checksum"] != result.model.peft_config["default"].a_checksum
 
 
 def test_what_sparse_plans_alone_have_is_refused_for_others(

@@ -22,7 +22,7 @@ from torch import nn
 import apportion
 from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
-from apportion.errors import ConfigurationError, OutputExistsError, TrainingError
+from apportion.errors import ConfigurationError, DataError, OutputExistsError, TrainingError
 from apportion.records.plan import Plan
 from apportion.training.runs import last_checkpoint
 from apportion.training.settings import TrainSettings
@@ -139,9 +139,9 @@ def test_interrupting_saves_and_resuming_ends_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from apportion.training import sft
+    from apportion.training import phase
 
-    original = sft._Trainer.training_step
+    original = phase._Trainer.training_step
 
     def press_ctrl_c(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 4:
@@ -149,7 +149,7 @@ def test_interrupting_saves_and_resuming_ends_the_same(
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sft._Trainer, "training_step", press_ctrl_c)
+        patched.setattr(phase._Trainer, "training_step", press_ctrl_c)
         result = _train(embedded_model, plan, tmp_path / "run")
     assert result.interrupted
     assert result.steps == 5
@@ -255,3 +255,17 @@ def test_the_balance_loss_is_part_of_the_loss(
 def test_a_balance_loss_without_routers_is_refused(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no adapter has several LoRA experts"):
         _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, balance_loss=0.1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_several_formats_are_refused(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="several formats"):
+        _train(embedded_model, plan, tmp_path / "run", rows=[*ROWS[:3], {"text": "plain"}])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_on_another_base(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
+    settings = TrainSettings(steps=1, batch_size=4)
+    _train(embedded_model, plan, tmp_path / "run", settings, facts={"model": "one"})
+    with pytest.raises(ConfigurationError, match="other model"):
+        _train(embedded_model, plan, tmp_path / "run", settings, facts={"model": "two"}, resume=True)

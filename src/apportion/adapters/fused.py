@@ -115,7 +115,7 @@ class _GroupedLora(torch.autograd.Function):
         transposed: bool,
         ends: tuple[int, ...],
         specs: list[_Spec],
-        *factors: Tensor | None,
+        *factors: Any,
     ) -> Tensor:
         """Run every expert's products into one output."""
         out = x.new_empty(len(x), weight.shape[2 if transposed else 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from rich.console import Console
 
 from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.loading import load_model
-from apportion.peft.attach import load
+from apportion.peft.attach import load, read_adapter_config, read_adapter_plan
 from apportion.records.files import require_empty
 from apportion.training.phase import save_adapter
 
@@ -30,6 +31,7 @@ def run(
     quiet()
     require_empty(output)
     shares = _weights(weights, len(adapters))
+    _check_same_base(adapters)
     loaded, _ = load_model(base_of(adapters[0], model), dtype)
     names = [f"a{number}" for number in range(len(adapters))]
     peft_model = load(loaded, adapters[0], adapter_name=names[0])
@@ -49,6 +51,25 @@ def _weights(text: str | None, count: int) -> list[float]:
     if text is None:
         return [1 / count] * count
     try:
-        return [float(part) for part in text.split(",")]
+        weights = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigurationError(f"weights={text!r} is not understood.\n  fix:  give numbers: 0.5,0.5") from error
+    if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
+        raise ConfigurationError(f"weights={text!r} are not {count} finite numbers.\n  fix:  give one an adapter")
+    return weights
+
+
+def _check_same_base(adapters: list[Path]) -> None:
+    """Refuse adapters of several models, before a model is loaded."""
+    if len(adapters) < 2:
+        raise ConfigurationError("one adapter is nothing to combine.\n  fix:  give two or more")
+    plans = {path: read_adapter_plan(path) for path in adapters}
+    first = plans[adapters[0]]
+    for path, plan in plans.items():
+        if (plan.fingerprint, plan.base_model) != (first.fingerprint, first.base_model):
+            raise PlanMismatchError(f"the adapters in {adapters[0]} and {path} are for different models.")
+        if read_adapter_config(path).on_top_of:
+            raise ConfigurationError(
+                f"the adapter in {path} was trained on top of another one, so it fits no other base.\n"
+                "  fix:  merge it instead"
+            )

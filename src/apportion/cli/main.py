@@ -80,9 +80,12 @@ def profile(
         bool, typer.Option("--sensitivity", help="Measure every matrix's squared gradient norm too.")
     ] = False,
     sensitivity_procedure: Annotated[
-        Procedure,
-        typer.Option(help="one-pass on the frozen model, or block-coordinate as LoRA-SMoE's released code does."),
-    ] = Procedure.one_pass,
+        Procedure | None,
+        typer.Option(
+            help="one-pass on the frozen model, or block-coordinate as LoRA-SMoE's released code does.",
+            show_default="one-pass",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
     json_: Json = False,
@@ -90,7 +93,7 @@ def profile(
     """Measure where a model routes the tokens of your data."""
     _run(
         "profile", model=model, data=data, output=output, samples=samples, max_length=max_length, batch_size=batch_size,
-        sensitivity=sensitivity and sensitivity_procedure.value, seed=seed, dtype=dtype, as_json=json_,
+        sensitivity=sensitivity, procedure=sensitivity_procedure, seed=seed, dtype=dtype, as_json=json_,
     )  # fmt: skip
 
 

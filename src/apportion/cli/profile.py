@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from tqdm.auto import tqdm
@@ -13,7 +13,7 @@ from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map, sensitivity_table
 from apportion.data.batches import batches, encode
 from apportion.data.sources import named_sources, read_rows
-from apportion.errors import ApportionWarning
+from apportion.errors import ApportionWarning, ConfigurationError
 from apportion.loading import load_model
 from apportion.profiling.run import SensitivityProcedure, profile
 from apportion.records.profile import Profile
@@ -30,12 +30,15 @@ def run(
     samples: int,
     max_length: int,
     batch_size: int,
-    sensitivity: SensitivityProcedure | Literal[False],
+    sensitivity: bool,
+    procedure: SensitivityProcedure | None,
     seed: int,
     dtype: str | None,
 ) -> dict[str, Any]:
     """Read the data, run the model over them, save and show the profile."""
     quiet()
+    if procedure and not sensitivity:
+        raise ConfigurationError("a procedure was given, and no sensitivity asked for.\n  fix:  add --sensitivity")
     sources = named_sources(data)
     rows = {name: read_rows(source, num_rows=samples, seed=seed) for name, source in sources.items()}
     loaded, tokenizer = load_model(model, dtype)
@@ -50,7 +53,7 @@ def run(
     measured = profile(
         loaded,
         streams,
-        sensitivity=sensitivity,
+        sensitivity=procedure or sensitivity,
         provenance=facts | {"batch_size": batch_size, "samples": samples},
         partial=f"{output}.partial",
     )

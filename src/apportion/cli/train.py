@@ -13,7 +13,7 @@ from apportion.data.mixture import mix, parse_weights
 from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
-from apportion.peft.attach import check_mergeable, load, read_adapter_plan
+from apportion.peft.attach import merge_below
 from apportion.records.files import require_empty
 from apportion.records.mask import load_mask
 from apportion.records.plan import load_plan
@@ -50,14 +50,22 @@ def run(
     parts = {task: read_rows(source, num_rows=samples, seed=checked.seed) for task, source in sources.items()}
     rows = mix(parts, shares, checked.seed)
     chosen_mask = load_mask(mask) if mask else None
-    below = read_adapter_plan(on_top_of) if on_top_of else None
-    if below is not None:
-        check_mergeable(below, on_top_of)
-    facts = {"model": name, "on_top_of": str(on_top_of) if on_top_of else None, "data": sources, "weights": shares}
+    facts: dict[str, Any] = {"model": name, "dtype": dtype, "data": sources, "weights": shares}
     loaded, tokenizer = load_model(name, dtype)
+    below = None
     if on_top_of:
-        loaded = load(loaded, on_top_of).merge_and_unload(safe_merge=True)
-    result = train(loaded, tokenizer, chosen, rows, output, checked, mask=chosen_mask, resume=resume, facts=facts)
+        loaded, below = merge_below(loaded, on_top_of)
+    result = train(
+        loaded,
+        tokenizer,
+        chosen,
+        rows,
+        output,
+        checked,
+        mask=chosen_mask,
+        resume=resume,
+        facts=facts | {"on_top_of": below},
+    )
     console.print(str(result.model.receipt))
     if result.truncated:
         console.print(f"{result.truncated} rows were longer than {checked.max_length} tokens and were cut")

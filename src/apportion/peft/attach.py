@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
-from apportion.peft.start import frozen_checksum, start_factors
+from apportion.peft.start import drawn_checksum, start_factors
 from apportion.records.mask import Mask, b_shapes, random_mask
 from apportion.records.plan import Plan, num_kept_entries
 from apportion.records.site import Layout
@@ -56,6 +58,7 @@ def apply(
     mask: Mask | None = None,
     dense_b: bool = False,
     store_a: bool = False,
+    on_top_of: dict[str, str] | None = None,
 ) -> PeftModel:
     """Attach exactly the adapters that a plan names, or change nothing and say why.
 
@@ -73,6 +76,7 @@ def apply(
             the control for a mask that training made (`apportion train` makes one).
         dense_b: For a sparse plan, train all of B on the frozen A, to find out which entries to keep.
         store_a: For a sparse plan, keep the frozen A in checkpoints rather than draw it again from the seed.
+        on_top_of: As `merge_below` gives it: the adapter that the model already contains.
 
     Returns:
         A `PeftModel`, with the base frozen and a `receipt` attribute that accounts for every planned site.
@@ -88,6 +92,10 @@ def apply(
     """
     layout = find_sites(model)
     _check(model, layout, plan, adapter_name, dropout)
+    if plan.is_sparse and not dense_b and mask is None:
+        mask = random_mask(plan.placements, layout.by_name, seed)
+    checksum = drawn_checksum(plan, layout.by_name, seed)
+    _check_sparse(plan, layout, mask, checksum, dense_b=dense_b, store_a=store_a)
     config = ApportionConfig(
         plan=plan.as_dict(),
         init_seed=seed,
@@ -96,11 +104,11 @@ def apply(
         lora_dropout=dropout,
         dense_b=dense_b,
         store_a=store_a,
+        a_checksum=checksum,
+        on_top_of=on_top_of,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
-    if plan.is_sparse and not dense_b:
-        config.mask = mask or random_mask(plan.placements, layout.by_name, seed)
-        _check_mask(config.mask, plan, layout)
+    config.mask = mask
     with torch.random.fork_rng(devices=[]):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
@@ -108,19 +116,14 @@ def apply(
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     start_factors(peft_model, adapter_name, seed, frozen=False)
-    config.a_checksum = frozen_checksum(peft_model, adapter_name)
-    if mask is not None and mask.a_checksum not in (None, config.a_checksum):
-        peft_model.delete_adapter(adapter_name)
-        raise ConfigurationError(
-            "the mask was made with another A than this seed draws.\n"
-            "  fix:  use the mask's own seed, or extract a mask with this one"
-        )
     peft_model.receipt = _receipt(peft_model, layout, plan, adapter_name, dense_b=dense_b)
     return peft_model
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
     """Load a saved adapter: `PeftModel.from_pretrained` with this package's method registered.
+
+    An adapter that was trained on top of another one gets that one merged into the model first.
 
     Args:
         model: The base model.
@@ -134,8 +137,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
         PlanMismatchError: the adapter belongs to another architecture.
         ConfigurationError: there is no adapter in the folder.
     """
-    _check_architecture(find_sites(model), read_adapter_plan(path))
-    return PeftModel.from_pretrained(model, os.fspath(path), **kwargs)
+    plan = read_adapter_plan(path)
+    _check_architecture(find_sites(model), plan)
+    if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
+        raise ConfigurationError(
+            "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.\n  fix:  leave it out"
+        )
+    if not Path(path, "adapter_model.safetensors").is_file():
+        raise ConfigurationError(f"the adapter in {os.fspath(path)} has no adapter_model.safetensors.")
+    return PeftModel.from_pretrained(_with_adapter_below(model, path), os.fspath(path), **kwargs)
 
 
 def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
@@ -151,6 +161,21 @@ def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
         ConfigurationError: there is no adapter of this package in the folder.
         PlanError: the plan in the folder was changed.
     """
+    return read_adapter_config(path).read_plan()
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
+    """Read a saved adapter's configuration.
+
+    Args:
+        path: The adapter's folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigurationError: there is no adapter of this package in the folder.
+    """
     folder = os.fspath(path)
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         raise ConfigurationError(f"there is no adapter in {folder}.\n  fix:  give a folder with adapter_config.json")
@@ -159,7 +184,7 @@ def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
         raise ConfigurationError(
             f"the adapter in {folder} was not made by apportion.\n  fix:  load it with peft itself"
         )
-    return config.read_plan()
+    return config
 
 
 def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
@@ -223,8 +248,18 @@ def _check_architecture(layout: Layout, plan: Plan) -> None:
         )
 
 
-def _check_mask(mask: Mask, plan: Plan, layout: Layout) -> None:
-    """Refuse a mask for other sites, other shapes or another number of entries."""
+def _check_sparse(
+    plan: Plan, layout: Layout, mask: Mask | None, checksum: str | None, *, dense_b: bool, store_a: bool
+) -> None:
+    """Refuse what only sparse plans have, and a mask for other sites, other shapes, other numbers or another A."""
+    asked = {"mask": mask is not None, "dense_b": dense_b, "store_a": store_a}
+    if not plan.is_sparse and any(asked.values()):
+        name = next(name for name, given in asked.items() if given)
+        raise ConfigurationError(f"{name} was given, and the plan is not sparse.\n  fix:  leave it out")
+    if dense_b and mask is not None:
+        raise ConfigurationError("mask and dense_b were both given.\n  fix:  give one: all of B trains, or a part")
+    if mask is None:
+        return
     shapes = b_shapes(plan.placements, layout.by_name)
     wrong = [site for site, shape in shapes.items() if mask.shapes.get(site) != shape]
     wrong += [site for site in mask.shapes if site not in shapes]
@@ -239,6 +274,69 @@ def _check_mask(mask: Mask, plan: Plan, layout: Layout) -> None:
         raise ConfigurationError(
             f"the mask keeps {mask.num_kept} entries, the plan {kept}.\n  fix:  give a mask of the plan's sparsity"
         )
+    if mask.a_checksum not in (None, checksum):
+        raise ConfigurationError(
+            "the mask was made with another A than this seed draws.\n"
+            "  fix:  use the mask's own seed, or extract a mask with this one"
+        )
+
+
+def check_attachable(model: nn.Module, plan: Plan, *, mask: Mask | None = None, seed: int = 0) -> None:
+    """Refuse, before anything is written, what `apply` would refuse.
+
+    Args:
+        model: The model.
+        plan: The plan.
+        mask: The mask, if there is one.
+        seed: The seed of the factors' start.
+
+    Raises:
+        PlanMismatchError: the plan is for another model.
+        ConfigurationError: the mask does not fit.
+    """
+    layout = find_sites(model)
+    _check(model, layout, plan, "default", 0.0)
+    checksum = drawn_checksum(plan, layout.by_name, seed) if mask is not None else None
+    _check_sparse(plan, layout, mask, checksum, dense_b=False, store_a=False)
+
+
+def merge_below(model: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
+    """Merge an adapter into a model, for another one to be trained on top.
+
+    Args:
+        model: The base model.
+        path: The adapter's folder.
+
+    Returns:
+        The model, and what the next adapter's configuration keeps of it.
+
+    Raises:
+        ConfigurationError: there is no adapter in the folder, or its gates depend on the input.
+        PlanMismatchError: it belongs to another architecture.
+    """
+    check_mergeable(read_adapter_plan(path), path)
+    merged = load(model, path).merge_and_unload(safe_merge=True)
+    return merged, {"path": str(Path(path).resolve()), "sha256": _weights_digest(path)}
+
+
+def _weights_digest(path: str | os.PathLike[str]) -> str:
+    """Hash an adapter's tensors."""
+    return hashlib.sha256(Path(path, "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Merge the adapter that another one was trained on top of, if there is one."""
+    below = read_adapter_config(path).on_top_of
+    if below is None:
+        return model
+    folder = Path(below["path"])
+    if not folder.joinpath("adapter_model.safetensors").is_file() or _weights_digest(folder) != below["sha256"]:
+        raise ConfigurationError(
+            f"the adapter in {path} was trained on top of another one, which is gone or was changed.\n"
+            f"  place:  {folder}\n  fix:    put that adapter back"
+        )
+    merged, _ = merge_below(model, folder)
+    return merged
 
 
 def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:

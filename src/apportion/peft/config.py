@@ -25,6 +25,7 @@ class ApportionConfig(LoraConfig):
         dense_b: Whether sparse placements train all of B for now, to find out which entries to keep.
         store_a: Whether checkpoints hold a frozen A; otherwise it is drawn again from the seed.
         a_checksum: SHA-256 of the frozen A that the adapter was trained with.
+        on_top_of: The adapter that had been merged into the base before this one was trained: ``path`` and ``sha256``.
     """
 
     plan: dict[str, Any] = field(
@@ -35,6 +36,7 @@ class ApportionConfig(LoraConfig):
     dense_b: bool = field(default=False, metadata={"help": "Whether sparse placements train all of B"})
     store_a: bool = field(default=False, metadata={"help": "Whether checkpoints hold a frozen A"})
     a_checksum: str | None = field(default=None, metadata={"help": "SHA-256 of the frozen A"})
+    on_top_of: dict[str, str] | None = field(default=None, metadata={"help": "An adapter merged into the base before"})
 
     def __post_init__(self) -> None:
         """Set the type, and refuse LoRA variants that would be attached to some of the planned sites alone."""

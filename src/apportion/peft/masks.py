@@ -11,7 +11,6 @@ from torch import Tensor
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
-from apportion.peft.start import frozen_checksum
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.plan import Plan, num_kept
 from apportion.records.site import Site
@@ -60,7 +59,8 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
             given += count
             indices |= _largest({name: matrices[name] for name in names}, count)
     facts = {"made": "by magnitude", "granularity": granularity}
-    return Mask({site: indices[site] for site in shapes}, shapes, frozen_checksum(model, adapter_name), facts)
+    checksum = model.peft_config[adapter_name].a_checksum
+    return Mask({site: indices[site] for site in shapes}, shapes, checksum, facts)
 
 
 def _group(site: Site, granularity: Granularity) -> str:

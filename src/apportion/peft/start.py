@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,6 +15,8 @@ from apportion.adapters.factors import FrozenFactor, matrix_of
 from apportion.adapters.linear import LinearLora
 from apportion.adapters.weight import WeightLora
 from apportion.discovery import walk_modules
+from apportion.records.plan import Plan
+from apportion.records.site import Site
 
 
 @torch.no_grad()
@@ -32,23 +34,27 @@ def start_factors(model: nn.Module, adapter_name: str, seed: int, *, frozen: boo
             _draw(a_RI, site, seed)
 
 
-def frozen_checksum(model: nn.Module, adapter_name: str) -> str | None:
-    """Hash an adapter's frozen A, site by site.
+def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | None:
+    """Hash the frozen A that a seed draws for a sparse plan, site by site, without a model.
 
     Args:
-        model: The model with the adapter.
-        adapter_name: The adapter.
+        plan: The plan.
+        sites: The model's sites by name.
+        seed: The seed.
 
     Returns:
         SHA-256, or None where no A is frozen.
     """
-    total, some = hashlib.sha256(), False
-    for site, a_RI, is_frozen in _matrices(model, adapter_name):
-        if is_frozen:
-            some = True
-            total.update(site.encode())
-            total.update(a_RI.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest() if some else None
+    if not plan.is_sparse:
+        return None
+    total = hashlib.sha256()
+    for placement in plan.placements:
+        if placement.sparsity:
+            a_RI = torch.empty(placement.num_experts * placement.rank, sites[placement.site].in_features)
+            _draw(a_RI, placement.site, seed)
+            total.update(placement.site.encode())
+            total.update(a_RI.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, bool]]:

@@ -22,7 +22,7 @@ from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
-from apportion.peft.start import frozen_checksum, start_factors
+from apportion.peft.start import drawn_checksum, start_factors
 from apportion.records.plan import Placement, Plan
 from apportion.records.site import Layout
 
@@ -109,8 +109,12 @@ class ApportionModel(LoraModel):
         """Attach, and draw every frozen A: no checkpoint brings it."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: ApportionConfig = self.peft_config[adapter_name]
+        plan = config.read_plan()
+        if not plan.is_sparse:
+            return
         start_factors(model, adapter_name, config.init_seed, frozen=True)
-        if config.a_checksum and not config.store_a and frozen_checksum(model, adapter_name) != config.a_checksum:
+        drawn = drawn_checksum(plan, find_sites(model).by_name, config.init_seed)
+        if config.a_checksum and not config.store_a and drawn != config.a_checksum:
             raise ConfigurationError(
                 "the frozen A that the seed draws here is not the one that the adapter was trained with: another "
                 "version of torch draws other numbers.\n"
@@ -155,6 +159,7 @@ class ApportionModel(LoraModel):
             inference_mode=first.inference_mode,
         )
         self.inject_adapter(self.model, adapter_name)
+        self._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=True)
         write_combined(self.model, plans, weights, combination_type, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -82,7 +83,7 @@ def profile(
     layout = find_sites(model)
     facts = {"tasks": list(tasks), "sensitivity": procedure, "provenance": provenance or {}}
     file = PartialFile(
-        None if procedure == "block-coordinate" else partial, seal(facts | {"fingerprint": layout.fingerprint})
+        None if procedure == "block-coordinate" else partial, seal(facts | {"model": _weights_sample(model, layout)})
     )
     measured = file.read()
     for name, part in tasks.items():
@@ -93,8 +94,9 @@ def profile(
             raise type(error)(f"task {name!r}: {error}") from error
     device = next(base_model(model).parameters()).device
     for name, totals in measured.items():
-        totals.sum_over_processes(device)
-        _check(name, totals, sensitive=procedure is not None)
+        sites = [site.name for site in layout.sites() if site.storage != "weight"] if procedure else []
+        totals.sum_over_processes(device, sites)
+        _check(name, totals, layout, sensitive=procedure is not None)
     file.remove()
     return Profile(
         layout=layout,
@@ -114,6 +116,24 @@ def profile(
             **(provenance or {}),
         },
     )
+
+
+def _weights_sample(model: nn.Module, layout: Layout) -> str:
+    """Hash the architecture, the type and the first numbers of every weight: other weights are another measurement."""
+    total = hashlib.sha256(layout.fingerprint.encode())
+    for name, parameter in base_model(model).named_parameters():
+        total.update(f"{name}|{parameter.dtype}".encode())
+        total.update(parameter.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _chained(before: str, batch: Batch) -> str:
+    """Hash a batch together with those before it."""
+    total = hashlib.sha256(before.encode())
+    for name in ("input_ids", "attention_mask", "labels"):
+        if isinstance(batch.get(name), torch.Tensor):
+            total.update(batch[name].cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _procedure(sensitivity: SensitivityProcedure | bool) -> SensitivityProcedure | None:  # noqa: FBT001
@@ -137,20 +157,33 @@ def _measure(
     """Run one task's batches, but for those that an earlier sitting has done."""
     done = totals.batches
     with _METERS[procedure](model, layout, totals) as run_batch:
+        seen = ""
         for number, batch in enumerate(batches):
+            seen = _chained(seen, batch)
             if number >= done:
                 run_batch(batch)
-                totals.batches += 1
+                totals.batches, totals.seen = number + 1, seen
                 keep()
+            elif number + 1 == done and seen != totals.seen:
+                raise DataError(
+                    "the batches are not those that the measurement was begun with.\n"
+                    "  fix:  remove the file of partial totals, and measure again"
+                )
     keep(now=True)
 
 
-def _check(task: str, totals: TaskTotals, *, sensitive: bool) -> None:
+def _check(task: str, totals: TaskTotals, layout: Layout, *, sensitive: bool) -> None:
     """Refuse totals that nothing can be planned from."""
     if totals.tokens == 0:
         raise DataError(
             f"there is nothing to profile: the data of task {task!r} hold no token.\n"
             "  fix:  give at least one row of text"
+        )
+    unmeasured = [s.name for s in layout.sites() if s.storage != "weight" and s.name not in totals.sensitivity]
+    if sensitive and unmeasured:
+        raise ProfileError(
+            f"task {task!r} has {totals.sequences} rows, too few to measure every layer: block-coordinate takes one "
+            f"row a layer.\n  first:  {unmeasured[0]} was not measured\n  fix:    give at least one row a layer"
         )
     if sensitive and not any(value > 0 for value in totals.sensitivity.values()):
         raise ProfileError(

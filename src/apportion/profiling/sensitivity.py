@@ -157,13 +157,8 @@ class _Meter:
                 "  fix:  profile without sensitivity"
             )
         names = list(self.norms)
-        values = (
-            torch.stack([value.to(next(iter(self.norms.values())).device) for value in self.norms.values()])
-            .double()
-            .tolist()
-            if names
-            else []
-        )
+        device = self.norms[names[0]].device if names else None  # layers may lie on several
+        values = torch.stack([self.norms[name].to(device) for name in names]).double().tolist() if names else []
         return self.zero | dict(zip(names, values, strict=True))
 
     def by_sample(self, rows: Tensor, name: str) -> Tensor:

@@ -35,6 +35,7 @@ class TaskTotals:
         sequences: Sequences seen.
         sensitivity: Summed squared gradient norms by site.
         batches: Batches done.
+        seen: Hash of these batches.
     """
 
     counts: Tensor
@@ -43,6 +44,7 @@ class TaskTotals:
     sequences: int = 0
     sensitivity: dict[str, float] = field(default_factory=dict)
     batches: int = 0
+    seen: str = ""
 
     @classmethod
     def zeros(cls, layout: Layout) -> TaskTotals:
@@ -55,11 +57,12 @@ class TaskTotals:
         for site, value in norms.items():
             self.sensitivity[site] = self.sensitivity.get(site, 0.0) + value
 
-    def sum_over_processes(self, device: torch.device) -> None:
+    def sum_over_processes(self, device: torch.device, sites: list[str]) -> None:
         """Add up the totals of all processes, where there are several; every process gets the sums.
 
         Args:
             device: Where the processes' backend can see tensors.
+            sites: The sites with sensitivities, the same on every process; one that had no rows brings zeros.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -72,8 +75,9 @@ class TaskTotals:
 
         self.counts, self.mass = summed(self.counts), summed(self.mass)
         self.tokens, self.sequences = (int(value) for value in summed(torch.tensor([self.tokens, self.sequences])))
-        norms = summed(torch.tensor(list(self.sensitivity.values()), dtype=torch.float64))
-        self.sensitivity = dict(zip(self.sensitivity, norms.tolist(), strict=True))
+        if sites:
+            own = torch.tensor([self.sensitivity.get(site, 0.0) for site in sites], dtype=torch.float64)
+            self.sensitivity = dict(zip(sites, summed(own).tolist(), strict=True))
 
 
 class PartialFile:
@@ -86,8 +90,9 @@ class PartialFile:
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.path = None if path is None else Path(f"{os.fspath(path)}{f'.{rank}' if rank else ''}")
-        self.identity = identity
+        self.identity = f"{identity}/{count}"
         self.saved_at = time.monotonic()
 
     def read(self) -> dict[str, TaskTotals]:
@@ -118,7 +123,7 @@ class PartialFile:
         tasks = totals()
         tensors = {f"counts/{task}": part.counts for task, part in tasks.items()}
         tensors |= {f"mass/{task}": part.mass for task, part in tasks.items()}
-        facts = ("tokens", "sequences", "sensitivity", "batches")
+        facts = ("tokens", "sequences", "sensitivity", "batches", "seen")
         header = {
             "identity": self.identity,
             "tasks": {task: {name: getattr(part, name) for name in facts} for task, part in tasks.items()},

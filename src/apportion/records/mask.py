@@ -50,6 +50,20 @@ class Mask:
         """Entries of all sites, kept or not."""
         return sum(rows * columns for rows, columns in self.shapes.values())
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the whole mask."""
+        return _digest(self._header(), self.indices)
+
+    def _header(self) -> dict[str, Any]:
+        """Give everything but the entries as plain data."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "shapes": self.shapes,
+            "a_checksum": self.a_checksum,
+            "provenance": self.provenance,
+        }
+
     def overlap(self, other: Mask) -> dict[str, float]:
         """Compare with another mask on the sites that both have.
 
@@ -74,15 +88,8 @@ class Mask:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as one safetensors file, whole or not at all."""
-        header = {
-            "schema_version": SCHEMA_VERSION,
-            "shapes": self.shapes,
-            "a_checksum": self.a_checksum,
-            "provenance": self.provenance,
-        }
-        digest = _digest(header, self.indices)
         with whole_file(path) as temporary:
-            metadata = {_HEADER: json.dumps(header | {"digest": digest}), "format": "pt"}
+            metadata = {_HEADER: json.dumps(self._header() | {"digest": self.digest}), "format": "pt"}
             save_file({site: kept.contiguous() for site, kept in self.indices.items()}, temporary, metadata=metadata)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
+from apportion.peft.attach import check_attachable
 from apportion.peft.masks import extract_mask
 from apportion.records.files import write_text
 from apportion.records.mask import Mask, load_mask
@@ -68,25 +69,25 @@ def train_sparse(
     Differs: A is drawn from the seed and the same in both phases, so that the mask fits it (`redraw_a` draws another
         one for the second phase, as the release does); the first phase has a tenth of the second's steps by default.
     """
-    open_run(folder, run_identity(plan, rows, settings), resume=resume)
-    run = {"identity": run_identity(plan, rows, settings), "settings": settings.as_dict(), **(facts or {})}
+    identity = run_identity(plan, rows, settings, facts, mask)
+    open_run(folder, identity, resume=resume)
+    check_attachable(model, plan, mask=mask, seed=settings.seed)
+    unused = [name for name in settings.of_sparse_plans() if name != "store_a"]
+    if mask is not None and unused:
+        raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.\n  fix:  leave them out")
+    run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
     write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
     common: dict[str, Any] = {"resume": True, "progress": progress, "facts": facts}
+    below = {"on_top_of": (facts or {}).get("on_top_of")}
     base: Any = model
     attach: dict[str, Any]
     if mask is None and not (folder / MASK_FILE).is_file():
         seed = settings.seed + 1 if settings.redraw_a else settings.seed
-        attach = {"dense_b": True, "seed": seed}
-        dense = run_phase(
-            base,
-            tokenizer,
-            plan,
-            rows,
-            folder / DENSE_FOLDER,
-            dense_settings(settings, len(rows)),
-            attach=attach,
-            **common,
-        )
+        attach = {"dense_b": True, "seed": seed, **below}
+        first = dense_settings(settings, len(rows))
+        own = run_identity(plan, rows, first, facts)
+        target = folder / DENSE_FOLDER
+        dense = run_phase(base, tokenizer, plan, rows, target, first, identity=own, attach=attach, **common)
         if dense.interrupted:
             return dense
         found = extract_mask(dense.model, "default", plan, settings.mask_granularity)
@@ -95,16 +96,9 @@ def train_sparse(
         found.save(folder / MASK_FILE)
         base = dense.model.unload()
     elif mask is not None:
-        _keep_mask(mask, folder / MASK_FILE)
-    attach = {"mask": load_mask(folder / MASK_FILE), "store_a": settings.store_a}
-    return run_phase(base, tokenizer, plan, rows, folder, settings, attach=attach, **common)
-
-
-def _keep_mask(mask: Mask, path: Path) -> None:
-    """Write a given mask beside the run, or check that it is the one that the run was started with."""
-    if path.is_file() and load_mask(path).overlap(mask)["jaccard"] < 1:
-        raise ConfigurationError(f"the run was started with the mask {path}, not with this one.\n  fix:  leave it out")
-    mask.save(path)
+        mask.save(folder / MASK_FILE)
+    attach = {"mask": load_mask(folder / MASK_FILE), "store_a": settings.store_a, **below}
+    return run_phase(base, tokenizer, plan, rows, folder, settings, identity=identity, attach=attach, **common)
 
 
 def dense_settings(settings: TrainSettings, num_rows: int) -> TrainSettings:

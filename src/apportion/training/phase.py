@@ -35,12 +35,12 @@ from trl import SFTConfig, SFTTrainer
 
 from apportion.data.batches import encode
 from apportion.data.sources import Row
-from apportion.errors import TrainingError
+from apportion.errors import DataError, TrainingError
 from apportion.peft.attach import apply
 from apportion.records.files import use_default_mode, write_text
 from apportion.records.plan import Plan
 from apportion.training.balance import BalanceLoss
-from apportion.training.runs import CHECKPOINTS, RUN_FILE, last_checkpoint, open_run, run_identity
+from apportion.training.runs import CHECKPOINTS, RUN_FILE, last_checkpoint, open_run
 from apportion.training.settings import TrainSettings
 
 RESULT_FILE = "training.json"
@@ -83,6 +83,7 @@ def run_phase(
     folder: Path,
     settings: TrainSettings,
     *,
+    identity: dict[str, Any],
     attach: dict[str, Any] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -97,6 +98,7 @@ def run_phase(
         rows: Training rows.
         folder: Folder for the adapter, the checkpoints and the run's facts.
         settings: Settings of the run.
+        identity: As `run_identity` gives it.
         attach: More arguments for `apply`.
         resume: Go on in a folder that the same run has left; begin if it is empty.
         progress: Show a bar on standard error.
@@ -111,11 +113,12 @@ def run_phase(
         PlanMismatchError: the plan is for another model.
         TrainingError: the loss is not a number.
     """
-    identity = run_identity(plan, rows, settings)
     last = open_run(folder, identity, resume=resume)
     lengths = [encode(row, tokenizer, settings.max_length) for row in rows]
     truncated = sum(row.truncated for row in lengths)
+    _check_formats(rows)
     peft_model = apply(model, plan, **{"seed": settings.seed, "dropout": settings.dropout} | (attach or {}))
+    balance = BalanceLoss(peft_model) if settings.balance_loss else None
     run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
     write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
 
@@ -128,15 +131,18 @@ def run_phase(
             processing_class=tokenizer,
             callbacks=[interrupt],
         )
-        if settings.balance_loss:
-            trainer.balance, trainer.balance_weight = BalanceLoss(peft_model), settings.balance_loss
+        trainer.balance, trainer.balance_weight = balance, settings.balance_loss
         trainer.remove_callback(PrinterCallback)  # these two write the logs to standard output
         trainer.remove_callback(ProgressCallback)
         if progress:
             trainer.add_callback(_Bar())
         start = time.perf_counter()
-        with interrupt.listening():
-            trainer.go_on_from(last)
+        try:
+            with interrupt.listening():
+                trainer.go_on_from(last)
+        finally:
+            if balance is not None:
+                balance.end()
         seconds = time.perf_counter() - start
     tokens = int(trainer.state.num_input_tokens_seen)
     losses = [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
@@ -295,6 +301,17 @@ def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTC
         disable_tqdm=not progress,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _check_formats(rows: Sequence[Row]) -> None:
+    """Refuse rows of several formats in one training set: the trainer reads them all as the first one."""
+    formats = {
+        "text" if "text" in row else "text prompts" if isinstance(row["prompt"], str) else "messages" for row in rows
+    }
+    if len(formats) > 1:
+        raise DataError(
+            f"the rows have several formats: {' and '.join(sorted(formats))}.\n  fix:  bring all tasks into one format"
+        )
 
 
 def _without_answer(row: Row) -> Row:

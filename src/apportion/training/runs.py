@@ -10,6 +10,7 @@ from typing import Any
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
 from apportion.records.files import require_empty, seal
+from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings
 
@@ -46,19 +47,30 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def run_identity(plan: Plan, rows: Sequence[Row], settings: TrainSettings) -> dict[str, Any]:
+def run_identity(
+    plan: Plan, rows: Sequence[Row], settings: TrainSettings, facts: dict[str, Any] | None, mask: Mask | None = None
+) -> dict[str, Any]:
     """Give what two sittings of one run must share.
 
     Args:
         plan: The plan.
         rows: Training rows.
         settings: The run's settings; how often checkpoints are written may differ.
+        facts: For the ``model``, its ``dtype`` and what it is ``on_top_of``.
+        mask: The mask that the run was given, if any.
 
     Returns:
         A digest of each.
     """
     shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
-    return {"plan": plan.as_dict()["seal"], "rows": seal({"rows": list(rows)}), "settings": seal(shared)}
+    base = {name: (facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
+    return {
+        "plan": plan.as_dict()["seal"],
+        "rows": seal({"rows": list(rows)}),
+        "settings": seal(shared),
+        "model": seal(base),
+        "mask": None if mask is None else mask.digest,
+    }
 
 
 def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:

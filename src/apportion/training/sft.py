@@ -15,6 +15,7 @@ from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.lori import train_sparse
 from apportion.training.phase import TrainResult, run_phase
+from apportion.training.runs import run_identity
 from apportion.training.settings import TrainSettings
 
 
@@ -47,7 +48,8 @@ def train(
         mask: For a sparse plan, the entries to train, instead of those that a first phase finds.
         resume: Go on in a folder that a run with the same settings, plan and rows has left; begin if it is empty.
         progress: Show a bar on standard error.
-        facts: More facts to keep in the folder, such as names of model and data.
+        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``; ``on_top_of``, as `merge_below` gives
+            it.
 
     Returns:
         The trained model and the run's figures.
@@ -61,6 +63,11 @@ def train(
     """
     settings = settings or TrainSettings()
     settings.check()
+    if settings.balance_loss and plan.is_mergeable:
+        raise ConfigurationError(
+            "a balance loss was asked for, and no adapter has several LoRA experts.\n"
+            "  fix:  leave it out, or plan with lora_smoe, mola or uniform"
+        )
     folder = Path(output)
     common: dict[str, Any] = {"resume": resume, "progress": progress, "facts": facts}
     if plan.is_sparse:
@@ -70,4 +77,6 @@ def train(
         raise ConfigurationError(
             f"{asked} was given, and the plan is not sparse.\n  fix:  leave it out, or plan with lori or hellori"
         )
-    return run_phase(model, tokenizer, plan, rows, folder, settings, **common)
+    identity = run_identity(plan, rows, settings, facts)
+    attach = {"on_top_of": (facts or {}).get("on_top_of")}
+    return run_phase(model, tokenizer, plan, rows, folder, settings, identity=identity, attach=attach, **common)
