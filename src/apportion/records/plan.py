@@ -95,7 +95,7 @@ class PlacementGroup:
 
     def settings(self) -> dict[str, Any]:
         """Give everything but the sites."""
-        return {name: value for name, value in asdict(self).items() if name != "sites"}
+        return {name: getattr(self, name) for name in ("rank", "alpha", "num_experts", "top_k", "sparsity")}
 
 
 @validated_dataclass(frozen=True, config=_STRICT)
