@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.experts import run_experts, token_of_rows
+from apportion.adapters.experts import base_product, run_experts, token_of_rows
 from apportion.discovery import find_sites
 from apportion.expert_forms import form_of, known_form
 from architectures import build
@@ -36,14 +36,15 @@ def test_the_sorted_run_is_the_models_own(name: str, tokens: Tensor) -> None:
     hidden, ids, weights = args if len(args) == 3 else (args[0], None, None)
     seen: list[str] = []
 
-    def after(parameter: str, x: Tensor, out: Tensor, sizes: Tensor) -> Tensor:
+    def product(parameter: str, x: Tensor, sizes: Tensor) -> Tensor:
         seen.append(parameter)
+        out = base_product(module, parameter, x, sizes)
         assert len(x) == len(out) == int(sizes.sum())
         parts = known_form(module).split(parameter, out)
         return known_form(module).join(parameter, parts)
 
     with torch.no_grad():
-        found = run_experts(module, hidden, ids, weights, after)
+        found = run_experts(module, hidden, ids, weights, product)
     assert torch.allclose(found, expected, atol=1e-6)
     assert sorted(set(seen)) == sorted({stacked.parameter for stacked in known_form(module).projections.values()})
 
@@ -74,11 +75,11 @@ def test_rows_know_their_tokens(name: str, tokens: Tensor) -> None:
     if ids is None:
         return
 
-    def after(parameter: str, x: Tensor, out: Tensor, sizes: Tensor) -> Tensor:
+    def product(parameter: str, x: Tensor, sizes: Tensor) -> Tensor:
         assert parameter == "down_proj" or torch.equal(x, hidden[rows])
-        return out
+        return base_product(module, parameter, x, sizes)
 
-    run_experts(module, hidden, ids, weights, after)
+    run_experts(module, hidden, ids, weights, product)
 
 
 def test_other_modules_have_no_form() -> None:

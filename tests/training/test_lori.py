@@ -181,6 +181,6 @@ def test_what_sparse_plans_alone_have_is_refused_for_others(
         _train(embedded_model, whole, tmp_path / "run", TrainSettings(steps=1), mask=mask)
     with pytest.raises(ConfigurationError, match="dense_steps, dense_lr"):
         _train(embedded_model, whole, tmp_path / "run")
-    for wrong in ({"dense_steps": 0}, {"dense_lr": 0.0}, {"mask_granularity": "expert"}):
+    for wrong in ({"dense_steps": 1}, {"dense_lr": 0.0}, {"mask_granularity": "expert"}):
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
             _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, **wrong))

@@ -109,12 +109,13 @@ def dense_settings(settings: TrainSettings, num_rows: int) -> TrainSettings:
         num_rows: Training rows.
 
     Returns:
-        A tenth of the steps and a tenth of the learning rate, where nothing else was asked for.
+        A tenth of the steps, at least 2 since the first one warms up, and a tenth of the learning rate, where nothing
+        else was asked for.
     """
     batches = math.ceil(num_rows / (settings.batch_size * settings.gradient_accumulation))
     steps = settings.steps or math.ceil(settings.epochs * batches)
     return replace(
         settings,
-        steps=settings.dense_steps or max(1, round(steps / 10)),
+        steps=settings.dense_steps or max(2, round(steps / 10)),
         lr=settings.dense_lr or settings.lr / 10,
     )

@@ -73,8 +73,10 @@ class TrainSettings:
             raise ConfigurationError(f"steps={self.steps} trains nothing.\n  fix:  give at least 1")
         if self.steps is None and not self.epochs > 0:
             raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
-        if self.dense_steps is not None and self.dense_steps < 1:
-            raise ConfigurationError(f"dense_steps={self.dense_steps} finds no mask.\n  fix:  give at least 1")
+        if self.dense_steps is not None and self.dense_steps < 2:
+            raise ConfigurationError(
+                f"dense_steps={self.dense_steps} finds no mask: the first step warms up.\n  fix:  give at least 2"
+            )
         if self.dense_lr is not None and not self.dense_lr > 0:
             raise ConfigurationError(f"dense_lr={self.dense_lr} trains nothing.\n  fix:  give a number above 0")
         if self.mask_granularity not in get_args(Granularity):
