@@ -198,6 +198,21 @@ def test_gradient_checkpointing_changes_nothing(profile_of: ProfileOf, tokens: T
     assert all(torch.allclose(gradient, gradients[1][name], atol=1e-6) for name, gradient in gradients[0].items())
 
 
+@pytest.mark.parametrize("name", ["dense", "olmoe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_reaches_every_kept_entry(
+    name: str, dtype: torch.dtype, profile_of: ProfileOf, tokens: Tensor
+) -> None:
+    model = _model(name)
+    adapted = apportion.apply(model.to(dtype), _plan(model, profile_of)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained)
+    assert any(bool(p.grad.any()) for p in trained if p.grad is not None)
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0])
 def test_sparsity_is_a_share(profile_of: ProfileOf, sparsity: float) -> None:
     with pytest.raises(ConfigurationError, match="sparsity"):

@@ -117,13 +117,14 @@ class _SparseLinear(torch.autograd.Function):
         """Multiply."""
         ctx.save_for_backward(x, values, indices)
         ctx.shape = shape
-        return functional.linear(x, scattered(values, indices, shape))
+        with torch.autocast(x.device.type, enabled=False):  # the backward pass has none either
+            return functional.linear(x.to(values.dtype), scattered(values, indices, shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Give the gradients of the rows and of the kept values."""
         x, values, indices = ctx.saved_tensors
-        grad = grads[0]
-        grad_x = grad @ scattered(values, indices, ctx.shape)
-        grad_dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        grad = grads[0].to(values.dtype)
+        grad_x = (grad @ scattered(values, indices, ctx.shape)).to(x.dtype)
+        grad_dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1]).to(values.dtype)
         return grad_x, grad_dense.reshape(-1).index_select(0, indices.long()), None, None
