@@ -5,9 +5,23 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+)
 
 from apportion.errors import ConfigurationError
+
+_CLASSES: tuple[tuple[Any, Any], ...] = (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -25,8 +39,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
     Raises:
         ConfigurationError: none of them knows the configuration.
     """
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        known = auto._model_mapping  # noqa: SLF001 - transformers has no public question for it
+    for auto, known in _CLASSES:
         if type(config) not in known:
             continue
         if auto is AutoModelForCausalLM or "labels" in signature(known[type(config)].forward).parameters:
