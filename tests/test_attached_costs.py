@@ -69,7 +69,10 @@ def _options(data: st.DataObject, method: str, layout: Layout) -> dict[str, Any]
     layers = sorted({site.layer for site in layout.sites()})
     if data.draw(st.booleans(), "some layers"):
         drawn = set(data.draw(st.lists(st.sampled_from(layers), min_size=1), "layers"))
-        layers = sorted(drawn | ({layout.blocks[-1].layer} if chooses_experts else set()))
+        drawn |= {layout.blocks[-1].layer} if chooses_experts else set()
+        if method == "attention":  # some layers convolve instead
+            drawn |= {next(site.layer for site in layout.sites() if site.kind == "attention")}
+        layers = sorted(drawn)
         options["layers"] = ",".join(map(str, layers))
     routed = "top_k" in fields  # several LoRA experts stand on linear layers alone
     sites = [site for site in layout.sites() if site.layer in layers and not (routed and site.storage != "linear")]
