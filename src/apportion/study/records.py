@@ -1,0 +1,176 @@
+"""What a study leaves behind, as its JSON files hold it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+Unit = Literal["parameters", "flops"]
+
+
+class _Record(BaseModel):
+    """Frozen, and strict about its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Score(_Record):
+    """A model's result on held-out rows.
+
+    Args:
+        loss: Mean negative log-likelihood of a completion token, in nats.
+        exact_match: Share of rows answered exactly; None where rows have no answer.
+        items: Whether each row was answered exactly, in the rows' order; empty where rows have no answer.
+    """
+
+    loss: float
+    exact_match: float | None
+    items: tuple[bool, ...] = ()
+
+
+class Run(_Record):
+    """One training run of a study: ``runs/<key>.json``.
+
+    Args:
+        schema_version: Of this record.
+        key: Hash of all that the result depends on; the file's name.
+        model: The model, as the study names it.
+        task: The task, as the study names it.
+        contender: The contender's name in the study.
+        method: Its planning method, or ``full`` for full fine-tuning.
+        options: The method's options as planned.
+        unit: What the budget counts.
+        budget: The budget.
+        spent: What the plan takes of it (all of the model's, for full fine-tuning).
+        rank: The plan's rank; None for full fine-tuning.
+        plan: The plan's file below the study's folder; None for full fine-tuning.
+        seed: Seed of the factors' start and of the rows' order.
+        lr: Peak learning rate.
+        before: Score of the base model on the task.
+        after: Score after training.
+        unrelated_before: Score of the base model on unrelated rows.
+        unrelated_after: Score on them after training; the difference is what was forgotten.
+        steps: Optimizer steps.
+        tokens: Tokens trained on.
+        train_s: Seconds of training.
+        peak_bytes: Peak of the process's memory (of the device's, on CUDA).
+        trainable_parameters: Parameters trained.
+        hot_set_drift: Mean over layers of the Jaccard index of the hottest experts before and after training; None for
+            a dense model.
+        versions: Versions of what computed it.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    key: str
+    model: str
+    task: str
+    contender: str
+    method: str
+    options: dict[str, Any]
+    unit: Unit
+    budget: int
+    spent: int
+    rank: int | None
+    plan: str | None
+    seed: int
+    lr: float
+    before: Score
+    after: Score
+    unrelated_before: Score | None
+    unrelated_after: Score | None
+    steps: int
+    tokens: int
+    train_s: float
+    peak_bytes: int
+    trainable_parameters: int
+    hot_set_drift: float | None
+    versions: dict[str, str]
+
+
+class Interval(_Record):
+    """An estimate with a bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class CellSummary(_Record):
+    """One contender at one budget on one task: mean over seeds, with an interval."""
+
+    model: str
+    task: str
+    contender: str
+    budget: int
+    spent: int
+    seeds: int
+    exact_match: Interval | None
+    loss: Interval
+    forgetting: Interval | None
+
+
+class Comparison(_Record):
+    """A paired difference between a contender and the reference at one budget.
+
+    Args:
+        model: The model.
+        task: The task; ``all`` for the mean over tasks.
+        budget: The budget.
+        contender: What is compared.
+        reference: With what.
+        metric: ``exact_match`` (higher is better) or ``loss`` (lower is better).
+        difference: Contender minus reference, with its interval.
+        p: Of the permutation test.
+        p_corrected: After correction for all comparisons of the study.
+        smallest_effect: The smallest difference that the design could have seen, at the study's level and 80 % power.
+        differs: Whether the data tell the two apart.
+    """
+
+    model: str
+    task: str
+    budget: int
+    contender: str
+    reference: str
+    metric: Literal["exact_match", "loss"]
+    difference: Interval
+    p: float
+    p_corrected: float
+    smallest_effect: float
+    differs: bool
+
+
+class Summary(_Record):
+    """What a study says: ``summary.json``, computed from its runs alone.
+
+    Args:
+        schema_version: Of this record.
+        name: The study's name.
+        digest: Hash of the study's settings.
+        unit: What budgets count.
+        level: The level of significance.
+        reference: The contender that the others are compared with.
+        planned_runs: Runs that the study has.
+        finished_runs: Runs that are done.
+        cells: A summary of every contender, budget and task.
+        comparisons: The comparisons.
+        verdicts: Sentences; the first is the study's.
+        hot_set_stability: By task, the mean Jaccard index of hot sets over resamples of the calibration rows.
+        commands: What to type to get all this again.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    digest: str
+    unit: Unit
+    level: float
+    reference: str
+    planned_runs: int
+    finished_runs: int
+    cells: tuple[CellSummary, ...]
+    comparisons: tuple[Comparison, ...]
+    verdicts: tuple[str, ...]
+    hot_set_stability: dict[str, Interval]
+    commands: tuple[str, ...]
