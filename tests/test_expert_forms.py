@@ -36,10 +36,10 @@ def test_the_sorted_run_is_the_models_own(name: str, tokens: Tensor) -> None:
     hidden, ids, weights = args if len(args) == 3 else (args[0], None, None)
     seen: list[str] = []
 
-    def product(parameter: str, x: Tensor, sizes: Tensor) -> Tensor:
+    def product(parameter: str, x: Tensor, ends: Tensor) -> Tensor:
         seen.append(parameter)
-        out = base_product(module, parameter, x, sizes)
-        assert len(x) == len(out) == int(sizes.sum())
+        out = base_product(module, parameter, x, ends)
+        assert len(x) == len(out) == int(ends[-1])
         parts = known_form(module).split(parameter, out)
         return known_form(module).join(parameter, parts)
 
@@ -75,9 +75,9 @@ def test_rows_know_their_tokens(name: str, tokens: Tensor) -> None:
     if ids is None:
         return
 
-    def product(parameter: str, x: Tensor, sizes: Tensor) -> Tensor:
+    def product(parameter: str, x: Tensor, ends: Tensor) -> Tensor:
         assert parameter == "down_proj" or torch.equal(x, hidden[rows])
-        return base_product(module, parameter, x, sizes)
+        return base_product(module, parameter, x, ends)
 
     run_experts(module, hidden, ids, weights, product)
 

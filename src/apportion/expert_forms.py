@@ -60,6 +60,11 @@ class ExpertForm:
         names = (stacked.parameter for name, stacked in self.projections.items() if name != "down_proj")
         return tuple(dict.fromkeys(names))
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """All stacked parameters, in the order in which they are multiplied by."""
+        return (*self.entering, self.projections["down_proj"].parameter)
+
     def projections_in(self, parameter: str) -> dict[str, Stacked]:
         """Give the projections that a parameter holds, in its order."""
         return {name: stacked for name, stacked in self.projections.items() if stacked.parameter == parameter}

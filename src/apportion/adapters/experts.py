@@ -8,54 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
-from apportion.adapters.fused import LowRankTerm, grouped_lora_linear
-from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
+from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
+from apportion.adapters.fused import fused_experts
+from apportion.adapters.grouped import constant, grouped_linear, grouped_low_rank, reorder_rows
+from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts
 from apportion.adapters.wrapped import WrappedModule
 from apportion.expert_forms import ExpertForm, known_form
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
-
-
-@dataclass(frozen=True)
-class ExpertFactors:
-    """What one adapter plans for one projection of a layer's experts.
-
-    Args:
-        experts: Ids of the planned experts, in rising order.
-        ranks: Rank of each.
-        scales: alpha / rank of each.
-        indices: Where the factors are sparse, the kept entries of each expert's B, laid out row by row (out, rank).
-    """
-
-    experts: tuple[int, ...]
-    ranks: tuple[int, ...]
-    scales: tuple[float, ...]
-    indices: tuple[Tensor, ...] | None = None
-
-    def stacked_indices(self, width_out: int) -> Tensor:
-        """Give the kept entries' positions in the stacked factor of shape (R, O).
-
-        Args:
-            width_out: The projection's output width O.
-
-        Returns:
-            int64, expert after expert, each expert's in the order of `indices`.
-        """
-        starts = [sum(self.ranks[:number]) for number in range(len(self.ranks))]
-        own = [indices.long() for indices in self.indices or ()]
-        parts = [
-            (start + i % rank) * width_out + i // rank for start, rank, i in zip(starts, self.ranks, own, strict=True)
-        ]
-        return torch.cat(parts)
-
 
 Product = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -70,8 +37,8 @@ def run_experts(
         hidden_TD: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
         ids_TK: Expert ids, shape (T, K); None where the module is called with copies.
         weights_TK: Routing weights, shape (T, K); None where the module is called with copies.
-        product: Called with each stacked parameter's path, its input rows and the number of rows of each expert; gives
-            the output rows, as `base_product` does.
+        product: Called with each stacked parameter's path, its input rows and where each expert's rows end, int32;
+            gives the output rows, as `base_product` does.
 
     Returns:
         The shape of `hidden_TD`.
@@ -80,17 +47,18 @@ def run_experts(
     rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
     if ids_TK is None or weights_TK is None:
         routed = rows_ND.any(dim=1)  # the rows of tokens that are not routed to an expert are zero, and stay so
-        sizes_E = routed.view(form.num_experts, -1).sum(1)
+        ends_E = routed.view(form.num_experts, -1).sum(1).cumsum(0).to(torch.int32)
         rows_S = routed.nonzero().squeeze(1)
-        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), sizes_E, product)
+        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), ends_E, product)
         summed = torch.zeros_like(rows_ND).index_copy(0, rows_S, out_SD.to(rows_ND.dtype))
     else:
         num_tokens, top_k = ids_TK.shape
         ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-        sizes_E = torch.bincount(ids_S, minlength=form.num_experts)
+        experts = torch.arange(form.num_experts, device=ids_S.device)
+        ends_E = torch.searchsorted(ids_S, experts, right=True, out_int32=True)
         place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         x_SD = reorder_rows(rows_ND, order_S, place_S, copies=top_k)
-        out_SD = _run_sorted(base, form, x_SD, sizes_E, product)
+        out_SD = _run_sorted(base, form, x_SD, ends_E, product)
         out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
         summed = out_SD.view(num_tokens, top_k, -1).sum(1)
     return summed.to(hidden_TD.dtype).view_as(hidden_TD)
@@ -113,36 +81,36 @@ def token_of_rows(base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None) -> 
     return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
 
 
-def base_product(base: nn.Module, parameter: str, x_SI: Tensor, sizes_E: Tensor) -> Tensor:
+def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply sorted rows by one stacked parameter, bias included.
 
     Args:
         base: A module that `form_of` knows.
         parameter: The parameter's path.
         x_SI: Rows sorted by expert.
-        sizes_E: Rows of each expert.
+        ends_E: Where each expert's rows end, int32.
 
     Returns:
-        Shape (S, O).
+        Shape (S, O), in the parameter's type.
     """
     form = known_form(base)
     matrices, transposed = form.matrices(base, parameter)
-    return _with_bias(base, form, parameter, grouped_linear(x_SI, matrices, sizes_E, transposed=transposed), sizes_E)
-
-
-def _with_bias(base: nn.Module, form: ExpertForm, parameter: str, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
-    """Add each row's expert's bias, where the form has one."""
+    out_SO = grouped_linear(x_SI, matrices, ends_E, transposed=transposed)
     if not form.has_bias:
         return out_SO
-    ids_S = torch.arange(form.num_experts, device=out_SO.device).repeat_interleave(sizes_E, output_size=len(out_SO))
-    biased: Tensor = out_SO + getattr(base, f"{parameter}_bias")[ids_S]
+    biased: Tensor = out_SO + getattr(base, f"{parameter}_bias")[_expert_of_rows(x_SI, ends_E)]
     return biased
 
 
-def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, sizes_E: Tensor, product: Product) -> Tensor:
+def _expert_of_rows(x_SI: Tensor, ends_E: Tensor) -> Tensor:
+    """Give the expert of every sorted row, shape (S,)."""
+    return torch.searchsorted(ends_E, torch.arange(len(x_SI), device=x_SI.device, dtype=torch.int32), right=True)
+
+
+def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, ends_E: Tensor, product: Product) -> Tensor:
     """Run stacked experts on rows that are sorted by expert."""
-    entered = {parameter: product(parameter, x_SD, sizes_E) for parameter in form.entering}
-    out_SD = product(form.projections["down_proj"].parameter, form.activate(base, entered), sizes_E)
+    entered = {parameter: product(parameter, x_SD, ends_E) for parameter in form.entering}
+    out_SD = product(form.parameters[-1], form.activate(base, entered), ends_E)
     normed: Tensor = getattr(base, form.norm)(out_SD) if form.norm else out_SD
     return normed
 
@@ -228,48 +196,56 @@ class ExpertLora(WrappedModule):
         Returns:
             The shape of `hidden_states`.
         """
-        if self.adapters_to_run():
+        active, form = self.adapters_to_run(), known_form(self.base_layer)
+        if not active:
+            routing = () if top_k_index is None else (top_k_index, top_k_weights)
+            output: Tensor = self.base_layer(hidden_states, *routing)
+            return output
+        composed = hidden_states.is_cuda or torch.compiler.is_compiling() or len(active) > 1 or form.norm
+        if composed or top_k_index is None or top_k_weights is None:
             return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
-        routing = () if top_k_index is None else (top_k_index, top_k_weights)
-        output: Tensor = self.base_layer(hidden_states, *routing)
-        return output
+        dropout = self.lora_dropout[active[0]]
+        routed = RoutedExperts(
+            module=self.base_layer,
+            form=form,
+            ids_TK=top_k_index,
+            terms={parameter: self._terms(active[0], parameter) for parameter in form.parameters},
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+        dtype = form.weights(self.base_layer, "down_proj").dtype
+        return fused_experts(routed, hidden_states.to(dtype), top_k_weights).to(hidden_states.dtype)
 
-    def adapted_product(self, parameter: str, x_SI: Tensor, sizes_E: Tensor) -> Tensor:
+    def _terms(self, adapter: str, parameter: str) -> list[LowRankTerm]:
+        """Give what an adapter adds to the product of one stacked parameter."""
+        terms = []
+        for name, stacked in known_form(self.base_layer).projections_in(parameter).items():
+            planned = self.factors[adapter].get(name)
+            if planned is not None:
+                a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
+                terms.append(LowRankTerm(a_RI, b_RO, planned, stacked.rows))
+        return terms
+
+    def adapted_product(self, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply sorted rows by one stacked base parameter and add the active adapters; `run_experts` calls this.
 
         Args:
             parameter: The parameter's path in the experts module.
             x_SI: Its input, rows sorted by expert.
-            sizes_E: Rows of each expert.
+            ends_E: Where each expert's rows end, int32.
 
         Returns:
             Shape (S, O).
         """
-        form, active = known_form(self.base_layer), self.adapters_to_run()
-        matrices, transposed = form.matrices(self.base_layer, parameter)
-        mixed = x_SI.dtype != matrices.dtype or torch.is_autocast_enabled(x_SI.device.type)
-        if x_SI.is_cuda or mixed or len(active) > 1:
-            return self.after_product(parameter, x_SI, base_product(self.base_layer, parameter, x_SI, sizes_E), sizes_E)
-        (adapter,) = active
-        terms = []
-        for name, stacked in form.projections_in(parameter).items():
-            planned = self.factors[adapter].get(name)
-            if planned is not None:
-                a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
-                terms.append(LowRankTerm(a_RI, b_RO, planned.experts, planned.ranks, planned.scales, stacked.rows))
-        dropout = self.lora_dropout[adapter]
-        dropped = dropout(x_SI) if terms and self.training and isinstance(dropout, nn.Dropout) else None
-        out_SO = grouped_lora_linear(x_SI, matrices, sizes_E.tolist(), terms, transposed=transposed, dropped_SI=dropped)
-        return _with_bias(self.base_layer, form, parameter, out_SO, sizes_E)
+        return self.after_product(parameter, x_SI, base_product(self.base_layer, parameter, x_SI, ends_E), ends_E)
 
-    def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, sizes_E: Tensor) -> Tensor:
+    def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, ends_E: Tensor) -> Tensor:
         """Add the active adapters to the output of one stacked base parameter.
 
         Args:
             parameter: The parameter's path in the experts module.
             x_SI: Its input, rows sorted by expert.
             out_SO: Its output.
-            sizes_E: Rows of each expert.
+            ends_E: Where each expert's rows end, int32.
 
         Returns:
             Shape (S, O).
@@ -278,31 +254,33 @@ class ExpertLora(WrappedModule):
         if not any(name in self.factors[adapter] for adapter in active for name in form.projections_in(parameter)):
             return out_SO
         parts = form.split(parameter, out_SO)
-        return form.join(
-            parameter, {name: self._add(part, name, x_SI, sizes_E, active) for name, part in parts.items()}
-        )
-
-    def _add(self, out_SO: Tensor, name: str, x_SI: Tensor, sizes_E: Tensor, active: list[str]) -> Tensor:
-        """Add the active adapters of one projection to the rows of their experts."""
         for adapter in active:
-            factors = self.factors[adapter].get(name)
-            if factors is None:
-                continue
-            ends = sizes_E.cumsum(0).tolist()
-            spans = [(ends[e - 1] if e else 0, ends[e]) for e in factors.experts]
-            rows = torch.cat([torch.arange(start, end, device=x_SI.device) for start, end in spans])
-            a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), matrix_of(self.lora_B[adapter][name])
-            x = self.lora_dropout[adapter](x_SI.index_select(0, rows).to(a_RI.dtype))
-            scaled, sizes = a_RI * self._scales(factors, a_RI), [end - start for start, end in spans]
-            delta = grouped_low_rank(x, scaled, b_RO, factors.ranks, sizes)
-            out_SO = out_SO.index_add(0, rows, delta.to(out_SO.dtype))
-        return out_SO
+            x = self.lora_dropout[adapter](x_SI)
+            for name in filter(self.factors[adapter].__contains__, parts):
+                parts[name] = parts[name] + self._low_rank(adapter, name, x, ends_E).to(out_SO.dtype)
+        return form.join(parameter, parts)
 
-    @staticmethod
-    def _scales(factors: ExpertFactors, like: Tensor) -> Tensor:
-        """Give every row of A its expert's scale, shape (R, 1)."""
-        pairs = zip(factors.ranks, factors.scales, strict=True)
-        return torch.cat([like.new_full((rank, 1), scale) for rank, scale in pairs])
+    def _low_rank(self, adapter: str, name: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        """Give what an adapter adds to the rows of one projection; nothing here waits for a GPU.
+
+        The rows of the planned experts come first, in their order, and the products stop behind them.
+        """
+        factors = self.factors[adapter][name]
+        a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), matrix_of(self.lora_B[adapter][name])
+        a_HRI, b_HRO = factors.padded(a_RI * factors.scale(a_RI)), factors.padded(b_RO)
+        x_SI = x_SI.to(a_RI.dtype)
+        if len(factors.experts) == len(ends_E):
+            return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
+        planned_H = constant(factors.experts, x_SI.device)
+        is_planned_E = torch.zeros_like(ends_E, dtype=torch.bool).index_fill(0, planned_H, value=True)
+        unplanned_S = ~is_planned_E[_expert_of_rows(x_SI, ends_E)]
+        order_S = unplanned_S.to(torch.uint8).sort(stable=True).indices
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        ends_H = ends_E.diff(prepend=ends_E.new_zeros(1))[planned_H].cumsum(0).to(torch.int32)
+        behind_S1 = (torch.arange(len(order_S), device=order_S.device) >= ends_H[-1]).unsqueeze(1)
+        first_SI = reorder_rows(x_SI, order_S, place_S).masked_fill(behind_S1, 0)
+        delta_SO = grouped_low_rank(first_SI, a_HRI, b_HRO, ends_H).masked_fill(behind_S1, 0)
+        return reorder_rows(delta_SO, place_S, order_S)
 
     @torch.no_grad()
     def delta(self, adapter_name: str, name: str) -> Tensor:

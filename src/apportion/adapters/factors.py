@@ -1,14 +1,81 @@
-"""Factors that cost what is trained of them: an A that is drawn and stays, a B of which only kept entries exist."""
+"""Factors: those of several experts, an A that is drawn and stays, a B of which only kept entries exist."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Shapes: k kept entries of a matrix.
+from apportion.adapters.grouped import constant
+
+# Shapes: k kept entries of a matrix; H planned experts, R their summed rank.
+
+_RANK_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """What one adapter plans for one projection of a layer's experts.
+
+    Args:
+        experts: Ids of the planned experts, in rising order.
+        ranks: Rank of each.
+        scales: alpha / rank of each.
+        indices: Where the factors are sparse, the kept entries of each expert's B, laid out row by row (out, rank).
+    """
+
+    experts: tuple[int, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    indices: tuple[Tensor, ...] | None = None
+
+    def scale(self, like: Tensor) -> Tensor | float:
+        """Give each of the R rows its expert's scale, shape (R, 1), or the one number that all have."""
+        if len(set(self.scales)) == 1:
+            return self.scales[0]
+        pairs = zip(self.ranks, self.scales, strict=True)
+        rows = tuple(scale for rank, scale in pairs for _ in range(rank))
+        return constant(rows, like.device).to(like.dtype).unsqueeze(1)
+
+    def by_expert(self, stacked: Tensor) -> dict[int, Tensor]:
+        """Cut a tensor of R rows into the experts' own."""
+        return dict(zip(self.experts, torch.split(stacked, list(self.ranks)), strict=True))
+
+    def padded(self, stacked: Tensor) -> Tensor:
+        """Give the planned experts as many rows each of a stacked factor, with zeros where an expert has fewer.
+
+        Args:
+            stacked: Shape (R, width).
+
+        Returns:
+            Shape (H, rows, width), the rows a multiple of 8, as PyTorch's grouped product wants them.
+        """
+        rows = -(-max(self.ranks) // _RANK_BLOCK) * _RANK_BLOCK
+        shape = (len(self.ranks), rows, stacked.shape[1])
+        if set(self.ranks) == {rows}:
+            return stacked.view(shape)
+        places = tuple(number * rows + row for number, rank in enumerate(self.ranks) for row in range(rank))
+        padded = stacked.new_zeros(shape[0] * rows, shape[2])
+        return padded.index_copy(0, constant(places, stacked.device), stacked).view(shape)
+
+    def stacked_indices(self, width_out: int) -> Tensor:
+        """Give the kept entries' positions in the stacked factor of shape (R, O).
+
+        Args:
+            width_out: The projection's output width O.
+
+        Returns:
+            int64, expert after expert, each expert's in the order of `indices`.
+        """
+        starts = [sum(self.ranks[:number]) for number in range(len(self.ranks))]
+        own = [indices.long() for indices in self.indices or ()]
+        parts = [
+            (start + i % rank) * width_out + i // rank for start, rank, i in zip(starts, self.ranks, own, strict=True)
+        ]
+        return torch.cat(parts)
 
 
 class FrozenFactor(nn.Module):

@@ -1,184 +1,150 @@
-"""A grouped product with low-rank terms as one step of autograd: what a CPU runs fastest.
+"""A layer's experts with low-rank terms as one step of autograd: what a CPU runs fastest.
 
-Composed of small operations, LoRA on 64 experts is a thousand nodes a layer, whose bookkeeping and temporaries cost
-more than their arithmetic. Here every product writes where its result belongs, and the backward pass is written out.
+A few experts at a time run from their tokens to their outputs while their rows lie in the cache. For the backward pass
+only the products that enter the activation are kept, and what is cheap is computed again. Composed of small operations,
+the same work moves every row through memory a dozen times and keeps most of them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from apportion.adapters.factors import SparseFactor, scattered
+from apportion.adapters.expert_products import Backward, Forward, Gradients, Kept
+from apportion.adapters.factors import SparseFactor
+from apportion.adapters.routed_rows import RoutedExperts, SortedRows
 
-# Shapes: S rows sorted by expert, E experts, I and O input and output width, R summed rank of a term's experts.
-
-
-_FACTORS = 6  # where the factors begin among the arguments of `_GroupedLora.forward`
-
-
-@dataclass(frozen=True)
-class LowRankTerm:
-    """LoRA on some experts of one projection.
-
-    Args:
-        a_RI: The experts' A, one under the other.
-        b_RO: The experts' B transposed, one under the other; dense, or sparse.
-        experts: The experts' ids, in rising order.
-        ranks: Rank of each.
-        scales: alpha / rank of each.
-        columns: The projection's part of the output.
-    """
-
-    a_RI: Tensor
-    b_RO: Tensor | SparseFactor
-    experts: tuple[int, ...]
-    ranks: tuple[int, ...]
-    scales: tuple[float, ...]
-    columns: slice
+# Shapes: T tokens, K experts a token, S = T·K rows sorted by expert, n rows of a term's experts, D model width,
+# I and O a parameter's input and output width.
 
 
-@dataclass(frozen=True)
-class _Spec:
-    """What of a term is no tensor: its columns, and of each planned expert with rows the rows, the ranks, the scale."""
-
-    columns: slice
-    parts: tuple[tuple[slice, slice, float], ...]
-    shape: tuple[int, int] | None  # of a sparse B
-
-    def dense(self, b: Tensor, indices: Tensor | None) -> Tensor:
-        """Give B, made from its kept values where it is sparse."""
-        return b if indices is None or self.shape is None else scattered(b, indices, self.shape)
-
-    @classmethod
-    def of(cls, term: LowRankTerm, ends: Sequence[int]) -> _Spec:
-        """Find a term's rows."""
-        parts, start = [], 0
-        for expert, rank, scale in zip(term.experts, term.ranks, term.scales, strict=True):
-            if ends[expert + 1] > ends[expert]:
-                parts.append((slice(ends[expert], ends[expert + 1]), slice(start, start + rank), scale))
-            start += rank
-        return cls(term.columns, tuple(parts), term.b_RO.shape if isinstance(term.b_RO, SparseFactor) else None)
-
-
-def grouped_lora_linear(
-    x_SI: Tensor,
-    weight_EOI: Tensor,
-    sizes: Sequence[int],
-    terms: Sequence[LowRankTerm],
-    *,
-    transposed: bool = False,
-    dropped_SI: Tensor | None = None,
-) -> Tensor:
-    """Multiply each expert's rows by its matrix, and add its low-rank terms.
+def fused_experts(routed: RoutedExperts, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
+    """Run a layer's experts with their low-rank terms.
 
     Args:
-        x_SI: Rows, those of expert 0 first; shape (S, I).
-        weight_EOI: The experts' matrices, shape (E, O, I), or (E, I, O) where `transposed`; they get no gradient.
-        sizes: Rows of each expert.
-        terms: The low-rank terms.
-        transposed: Whether the matrices are stored as (E, I, O).
-        dropped_SI: What the terms multiply instead of `x_SI`, in training with dropout.
+        routed: The experts, their tokens and their terms.
+        hidden_TD: Tokens, in the type of the experts' parameters.
+        weights_TK: Routing weights.
 
     Returns:
-        Shape (S, O), in the rows' type.
+        Shape (T, D).
 
-    Cost: 2 S I O + 2 n R (I + O) operations for terms on n rows; the backward pass keeps no output and copies no row.
+    Cost: the products of the routed rows with the experts' matrices, and 2 n r (I + O) operations for a term of rank r
+        on n rows; the backward pass keeps, of every row, what enters the activation and r numbers a term.
     """
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    specs = [_Spec.of(term, ends) for term in terms]
     factors: list[Tensor | None] = []
-    for term in terms:
+    for term in itertools.chain.from_iterable(routed.terms.values()):
         b = term.b_RO
         factors += [term.a_RI, b.values, b.indices] if isinstance(b, SparseFactor) else [term.a_RI, b, None]
-    out: Tensor = _GroupedLora.apply(x_SI, dropped_SI, weight_EOI, transposed, tuple(ends), specs, *factors)  # type: ignore[no-untyped-call]
-    return out
+    inputs = (hidden_TD, weights_TK, *factors)
+    with torch.autocast(hidden_TD.device.type, enabled=False):  # the backward pass has none either
+        if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+            return _forward(SortedRows(routed, hidden_TD.dtype), hidden_TD, weights_TK, factors, None)
+        out: Tensor = _FusedExperts.apply(routed, *inputs)  # type: ignore[no-untyped-call]
+        return out
 
 
-class _GroupedLora(torch.autograd.Function):
-    """The product and its backward pass."""
+class _FusedExperts(torch.autograd.Function):
+    """The experts and their backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        weight: Tensor,
-        transposed: bool,
-        ends: tuple[int, ...],
-        specs: list[_Spec],
-        *factors: Any,
-    ) -> Tensor:
-        """Run every expert's products into one output."""
-        out = x.new_empty(len(x), weight.shape[2 if transposed else 1])
-        for expert, (first, last) in enumerate(itertools.pairwise(ends)):
-            if last > first:
-                matrix = weight[expert] if transposed else weight[expert].t()
-                torch.mm(x[first:last], matrix, out=out[first:last])
-        source = x if dropped is None else dropped
-        codes = []
-        for spec, a, own, indices in zip(specs, factors[::3], factors[1::3], factors[2::3], strict=True):
-            b = spec.dense(own, indices)
-            columns = out[:, spec.columns]
-            kept = []
-            for rows, ranks, scale in spec.parts:
-                code = source[rows].to(a.dtype) @ a[ranks].t()
-                kept.append(code)
-                if out.dtype == b.dtype:
-                    columns[rows].addmm_(code, b[ranks], alpha=scale)
-                else:
-                    columns[rows] += (code @ b[ranks]).mul_(scale).to(out.dtype)
-            codes.append(kept)
-        ctx.save_for_backward(source, weight, *factors, *(code for kept in codes for code in kept))
-        ctx.transposed, ctx.ends, ctx.specs, ctx.apart = transposed, ends, specs, dropped is not None
+    def forward(ctx: Any, routed: RoutedExperts, hidden: Tensor, weights: Tensor, *factors: Any) -> Tensor:
+        """Run the experts, and keep what the backward pass cannot cheaply compute again."""
+        run = SortedRows(routed, hidden.dtype)
+        kept = Kept.room_for(run, hidden, factors)
+        out = _forward(run, hidden, weights, factors, kept)
+        ctx.run, ctx.num_factors = run, len(factors)
+        ctx.save_for_backward(hidden, weights, *factors, *kept.tensors(), *run.matrices.values())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        """Give the gradients of rows and factors."""
-        source, weight, *saved = ctx.saved_tensors
-        num_factors = 3 * len(ctx.specs)
-        factors, codes = saved[:num_factors], iter(saved[num_factors:])
-        grad = grad.contiguous()
-        grad_x = grad_source = None
-        if ctx.needs_input_grad[0]:
-            grad_x = source.new_empty(source.shape)
-            for expert, (first, last) in enumerate(itertools.pairwise(ctx.ends)):
-                if last > first:
-                    matrix = weight[expert].t() if ctx.transposed else weight[expert]
-                    torch.mm(grad[first:last], matrix, out=grad_x[first:last])
-        needed = ctx.needs_input_grad[1 if ctx.apart else 0]
-        if needed:
-            grad_source = torch.zeros_like(source) if ctx.apart else grad_x
-        grads: list[Tensor | None] = []
-        for number, spec in enumerate(ctx.specs):
-            a, values, indices = factors[3 * number : 3 * number + 3]
-            b = spec.dense(values, indices)
-            needs_a, needs_b, _ = ctx.needs_input_grad[_FACTORS + 3 * number : _FACTORS + 3 * number + 3]
-            grad_a = torch.zeros_like(a) if needs_a else None
-            grad_b = torch.zeros_like(b) if needs_b else None
-            columns = grad[:, spec.columns]
-            for rows, ranks, scale in spec.parts:
-                code, own = next(codes), columns[rows].to(b.dtype)
-                grad_code = (own @ b[ranks].t()).mul_(scale)
-                if grad_b is not None:
-                    torch.mm(code.t(), own, out=grad_b[ranks]).mul_(scale)
-                if grad_a is not None:
-                    torch.mm(grad_code.t(), source[rows].to(a.dtype), out=grad_a[ranks])
-                if grad_source is not None and grad_source.dtype == a.dtype:
-                    grad_source[rows].addmm_(grad_code, a[ranks])
-                elif grad_source is not None:
-                    grad_source[rows] += (grad_code @ a[ranks]).to(grad_source.dtype)
-            if grad_b is not None and indices is not None:
-                grad_b = grad_b.view(-1).index_select(0, indices.long())
-            grads += [grad_a, grad_b, None]
-        return grad_x, grad_source if ctx.apart else None, None, None, None, None, *grads
+        """Give the gradients of tokens, weights and factors."""
+        hidden, weights, *rest = ctx.saved_tensors  # raises where one was changed since
+        factors, kept = rest[: ctx.num_factors], Kept.of(ctx.run, rest[ctx.num_factors :])
+        needs_hidden, _, *needs_factors = ctx.needs_input_grad[1:]
+        grads = Gradients.room_for(ctx.run, hidden, factors, needs_factors, needs_hidden=needs_hidden)
+        _backward(ctx.run, grad.contiguous(), hidden, weights, factors, kept, grads)
+        return None, *grads.of_inputs(ctx.run, weights, factors)
+
+
+def _forward(run: SortedRows, hidden: Tensor, weights: Tensor, factors: Sequence[Any], kept: Kept | None) -> Tensor:
+    """Run the experts, and fill in what is kept.
+
+    Args:
+        run: The rows and their experts.
+        hidden: Shape (T, D).
+        weights: Shape (T, K).
+        factors: A, B or its values, and its indices of every term.
+        kept: What the backward pass needs; None where there is none.
+
+    Returns:
+        Shape (T, D).
+    """
+    down = run.form.parameters[-1]
+    out_SD = hidden.new_empty(run.room, run.matrices[down].shape[2])
+    forward = Forward(run, factors, kept)
+    for chunk in run.chunks:
+        x = hidden.index_select(0, run.tokens[chunk.window])
+        if kept is None:
+            entered = {name: x.new_empty(len(x), run.matrices[name].shape[2]) for name in run.form.entering}
+        else:
+            entered = {name: whole[chunk.window] for name, whole in kept.entered.items()}
+        for name, out in entered.items():
+            forward.multiply(name, x, chunk, out)
+        h = run.form.activate(run.routed.module, entered)
+        forward.multiply(down, h, chunk, out_SD[chunk.window])
+    return run.sum_over_experts(out_SD, weights)
+
+
+def _backward(
+    run: SortedRows,
+    grad: Tensor,
+    hidden: Tensor,
+    weights: Tensor,
+    factors: Sequence[Any],
+    kept: Kept,
+    grads: Gradients,
+) -> None:
+    """Fill in the gradients.
+
+    Args:
+        run: The rows and their experts.
+        grad: Of the output, shape (T, D).
+        hidden: The tokens.
+        weights: The routing weights.
+        factors: As in the forward pass.
+        kept: What the forward pass kept.
+        grads: What is to be filled in.
+    """
+    down = run.form.parameters[-1]
+    backward = Backward(run, factors, kept, grads)
+    rows_w = functional.pad(weights.reshape(-1).index_select(0, run.order_S), (0, run.room - len(run.order_S)))
+    for chunk in run.chunks:
+        tokens = run.tokens[chunk.window]
+        g, w = grad.index_select(0, tokens), rows_w[chunk.window].unsqueeze(1)
+        with torch.enable_grad():
+            entered = {name: whole[chunk.window].detach().requires_grad_() for name, whole in kept.entered.items()}
+            activated = run.form.activate(run.routed.module, entered)
+        h = activated.detach()
+        grad_h = torch.empty_like(h)
+        backward.multiply(down, g, h, chunk, grad_h, weights=w)
+        # <y, g> of a row, which its weight's gradient is, equals <h, W g>: the outputs need not be kept
+        torch.linalg.vecdot(h, grad_h, out=grads.weights[chunk.window])
+        if run.form.has_bias:
+            bias = getattr(run.routed.module, f"{down}_bias")
+            own = zip(chunk.experts, chunk.cut(g), chunk.cut(grads.weights[chunk.window]), strict=True)
+            for expert, rows, found in own:
+                found.add_(rows @ bias[expert])
+        inner = torch.autograd.grad(activated, list(entered.values()), grad_h.mul_(w))
+        x = hidden.index_select(0, tokens)
+        target = None if grads.rows is None else grads.rows[chunk.window]
+        for number, (name, own_grad) in enumerate(zip(entered, inner, strict=True)):
+            backward.multiply(name, own_grad, x, chunk, target, add=number > 0)

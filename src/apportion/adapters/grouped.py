@@ -1,8 +1,10 @@
-"""Products of rows that are sorted by group: one matrix a group, no work for a group without rows."""
+"""Products of rows that are sorted by group: one matrix a group, no work where there are no rows, no wait for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,67 +16,44 @@ from torch.nn import functional
 _ALIGNMENT_BYTES = 16
 
 
-def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, sizes_G: Tensor, *, transposed: bool = False) -> Tensor:
+def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor, *, transposed: bool = False) -> Tensor:
     """Multiply each group's rows by the group's own matrix.
 
     Args:
         x_SI: Rows, those of group 0 first; shape (S, I).
         weight_GOI: Matrices, shape (G, O, I), or (G, I, O) where `transposed`.
-        sizes_G: Rows of each group, int64, shape (G,), summing to S.
+        ends_G: Where each group's rows end, int32, shape (G,).
         transposed: Whether the matrices are stored as (G, I, O).
 
     Returns:
-        Shape (S, O).
+        Shape (S, O); rows behind the last group's are not defined.
 
-    Cost: 2 S I O operations. On CUDA one grouped product without a wait for the device, where the strides are
-        multiples of 16 bytes; elsewhere one product a group that has rows.
+    Cost: 2 S I O operations. In bfloat16 on CUDA one grouped product without a wait for the device, where the strides
+        are multiples of 16 bytes; elsewhere one product a group that has rows. Only what needs a gradient gets one.
     """
-    if x_SI.is_cuda and _is_aligned(x_SI, weight_GOI):
-        return grouped_product(x_SI, weight_GOI if transposed else weight_GOI.transpose(1, 2), sizes_G)
-    parts = []
-    for group, rows in enumerate(torch.split(x_SI, sizes_G.tolist())):
-        if len(rows):
-            matrix = weight_GOI[group]
-            parts.append(functional.linear(rows, matrix.t() if transposed else matrix))
-    if not parts:
-        return x_SI.new_zeros(0, weight_GOI.shape[2 if transposed else 1])
-    return torch.cat(parts)
+    weight_GIO = weight_GOI if transposed else weight_GOI.transpose(1, 2)
+    x_SI = x_SI.to(weight_GIO.dtype)
+    if x_SI.is_cuda and _is_aligned(x_SI, weight_GIO):
+        return functional.grouped_mm(x_SI, weight_GIO, offs=ends_G)
+    out: Tensor = torch.ops.apportion.grouped_mm(x_SI, weight_GIO, ends_G)
+    return out
 
 
-def grouped_product(x_SI: Tensor, weight_GIO: Tensor, sizes_G: Tensor) -> Tensor:
-    """Multiply each group's rows by the group's own matrix, in one call of PyTorch's grouped product.
-
-    Args:
-        x_SI: Rows, those of group 0 first; shape (S, I).
-        weight_GIO: Matrices, shape (G, I, O).
-        sizes_G: Rows of each group, shape (G,).
-
-    Returns:
-        Shape (S, O).
-    """
-    return functional.grouped_mm(x_SI, weight_GIO, offs=sizes_G.cumsum(0).to(torch.int32))
-
-
-def grouped_low_rank(x_SI: Tensor, a_RI: Tensor, b_RO: Tensor, ranks: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def grouped_low_rank(x_SI: Tensor, a_GRI: Tensor, b_GRO: Tensor, ends_G: Tensor) -> Tensor:
     """Apply each group's own low-rank factors to its rows.
 
     Args:
         x_SI: Rows, those of group 0 first; shape (S, I).
-        a_RI: Every group's A, one under the other; shape (sum of ranks, I).
-        b_RO: Every group's B transposed, one under the other; shape (sum of ranks, O).
-        ranks: Rank of each group.
-        sizes: Rows of each group, summing to S.
+        a_GRI: Every group's A.
+        b_GRO: Every group's B transposed.
+        ends_G: Where each group's rows end, int32, shape (G,).
 
     Returns:
-        (x Aᵀ) Bᵀ of each group; shape (S, O).
+        (x Aᵀ) Bᵀ of each group; shape (S, O); rows behind the last group's are not defined.
 
     Cost: 2 S R (I + O) operations; the products A·B are never formed.
     """
-    groups = zip(
-        torch.split(x_SI, list(sizes)), torch.split(a_RI, list(ranks)), torch.split(b_RO, list(ranks)), strict=True
-    )
-    parts = [functional.linear(functional.linear(x, a), b.t()) for x, a, b in groups if len(x)]
-    return torch.cat(parts) if parts else x_SI.new_zeros(0, b_RO.shape[1])
+    return grouped_linear(grouped_linear(x_SI, a_GRI, ends_G), b_GRO, ends_G, transposed=True)
 
 
 def reorder_rows(x_NI: Tensor, order_S: Tensor, place_S: Tensor, copies: int = 1) -> Tensor:
@@ -113,11 +92,80 @@ class _ReorderRows(torch.autograd.Function):
         return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1), None, None, None
 
 
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Give numbers that never change as a tensor; it is copied to a device once.
+
+    Args:
+        values: The numbers, whole or not.
+        device: Where they are needed.
+
+    Returns:
+        Shape (len(values),).
+    """
+    made: Tensor = torch.tensor(values, device=device) if torch.compiler.is_compiling() else _constant(values, device)
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Make a constant that is kept."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device)
+
+
 def _is_aligned(*tensors: Tensor) -> bool:
-    """Tell whether PyTorch's grouped product takes these strides."""
+    """Tell whether PyTorch's grouped product takes these matrices, row by row or column by column."""
     return all(
         tensor.dtype == torch.bfloat16
-        and tensor.stride(-1) == 1
-        and all(stride * tensor.element_size() % _ALIGNMENT_BYTES == 0 for stride in tensor.stride()[:-1])
+        and 1 in tensor.stride()[-2:]
+        and all(stride == 1 or stride * tensor.element_size() % _ALIGNMENT_BYTES == 0 for stride in tensor.stride())
         for tensor in tensors
     )
+
+
+# An operator of our own, so that `torch.compile` takes the loop whole and a frozen weight's gradient is never formed.
+
+
+@torch.library.custom_op("apportion::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply group by group."""
+    out = x.new_zeros(len(x), weight.shape[2])
+    for group, rows in _groups(ends):
+        torch.mm(x[rows], weight[group], out=out[rows])
+    return out
+
+
+@torch.library.custom_op("apportion::grouped_outer", mutates_args=())
+def _grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """Give every group's xᵀ · grad."""
+    out = x.new_zeros(len(ends), x.shape[1], grad.shape[1])
+    for group, rows in _groups(ends):
+        torch.mm(x[rows].t(), grad[rows], out=out[group])
+    return out
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Give the groups that have rows, and their rows; on CUDA this waits for the device."""
+    for group, (first, last) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        if last > first:
+            yield group, slice(first, last)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001 - PyTorch's names
+    """Keep what the gradients need."""
+    x, weight, ends = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, ends)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Give the gradients that are needed."""
+    x, weight, ends = ctx.saved_tensors
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    grad = grad.contiguous()
+    grad_x = torch.ops.apportion.grouped_mm(grad, weight.transpose(1, 2), ends) if needs_x else None
+    return grad_x, torch.ops.apportion.grouped_outer(x, grad, ends) if needs_weight else None, None
+
+
+_grouped_mm.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[2]))  # noqa: ARG005
+_grouped_outer.register_fake(lambda x, grad, ends: x.new_empty(len(ends), x.shape[1], grad.shape[1]))
+_grouped_mm.register_autograd(_backward, setup_context=_save)

@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from apportion.adapters.experts import ExpertFactors, ExpertLora
-from apportion.adapters.factors import FrozenFactor, SparseFactor
+from apportion.adapters.experts import ExpertLora
+from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor
 from apportion.adapters.linear import LinearLora
 from apportion.adapters.weight import WeightLora
 from apportion.discovery import find_sites

@@ -232,20 +232,22 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
             raise ProfileError(f"{path} was given {tokens} tokens.\n  fix:  profile with batches of one row")
         samples_S = token_of_rows(own, hidden_states, top_k_index) // (tokens // num_samples)
 
-        def product(parameter: str, x_SI: Tensor, sizes_E: Tensor) -> Tensor:
-            out_SO = base_product(own, parameter, x_SI, sizes_E)
+        def product(parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+            out_SO = base_product(own, parameter, x_SI, ends_E)
             kept = [x_SI.detach()]
 
             def on_gradient(grad_SO: Tensor) -> None:
                 grads = form.split(parameter, grad_SO)
-                norms = expert_squared_norms(kept.pop(), tuple(grads.values()), samples_S, sizes_E.tolist())
+                norms = expert_squared_norms(
+                    kept.pop(), tuple(grads.values()), samples_S, ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+                )
                 for projection, by_expert in zip(grads, norms, strict=True):
                     for expert, norm in enumerate(by_expert):
                         meter.norms[f"{path}.{expert}.{projection}"] = norm
 
             if out_SO.requires_grad:
                 out_SO.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-            return called.after_product(parameter, x_SI, out_SO, sizes_E) if isinstance(called, ExpertLora) else out_SO
+            return called.after_product(parameter, x_SI, out_SO, ends_E) if isinstance(called, ExpertLora) else out_SO
 
         return run_experts(own, hidden_states, top_k_index, top_k_weights, product)
 

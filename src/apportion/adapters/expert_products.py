@@ -1,0 +1,260 @@
+"""Products with a layer's experts and their low-rank terms, forward and backward, a few experts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.adapters.factors import SparseFactor, scattered
+from apportion.adapters.routed_rows import Chunk, SortedRows
+
+
+@dataclass
+class Kept:
+    """What a forward pass keeps for the backward pass.
+
+    Args:
+        entered: What enters the activation, by parameter.
+        codes: x Aᵀ of every term, the rows of its planned experts one under the other.
+        masks: Where dropout leaves a parameter's inputs, by parameter.
+    """
+
+    entered: dict[str, Tensor]
+    codes: list[Tensor]
+    masks: dict[str, Tensor]
+
+    @classmethod
+    def room_for(cls, run: SortedRows, hidden: Tensor, factors: Sequence[Any]) -> Kept:
+        """Make room, and draw the masks."""
+        entered = {name: hidden.new_empty(run.room, run.matrices[name].shape[2]) for name in run.form.entering}
+        codes = []
+        for (_, term), a in zip(run.terms, factors[::3], strict=True):
+            num_rows = sum(run.sizes[expert] for expert in term.planned.experts)
+            codes.append(a.new_empty(num_rows, max(term.planned.ranks)))
+        return cls(entered, codes, run.draw_masks())
+
+    def tensors(self) -> list[Tensor]:
+        """Give everything as a list, as `of` takes it."""
+        return [*self.entered.values(), *self.codes, *self.masks.values()]
+
+    @classmethod
+    def of(cls, run: SortedRows, tensors: Sequence[Tensor]) -> Kept:
+        """Sort a list again."""
+        left = iter(tensors)
+        entered = {name: next(left) for name in run.form.entering}
+        codes = [next(left) for _ in run.terms]
+        return cls(entered, codes, {name: next(left) for name in run.masked})
+
+
+@dataclass
+class Gradients:
+    """The gradients that a backward pass fills in; those of factors are None where nobody needs them."""
+
+    rows: Tensor | None
+    weights: Tensor
+    a: list[Tensor | None]
+    b: list[Tensor | None]
+
+    @classmethod
+    def room_for(
+        cls, run: SortedRows, hidden: Tensor, factors: Sequence[Any], needs: Sequence[bool], *, needs_hidden: bool
+    ) -> Gradients:
+        """Make room."""
+        rows = hidden.new_empty(run.room, hidden.shape[1]) if needs_hidden else None
+        shapes = [
+            (sum(term.planned.ranks), len(range(run.matrices[name].shape[2])[term.columns])) for name, term in run.terms
+        ]
+        return cls(
+            rows=rows,
+            weights=hidden.new_empty(run.room),
+            a=[torch.zeros_like(a) if needed else None for a, needed in zip(factors[::3], needs[::3], strict=True)],
+            b=[
+                b.new_zeros(shape) if needed else None
+                for b, shape, needed in zip(factors[1::3], shapes, needs[1::3], strict=True)
+            ],
+        )
+
+    def of_inputs(self, run: SortedRows, weights: Tensor, factors: Sequence[Any]) -> list[Tensor | None]:
+        """Give the gradients of tokens, weights and factors, in this order."""
+        hidden = None if self.rows is None else run.sum_over_experts(self.rows, None)
+        own = torch.empty_like(weights).view(-1)
+        own[run.order_S] = self.weights[: len(own)].to(own.dtype)
+        grads: list[Tensor | None] = [hidden, own.view_as(weights)]
+        for (_, term), a, b, indices in zip(run.terms, self.a, self.b, factors[2::3], strict=True):
+            if b is not None:
+                b.mul_(term.planned.scale(b))
+            kept = b if b is None or indices is None else b.view(-1).index_select(0, indices.long())
+            grads += [a, kept, None]
+        return grads
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A term's factors, cut into its experts', B scaled; codes where a backward pass follows."""
+
+    number: int
+    columns: slice
+    dtype: torch.dtype
+    a: dict[int, Tensor]
+    b: dict[int, Tensor]
+    codes: dict[int, Tensor] | None
+
+
+class _Direction:
+    """What both directions of a pass have: matrices and factors cut into the experts' own.
+
+    Args:
+        run: The pass.
+        factors: A, B or its values, and its indices of every term.
+        kept: What the backward pass needs; None where there is none.
+    """
+
+    def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept | None) -> None:
+        self.run = run
+        self.matrices = {name: matrices.unbind() for name, matrices in run.matrices.items()}
+        self.masks = run.draw_masks() if kept is None else kept.masks
+        self.terms: dict[str, list[_Cut]] = {name: [] for name in run.matrices}
+        triples = zip(factors[::3], factors[1::3], factors[2::3], strict=True)
+        for number, ((name, term), (a, b, indices)) in enumerate(zip(run.terms, triples, strict=True)):
+            dense = b
+            if indices is not None and isinstance(term.b_RO, SparseFactor):
+                dense = scattered(b, indices, term.b_RO.shape)  # for as long as this lives
+            own_a, codes = term.planned.by_expert(a), None
+            if kept is not None:
+                present = [expert for expert in term.planned.experts if run.sizes[expert]]
+                rows = torch.split(kept.codes[number], [run.sizes[expert] for expert in present])
+                codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
+            self.terms[name].append(
+                _Cut(
+                    number,
+                    term.columns,
+                    a.dtype,
+                    own_a,
+                    term.planned.by_expert(dense * term.planned.scale(dense)),
+                    codes,
+                )
+            )
+
+    def dropped(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
+        """Give what the terms of a parameter multiply."""
+        mask = self.masks.get(name)
+        return x if mask is None else (x * mask[chunk.window]).div_(1 - self.run.routed.dropout)
+
+
+class Forward(_Direction):
+    """Products from inputs to outputs."""
+
+    def multiply(self, name: str, x: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """Multiply a chunk's rows by one parameter, with its bias and its terms, into `out`."""
+        matrices, bias = self.matrices[name], None
+        if self.run.form.has_bias:
+            bias = getattr(self.run.routed.module, f"{name}_bias")
+        padded = zip(chunk.experts, chunk.cut(x, padded=True), chunk.cut(out, padded=True), strict=True)
+        for expert, rows, target in padded:
+            if bias is None:
+                torch.mm(rows, matrices[expert], out=target)
+            else:
+                torch.addmm(bias[expert], rows, matrices[expert], out=target)
+        source = None
+        for term in self.terms[name]:
+            if term.a.keys().isdisjoint(chunk.experts):
+                continue
+            source = self.dropped(name, x, chunk) if source is None else source
+            own = chunk.cut(source.to(term.dtype))
+            for expert, rows, target in zip(chunk.experts, own, chunk.cut(out[:, term.columns]), strict=True):
+                if expert not in term.a:
+                    continue
+                if term.codes is None:
+                    code = torch.mm(rows, term.a[expert].t())
+                else:
+                    code = torch.mm(rows, term.a[expert].t(), out=term.codes[expert])
+                _add_product(target, code, term.b[expert])
+
+
+class Backward(_Direction):
+    """Products from the gradients of outputs to those of inputs and factors.
+
+    Args:
+        run: The pass.
+        factors: A, B or its values, and its indices of every term.
+        kept: What the forward pass kept.
+        grads: What is to be filled in.
+    """
+
+    def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept, grads: Gradients) -> None:
+        super().__init__(run, factors, kept)
+        self.turned = {name: [matrix.t() for matrix in matrices] for name, matrices in self.matrices.items()}
+        self.grad_a = [
+            None if grad is None else term.planned.by_expert(grad)
+            for (_, term), grad in zip(run.terms, grads.a, strict=True)
+        ]
+        self.grad_b = [
+            None if grad is None else term.planned.by_expert(grad)
+            for (_, term), grad in zip(run.terms, grads.b, strict=True)
+        ]
+
+    def multiply(
+        self,
+        name: str,
+        grad: Tensor,
+        x: Tensor,
+        chunk: Chunk,
+        out: Tensor | None,
+        *,
+        weights: Tensor | None = None,
+        add: bool = False,
+    ) -> None:
+        """Take a chunk's gradient back through one parameter and its terms, into `out`.
+
+        Where the rows' weights are given, the gradient is that before weighting: so it leaves by `out`, and the
+        factors' gradients are weighted.
+        """
+        if out is not None:
+            self._leave(name, grad, chunk, out, add=add)
+        mask = self.masks.get(name)
+        for term in self.terms[name]:
+            if term.a.keys().isdisjoint(chunk.experts):
+                continue
+            scales_w = None if weights is None else chunk.cut(weights.to(term.dtype))
+            sources = chunk.cut(self.dropped(name, x, chunk).to(term.dtype))
+            targets = None if out is None else chunk.cut(out)
+            masks = None if mask is None else chunk.cut(mask[chunk.window])
+            grad_a, grad_b = self.grad_a[term.number], self.grad_b[term.number]
+            for place, (expert, own) in enumerate(
+                zip(chunk.experts, chunk.cut(grad[:, term.columns].to(term.dtype)), strict=True)
+            ):
+                if expert not in term.a or term.codes is None:
+                    continue
+                code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
+                if targets is not None and masks is None:
+                    _add_product(targets[place], grad_code, term.a[expert])
+                elif targets is not None and masks is not None:
+                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place]).div_(1 - self.run.routed.dropout)
+                    targets[place].add_(back)
+                if scales_w is not None:
+                    code, grad_code = code * scales_w[place], grad_code.mul_(scales_w[place])
+                if grad_b is not None:
+                    torch.mm(code.t(), own, out=grad_b[expert])
+                if grad_a is not None:
+                    torch.mm(grad_code.t(), sources[place], out=grad_a[expert])
+
+    def _leave(self, name: str, grad: Tensor, chunk: Chunk, out: Tensor, *, add: bool) -> None:
+        """Take a chunk's gradient back through the parameter itself."""
+        parts = zip(chunk.experts, chunk.cut(grad, padded=not add), chunk.cut(out, padded=not add), strict=True)
+        for expert, rows, target in parts:
+            if add:
+                target.addmm_(rows, self.turned[name][expert])
+            else:
+                torch.mm(rows, self.turned[name][expert], out=target)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a view, in the product's own type."""
+    if out.dtype == right.dtype:
+        out.addmm_(left, right)
+    else:
+        out += torch.mm(left, right)
