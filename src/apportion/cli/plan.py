@@ -33,7 +33,7 @@ def run(
     if not made.is_mergeable:
         console.print(lora_expert_map(made, measured.layout))
     if made.options.get("budget"):
-        taken, allowed = spent(made.options["budget"], made.placements, measured.layout)
+        taken, allowed = spent(made.options["budget"], made.placements, measured)
         unit = made.options["budget"].partition("=")[0]
         console.print(f"budget: {taken:,} of {allowed:,} {unit}, {allowed - taken:,} under")
     if made.cost.sites_by_kind.get("experts"):
