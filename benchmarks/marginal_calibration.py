@@ -1,11 +1,13 @@
 """What the estimate of `marginal` is calibrated on: gradients' spectra, and what a lone adapter gains.
 
-    python benchmarks/marginal_calibration.py [--model embedded] [--threads 2]
+    python benchmarks/marginal_calibration.py [--model embedded] [--rows 256] [--sites 24] [--threads 2]
 
 Spectra: the singular values of every matrix's mean gradient over calibration rows, by dense autograd; the decay is the
 slope of log energy over log index, fitted by kind.
-Gains: one matrix at a time gets an adapter, which trains for some steps of AdamW on some calibration rows; the gain is
-what the loss falls on others. log gain is regressed on log sensitivity, log rank and log size (least squares).
+Gains: one matrix at a time gets an adapter, which trains for some steps of AdamW on a batch of rows; the gain is what
+the loss of that batch falls. log gain is regressed on log sensitivity and log rank (least squares), so that its share
+of the variance says how well the estimate's form predicts; rank correlations say how well sensitivity alone orders.
+--sites 0 leaves the gains out.
 
 Training rows alone are read, of the split that scores are never taken on. Written to
 build/benchmarks/marginal_calibration-MODEL.json.
@@ -39,9 +41,10 @@ from apportion.records.files import write_text
 from apportion.records.profile import Profile
 from apportion.records.site import Site
 
-ROWS, TRAIN_ROWS, SCORE_ROWS, STEPS, LR = 256, 16, 64, 6, 5e-3
+ROWS, TRAIN_ROWS, STEPS, LR = 256, 32, 5, 2e-3
 RANKS = (1, 4, 16)
-SITES = 48
+SITES = 24
+LEAST_SHARE = 1e-6  # of all sensitivity, for a matrix to be looked at
 TOP = 32  # singular values that the decay is fitted on
 
 
@@ -60,18 +63,18 @@ def main() -> None:
     output = Path(f"build/benchmarks/marginal_calibration-{name}.json")
     facts: dict[str, Any] = {"model": name, "rows": args.rows, "steps": STEPS, "lr": LR, "tasks": {}}
     for task in args.tasks:
-        rows = read_rows(DemoSettings().tasks[task], num_rows=args.rows + TRAIN_ROWS + SCORE_ROWS)
+        rows = read_rows(DemoSettings().tasks[task], num_rows=args.rows + TRAIN_ROWS)
         encoded = [encode(row, tokenizer) for row in rows]
         pad_id = int(tokenizer.pad_token_id)
         calibration = list(batches(encoded[: args.rows], pad_id, 32))
         profile = apportion.profile(model, calibration, sensitivity=True)
-        train = next(batches(encoded[args.rows : args.rows + TRAIN_ROWS], pad_id, TRAIN_ROWS))
-        score = list(batches(encoded[args.rows + TRAIN_ROWS :], pad_id, 32))
+        train = next(batches(encoded[args.rows :], pad_id, TRAIN_ROWS))
         spectra = measure_spectra(model, calibration, profile)
         facts["tasks"][task] = {"spectra": fit_spectra(spectra, profile)}
-        gains = measure_gains(model, profile, train, score, chosen_sites(profile, args.sites))
-        facts["tasks"][task] |= {"fit": fit_gains(gains), "gains": gains}
-        print(task, json.dumps({key: facts["tasks"][task][key] for key in ("spectra", "fit")}, indent=1), flush=True)
+        if args.sites:
+            gains = measure_gains(model, profile, train, chosen_sites(profile, args.sites))
+            facts["tasks"][task] |= {"fit": fit_gains(gains), "gains": gains}
+        print(task, json.dumps({k: v for k, v in facts["tasks"][task].items() if k != "gains"}, indent=1), flush=True)
         write_text(output, json.dumps(facts, indent=1) + "\n")
 
 
@@ -125,7 +128,7 @@ def chosen_sites(profile: Profile, count: int) -> list[Site]:
     norms = profile.measured_sensitivity()["default"]
     groups: dict[str, list[Site]] = defaultdict(list)
     for site in profile.layout.sites():
-        if norms.get(site.name, 0) > 0:
+        if norms.get(site.name, 0) > LEAST_SHARE * sum(norms.values()):
             groups[f"{site.kind}.{site.projection}"].append(site)
     each = max(count // len(groups), 1)
     chosen = []
@@ -136,53 +139,47 @@ def chosen_sites(profile: Profile, count: int) -> list[Site]:
     return chosen
 
 
-def measure_gains(
-    model: Any, profile: Profile, train: dict[str, Tensor], score: list[dict[str, Tensor]], sites: list[Site]
-) -> list[dict[str, Any]]:
+def measure_gains(model: Any, profile: Profile, train: dict[str, Tensor], sites: list[Site]) -> list[dict[str, Any]]:
     """Train one adapter at a time from the same state, and give what the loss falls."""
     norms = profile.measured_sensitivity()["default"]
     everything = apportion.plan(profile, "lora", rank=max(RANKS))
-    before = mean_loss(model, score)
+    with torch.no_grad():
+        before = float(summed_sample_losses(model, train)) / TRAIN_ROWS
     found = []
     for site in sites:
         for rank in RANKS:
             placement = replace(everything.by_site[site.name], rank=rank, alpha=2.0 * rank)
             cost = replace(everything.cost, trainable_parameters=placement.num_parameters(site))
             alone = replace(everything, placements=(placement,), cost=cost)
-            adapted = apportion.apply(copy.deepcopy(model), alone).train()
+            adapted = apportion.apply(copy.deepcopy(model), alone)
             optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR, weight_decay=0)
             for _ in range(STEPS):
                 optimizer.zero_grad()
                 (summed_sample_losses(adapted, train) / TRAIN_ROWS).backward()
                 optimizer.step()
+            with torch.no_grad():
+                after = float(summed_sample_losses(adapted, train)) / TRAIN_ROWS
             found.append(
                 {
                     "site": site.name,
                     "kind": f"{site.kind}.{site.projection}",
-                    "size": site.in_features + site.out_features,
                     "sensitivity": norms[site.name] / profile.provenance["sequences"]["default"],
                     "rank": rank,
-                    "gain": before - mean_loss(adapted.eval(), score),
+                    "gain": before - after,
                 }
             )
     return found
 
 
-def mean_loss(model: Any, score: list[dict[str, Tensor]]) -> float:
-    """Average the samples' losses."""
-    with torch.no_grad():
-        return sum(float(summed_sample_losses(model, batch)) for batch in score) / SCORE_ROWS
-
-
 def fit_gains(gains: list[dict[str, Any]]) -> dict[str, Any]:
     """Regress log gain, and say how well sensitivity alone orders the matrices."""
     positive = [gain for gain in gains if gain["gain"] > 0]
-    columns = [[1.0, *(math.log(gain[key]) for key in ("sensitivity", "rank", "size"))] for gain in positive]
+    columns = [[1.0, *(math.log(gain[key]) for key in ("sensitivity", "rank"))] for gain in positive]
     target = np.log([gain["gain"] for gain in positive])
     weights, _, _, _ = np.linalg.lstsq(np.array(columns), target, rcond=None)
     residual = target - np.array(columns) @ weights
     fit = {"points": len(positive), "of": len(gains), "r_squared": 1 - float(residual.var() / target.var())}
-    fit |= dict(zip(("constant", "of_sensitivity", "of_rank", "of_size"), weights.tolist(), strict=True))
+    fit |= dict(zip(("constant", "of_sensitivity", "of_rank"), weights.tolist(), strict=True))
     for rank in RANKS:
         own = [gain for gain in gains if gain["rank"] == rank]
         pairs = [[gain[key] for gain in own] for key in ("sensitivity", "gain")]

@@ -71,21 +71,23 @@ def test_a_budget_is_spent_and_never_exceeded(budget: str, seed: int, method: st
     values=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     prices=st.lists(st.integers(1, 3), min_size=4, max_size=4),
     most=st.integers(1, 4),
-    power=st.floats(0.1, 0.9),
+    decay=st.floats(0.1, 3),
     budget=st.integers(0, 20),
 )
 def test_buying_greedily_is_optimal_for_what_it_spends(
-    values: list[int], prices: list[int], most: int, power: float, budget: int
+    values: list[int], prices: list[int], most: int, decay: float, budget: int
 ) -> None:
     offers = [Offer(float(value), float(price), most) for value, price in zip(values, prices, strict=False)]
 
     def gain(ranks: tuple[int, ...]) -> float:
-        return sum(offer.value * rank**power for offer, rank in zip(offers, ranks, strict=True))
+        return sum(
+            offer.value * sum(i**-decay for i in range(1, rank + 1)) for offer, rank in zip(offers, ranks, strict=True)
+        )
 
     def price(ranks: tuple[int, ...]) -> float:
         return sum(offer.price * rank for offer, rank in zip(offers, ranks, strict=True))
 
-    bought = tuple(buy_ranks(offers, budget, power))
+    bought = tuple(buy_ranks(offers, budget, decay))
     assert price(bought) <= budget
     every = list(itertools.product(range(most + 1), repeat=len(offers)))
     best = max(gain(ranks) for ranks in every if price(ranks) <= budget)
@@ -191,7 +193,7 @@ def test_the_largest_rank_is_kept() -> None:
         ("marginal", {"budget": 9000, "ranks": {"experts": 2}}, "chooses ranks itself"),
         ("marginal", {"budget": 9000, "targets": "router"}, "is not measured"),
         ("marginal", {"budget": 9000, "max_rank": 0}, "max_rank"),
-        ("marginal", {"budget": 9000, "rank_power": 1.0}, "rank_power"),
+        ("marginal", {"budget": 9000, "rank_decay": 0}, "rank_decay"),
         ("gradient", {"budget": 9000, "keep": 0.5}, "both given"),
         ("gradient", {"budget": 95}, "the cheapest matrix takes 96"),
         ("gradient", {"keep": "0%"}, "keep"),

@@ -18,7 +18,7 @@ from apportion.records.profile import Profile
 
 # Measured by benchmarks/marginal_calibration.py; docs/methods.md has the figures.
 SENSITIVITY_POWER = 0.5
-RANK_POWER = 0.5
+RANK_DECAY = 0.5
 
 
 class MarginalOptions(MethodOptions):
@@ -28,18 +28,18 @@ class MarginalOptions(MethodOptions):
         budget: Parameters (``5000000``) or operations a token (``flops=80000``); it must be given.
         max_rank: The largest rank of a matrix; its smaller side where not given.
         sensitivity_power: Exponent of a matrix's share of the squared gradient norms in its estimated gain.
-        rank_power: Exponent of the rank; below 1, so that a matrix's next rank gains less than its last one.
+        rank_decay: How fast the gain of a matrix's further ranks falls: the i-th gains i ** -rank_decay of the first.
     """
 
     budget: Annotated[str | None, BeforeValidator(parse_plain_budget)] = None
     max_rank: Annotated[int | None, Field(ge=1)] = None
     sensitivity_power: Annotated[float, Field(gt=0)] = SENSITIVITY_POWER
-    rank_power: Annotated[float, Field(gt=0, lt=1)] = RANK_POWER
+    rank_decay: Annotated[float, Field(gt=0)] = RANK_DECAY
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What one matrix offers: gain value · rank ** power, at the same price for every rank, up to a largest rank."""
+    """What one matrix offers: the gain of its first rank, the price of every rank, and how many there are."""
 
     value: float
     price: float
@@ -50,9 +50,9 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
     """Buy one rank of one matrix at a time, each time the one with the largest estimated gain per unit of cost.
 
     Experts, projections, attention, shared experts and layers compete with each other, and ranks with places. The
-    estimated gain of a matrix at rank r is share ** sensitivity_power · r ** rank_power, with the share of the tasks'
-    squared gradient norms that falls on it. It is concave in r, so that buying greedily is optimal up to what the last
-    rank leaves over; buying goes on until nothing fits. Ties go to the earlier matrix.
+    estimated gain of a matrix's i-th rank is share ** sensitivity_power · i ** -rank_decay, with the share of the
+    tasks' squared gradient norms that falls on the matrix. It falls with i, so that buying greedily is optimal up to
+    what the last rank leaves over; buying goes on until nothing fits. Ties go to the earlier matrix.
 
     The scale alpha / rank is the plan's at every matrix, whatever its rank there: the estimate adds up ranks that learn
     at the same pace, and alpha over the matrix's own rank would slow down those of the matrices that were given most.
@@ -92,7 +92,7 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
         most = min(site.in_features, site.out_features)
         price = spending(unit, [single.place(site)], profile)
         offers.append(Offer(share**options.sensitivity_power, price, min(most, options.max_rank or most)))
-    ranks = buy_ranks(offers, spent(options.budget, [], profile)[1], options.rank_power)
+    ranks = buy_ranks(offers, spent(options.budget, [], profile)[1], options.rank_decay)
     if not any(ranks):
         raise ConfigurationError(
             f"the budget {options.budget} is too small: the cheapest rank takes "
@@ -105,13 +105,13 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
     ]
 
 
-def buy_ranks(offers: Sequence[Offer], budget: float, rank_power: float) -> list[int]:
+def buy_ranks(offers: Sequence[Offer], budget: float, rank_decay: float) -> list[int]:
     """Spend a budget on the ranks with the largest gain per unit of cost.
 
     Args:
         offers: What can be bought; what costs nothing is not.
         budget: The most that may be spent.
-        rank_power: Exponent of the rank in an offer's gain.
+        rank_decay: The i-th rank of an offer gains i ** -rank_decay of the first.
 
     Returns:
         The rank bought of each offer.
@@ -131,8 +131,8 @@ def buy_ranks(offers: Sequence[Offer], budget: float, rank_power: float) -> list
         budget -= offer.price
         ranks[place] += 1
         if ranks[place] < offer.most:
-            step = (ranks[place] + 1) ** rank_power - ranks[place] ** rank_power
-            heapq.heappush(heap, (-offer.value * step / offer.price, place))
+            gain = offer.value * (ranks[place] + 1) ** -rank_decay
+            heapq.heappush(heap, (-gain / offer.price, place))
     return ranks
 
 
