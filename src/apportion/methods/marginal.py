@@ -16,9 +16,10 @@ from apportion.methods.gradient import sensitivity_shares
 from apportion.records.plan import Placement
 from apportion.records.profile import Profile
 
-# Measured by benchmarks/marginal_calibration.py; docs/methods.md has the figures.
+# Measured by benchmarks/marginal_calibration.py; docs/methods.md has the figures. Adam makes gains first order in the
+# gradient: they go with its norm and with its singular values.
 SENSITIVITY_POWER = 0.5
-RANK_DECAY = 0.5
+RANK_DECAY = 2.0
 
 
 class MarginalOptions(MethodOptions):
