@@ -88,7 +88,7 @@ def _options(data: st.DataObject, method: str, layout: Layout) -> dict[str, Any]
     if method == "attention":
         options.pop("targets", None)
     targets = options.get("targets", ("attention",) if method == "attention" else tuple({s.kind for s in sites}))
-    if "ranks" in fields and data.draw(st.booleans(), "ranks"):
+    if "ranks" in fields and method != "marginal" and data.draw(st.booleans(), "ranks"):
         kinds = sorted({target.partition(".")[0] for target in targets} & {site.kind for site in sites})
         options["ranks"] = data.draw(st.dictionaries(st.sampled_from(kinds), st.integers(1, 4), max_size=2), "ranks")
     if chooses_experts:
@@ -104,6 +104,9 @@ def _options(data: st.DataObject, method: str, layout: Layout) -> dict[str, Any]
         options["experts"] = data.draw(st.integers(1, 4), "experts")
     if "keep" in fields:
         options["keep"] = data.draw(st.floats(0.1, 1), "keep")
+    if method == "marginal":
+        unit = data.draw(st.sampled_from(["parameters", "flops"]), "unit")
+        options["budget"] = f"{unit}={data.draw(st.integers(600, 20_000), 'budget')}"
     if "criterion" in fields:
         criteria = typing.get_args(fields["criterion"].annotation)
         options["criterion"] = data.draw(st.sampled_from(criteria), "criterion")
@@ -129,7 +132,7 @@ def test_costs_beforehand_equal_attached_parameters(method: str, data: st.DataOb
     measured = apportion.cost(model, method, rank=rank, seed=seed, profile=profile, **options)
     assert measured.trainable_parameters == plan.cost.trainable_parameters == _attached(model, plan)
     assert sum(plan.cost.sites_by_kind.values()) == len(plan.placements)
-    without_profile = not METHODS[method].reads_tasks and options.get("criterion") != "sensitivity"
+    without_profile = not METHODS[method].reads_tasks and not options.get("criterion", "").startswith("sensitivity")
     if without_profile and not str(options.get("hot", "")).startswith("coverage"):
         source = model if name == "listed" else model.config
         assert (

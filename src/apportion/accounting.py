@@ -64,7 +64,7 @@ def cost(
     if profile is None and find_method(method).reads_tasks:
         raise ProfileError(
             f"what {method} costs depends on the tasks.\n"
-            "  fix:  give a profile (lora_smoe needs one made with --sensitivity)"
+            "  fix:  give a profile, for all of these methods but random_votes one made with --sensitivity"
         )
     settings = AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed)
     measured = even_profile(layout) if profile is None else profile

@@ -50,6 +50,27 @@ def test_plans_show_experts_and_budgets(tmp_path: Path, profile: Path) -> None:
     assert apportion.load_plan(tmp_path / "p.json").num_lora_experts == 18
 
 
+def test_plans_of_several_ranks_are_shown(tmp_path: Path, profile: Path) -> None:
+    path = tmp_path / "p.json"
+    done = _run("plan", profile, "--method", "marginal", "--budget", "flops=200_000", "--max-rank", 12, "-o", path)
+    assert done.exit_code == 0, done.output
+    plan = apportion.load_plan(path)
+    largest = max(placement.rank for placement in plan.placements)
+    assert f"ranks 1 to {largest}" in done.output
+    assert largest <= 12
+    assert "of 200,000 flops" in done.output
+    assert plan.cost.adapter_flops_per_token <= 200_000
+    for options in (
+        ("gradient", "--keep", "25%", "--per", "parameter"),
+        ("hellora", "--criterion", "sensitivity_count"),
+    ):
+        done = _run("plan", profile, "--method", *options, "--rank", 4, "-o", path)
+        assert done.exit_code == 0, done.output
+    refused = _run("plan", profile, "--method", "marginal", "-o", path)
+    assert refused.exit_code == 2
+    assert "give --budget" in refused.output
+
+
 def test_several_tasks_are_trained_on_and_scored(tmp_path: Path, profile: Path) -> None:
     plan, folder = tmp_path / "p.json", tmp_path / "run"
     assert _run("plan", profile, "--method", "lora_smoe", "--rank", 4, "-o", plan).exit_code == 0

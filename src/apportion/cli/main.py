@@ -30,7 +30,9 @@ from apportion.cli.options import (
     Keep,
     KindRank,
     Layers,
+    MaxRank,
     MethodName,
+    Per,
     Procedure,
     Rank,
     Sparsity,
@@ -114,6 +116,8 @@ def plan(
     top_k: TopK = None,
     experts: Experts = None,
     budget: Budget = None,
+    per: Per = None,
+    max_rank: MaxRank = None,
     sparsity: Sparsity = None,
     rank_attention: KindRank = None,
     rank_router: KindRank = None,
@@ -129,7 +133,7 @@ def plan(
     )
     options = _given(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
-        experts=experts, budget=budget, sparsity=sparsity, ranks=ranks or None,
+        experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
     _run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
@@ -153,6 +157,8 @@ def cost(
     top_k: TopK = None,
     experts: Experts = None,
     budget: Budget = None,
+    per: Per = None,
+    max_rank: MaxRank = None,
     sparsity: Sparsity = None,
     rank_attention: KindRank = None,
     rank_router: KindRank = None,
@@ -167,7 +173,7 @@ def cost(
     )
     options = _given(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
-        experts=experts, budget=budget, sparsity=sparsity, ranks=ranks or None,
+        experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
     _run("cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options, as_json=json_)
 

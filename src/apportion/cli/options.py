@@ -18,7 +18,7 @@ METHODS_PANEL = "Method options"
 SPARSE_PANEL = "Sparse plans (lori, hellori)"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 MethodName = Annotated[str, typer.Option("--method", help="How sites are chosen; `apportion methods` lists all.")]
-Rank = Annotated[int, typer.Option(help="Rank of every adapter.")]
+Rank = Annotated[int, typer.Option(help="Rank of every adapter; of marginal, which chooses ranks, the scale alone.")]
 Alpha = Annotated[
     float | None, typer.Option(help="Scale numerator: output x alpha / rank.", show_default="twice the rank")
 ]
@@ -29,7 +29,7 @@ Hot = Annotated[
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help="What makes an expert hot: count, mass or sensitivity.",
+        help="What makes an expert hot: count, mass, sensitivity or sensitivity_count.",
         show_default="count",
         rich_help_panel=METHODS_PANEL,
     ),
@@ -51,9 +51,27 @@ Layers = Annotated[
     ),
 ]
 Keep = Annotated[
-    float | None,
+    str | None,
     typer.Option(
-        help="Share of a group's matrices that each task votes for.", show_default="0.6", rich_help_panel=METHODS_PANEL
+        help="Share of the matrices that are kept: of a group's by each task's vote (lora_smoe), of all (gradient).",
+        show_default="0.6 of lora_smoe, 0.25 of gradient",
+        rich_help_panel=METHODS_PANEL,
+    ),
+]
+Per = Annotated[
+    str | None,
+    typer.Option(
+        help="What gradient compares: the squared norm per matrix or per parameter.",
+        show_default="matrix",
+        rich_help_panel=METHODS_PANEL,
+    ),
+]
+MaxRank = Annotated[
+    int | None,
+    typer.Option(
+        help="The largest rank that marginal gives a matrix.",
+        show_default="its smaller side",
+        rich_help_panel=METHODS_PANEL,
     ),
 ]
 Groups = Annotated[
@@ -77,7 +95,8 @@ Experts = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="The most that may be spent: parameters (5000000) or LoRA experts (experts=688).",
+        help="The most that may be spent: parameters (5000000), operations a token (flops=80000) or LoRA experts "
+        "(experts=688).",
         rich_help_panel=METHODS_PANEL,
     ),
 ]

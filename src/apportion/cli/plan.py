@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from apportion.cli.render import cost_table, draw, heat_map, lora_expert_map
+from apportion.cli.render import cost_table, draw, heat_map, lora_expert_map, rank_table
 from apportion.methods.budget import spent
 from apportion.methods.planning import plan
 from apportion.records.profile import load_profile
@@ -29,11 +29,15 @@ def run(
     measured = load_profile(profile)
     made = plan(measured, method, rank=rank, alpha=alpha, seed=seed, **options)
     made.save(output)
-    console.print(cost_table(made.cost, f"{method} on {made.model}, rank {rank}"))
+    ranks = sorted({placement.rank for placement in made.placements})
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    console.print(cost_table(made.cost, f"{method} on {made.model}, {shown}"))
+    if len(ranks) > 1:
+        console.print(rank_table(made, measured.layout))
     if not made.is_mergeable:
         console.print(lora_expert_map(made, measured.layout))
     if made.options.get("budget"):
-        taken, allowed = spent(made.options["budget"], made.placements, measured.layout)
+        taken, allowed = spent(made.options["budget"], made.placements, measured)
         unit = made.options["budget"].partition("=")[0]
         console.print(f"budget: {taken:,} of {allowed:,} {unit}, {allowed - taken:,} under")
     if made.cost.sites_by_kind.get("experts"):

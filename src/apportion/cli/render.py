@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import statistics
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from rich.text import Text
 
 from apportion.records.cost import Cost
 from apportion.records.files import write_text
-from apportion.records.plan import Plan
+from apportion.records.plan import Placement, Plan
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
 
@@ -119,6 +121,34 @@ def lora_expert_map(plan: Plan, layout: Layout) -> Table:
         row[key] = row.get(key, 0) + (placement.num_experts if placement else 0)
     for layer, row in sorted(cells.items()):
         table.add_row(str(layer), *(str(row.get(column) or "·") for column in columns))
+    return table
+
+
+def rank_table(plan: Plan, layout: Layout) -> Table:
+    """Show what a plan spends on which matrices: one row a projection type.
+
+    Args:
+        plan: The plan, of several ranks.
+        layout: The model's sites.
+
+    Returns:
+        The table.
+    """
+    table = Table("matrices", title="ranks", title_justify="left", box=None)
+    for column in ("adapted", "of", "smallest", "median", "largest", "parameters"):
+        table.add_column(column, justify="right")
+    placed: dict[str, list[Placement]] = {}
+    number: Counter[str] = Counter()
+    for site in layout.sites():
+        name = f"{site.kind}.{site.projection}"
+        number[name] += 1
+        if site.name in plan.by_site:
+            placed.setdefault(name, []).append(plan.by_site[site.name])
+    for name, placements in placed.items():
+        ranks = [placement.rank for placement in placements]
+        parameters = sum(placement.num_parameters(layout.by_name[placement.site]) for placement in placements)
+        shown = (len(ranks), number[name], min(ranks), statistics.median_low(ranks), max(ranks), parameters)
+        table.add_row(name, *(f"{value:,}" for value in shown))
     return table
 
 

@@ -116,7 +116,8 @@ class Method:
         source: Paper or repository.
         options: Its options with their defaults.
         place: The rule: profile, options and settings in, placements out. It reads no model.
-        reads_tasks: Whether the plan's size depends on the profile's tasks, so that nothing can stand for a profile.
+        reads_tasks: Whether the plan's size depends on the profile's tasks or gradients, so that nothing can stand for
+            one.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Budgets: a number of LoRA experts or of parameters that a plan may spend."""
+"""Budgets: a number of parameters, of operations or of LoRA experts that a plan may spend; shares of what there is."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -12,49 +13,120 @@ from apportion.errors import ConfigurationError
 from apportion.methods.base import MethodOptions
 from apportion.methods.targets import ALL_TARGETS
 from apportion.records.plan import Placement, num_trainable
-from apportion.records.site import Layout
+from apportion.records.profile import Profile
 
 LINEAR_TARGETS: tuple[str, ...] = tuple(kind for kind in ALL_TARGETS if kind in ("attention", "shared", "dense"))
+_DIGITS = 3  # of a sum of operations: the order of adding up must not cost a whole one
 
 
 def parse_budget(value: Any) -> str | None:
     """Read a budget.
 
     Args:
-        value: Such as ``5000000`` or ``"parameters=5000000"``, or ``"experts=688"``; None for none.
+        value: Such as ``5000000`` or ``"parameters=5000000"``, ``"flops=80000"`` or ``"experts=688"``; None for none.
 
     Returns:
-        ``parameters=N`` or ``experts=N``.
+        ``parameters=N``, ``flops=N`` or ``experts=N``.
 
     Raises:
-        ConfigurationError: it is neither.
+        ConfigurationError: it is none of them.
     """
     if value is None:
         return None
-    match = re.fullmatch(r"(?:(experts|parameters)=)?([\d_,]+)", str(value).strip().lower())
+    match = re.fullmatch(r"(?:(experts|parameters|flops)=)?([\d_,]+)", str(value).strip().lower())
     number = int(re.sub("[_,]", "", match[2]) or 0) if match else 0
     if match is None or number < 1:
         raise ConfigurationError(
-            f"budget={value!r} is not understood.\n  fix:  give parameters (5000000) or LoRA experts (experts=688)"
+            f"budget={value!r} is not understood.\n"
+            "  fix:  give parameters (5000000), operations a token (flops=80000) or LoRA experts (experts=688)"
         )
     return f"{match[1] or 'parameters'}={number}"
 
 
-def spent(budget: str, placements: Iterable[Placement], layout: Layout) -> tuple[int, int]:
+def parse_plain_budget(value: Any) -> str | None:
+    """Read a budget of a method that places plain LoRA, of which LoRA experts are no measure.
+
+    Args:
+        value: As `parse_budget` takes it.
+
+    Returns:
+        ``parameters=N`` or ``flops=N``.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    budget = parse_budget(value)
+    if budget and budget.startswith("experts="):
+        raise ConfigurationError(
+            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.\n"
+            "  fix:  give parameters (5000000) or operations a token (flops=80000)"
+        )
+    return budget
+
+
+def parse_share(value: Any) -> Any:
+    """Read a share that may be written as a percentage.
+
+    Args:
+        value: Such as ``0.25`` or ``"25%"``.
+
+    Returns:
+        The share; what is no percentage as it is.
+    """
+    text = str(value).strip()
+    number = text.removesuffix("%")
+    return float(number) / 100 if text != number and number.replace(".", "", 1).isdigit() else value
+
+
+def flops_per_token(placements: Iterable[Placement], profile: Profile) -> float:
+    """Count the operations that adapters add to the forward pass of one token.
+
+    Args:
+        placements: The adapters.
+        profile: For the sites, and for the routed slots a token that fall on each expert.
+
+    Returns:
+        Two operations a multiply-add, summed over the adapters that a token meets on average.
+    """
+    total = 0.0
+    for placement in placements:
+        site = profile.layout.by_name[placement.site]
+        per_use = 2 * placement.num_parameters(site)
+        total += per_use * (1.0 if site.expert is None else profile.slots_per_token[site.layer, site.expert])
+    return total
+
+
+def spending(unit: str, placements: Iterable[Placement], profile: Profile) -> float:
+    """Count what placements take, in a budget's unit.
+
+    Args:
+        unit: ``parameters``, ``flops`` or ``experts``.
+        placements: What is planned.
+        profile: For the model's sites and the experts' shares of tokens.
+
+    Returns:
+        The number; whole but for ``flops``.
+    """
+    if unit == "experts":
+        return sum(placement.num_experts for placement in placements)
+    if unit == "flops":
+        return flops_per_token(placements, profile)
+    return num_trainable(list(placements), profile.layout.by_name)
+
+
+def spent(budget: str, placements: Iterable[Placement], profile: Profile) -> tuple[int, int]:
     """Compare placements with a budget.
 
     Args:
         budget: As `parse_budget` gives it.
         placements: What is planned.
-        layout: The model's sites.
+        profile: For the model's sites and the experts' shares of tokens.
 
     Returns:
-        What the placements take, and what there is, in the budget's unit.
+        What the placements take, rounded up, and what there is, in the budget's unit.
     """
     unit, _, number = budget.partition("=")
-    if unit == "experts":
-        return sum(placement.num_experts for placement in placements), int(number)
-    return num_trainable(list(placements), layout.by_name), int(number)
+    return math.ceil(round(spending(unit, placements, profile), _DIGITS)), int(number)
 
 
 class RoutedOptions(MethodOptions):
@@ -88,7 +160,8 @@ class BudgetOptions(RoutedOptions):
     """Options of the methods that can be told how much to spend.
 
     Args:
-        budget: Parameters (``5000000``) or LoRA experts (``experts=688``): the most that fits is planned.
+        budget: Parameters (``5000000``), operations a token (``flops=80000``) or LoRA experts (``experts=688``): the
+            most that fits is planned.
     """
 
     budget: Annotated[str | None, BeforeValidator(parse_budget)] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -16,7 +17,7 @@ from apportion.records.site import Site
 
 # Shapes: L layers, E experts.
 
-Criterion = Literal["count", "mass", "sensitivity"]
+Criterion = Literal["count", "mass", "sensitivity", "sensitivity_count"]
 
 
 def parse_hot(value: Any) -> int | str:
@@ -61,8 +62,9 @@ class HotOptions(MethodOptions):
 
     Args:
         hot: Experts kept in every layer: a number, a percentage, or the share of routed slots to cover.
-        criterion: What makes an expert hot: ``count`` (how often it is selected), ``mass`` (its summed weights) or
-            ``sensitivity`` (the squared gradient norm of its matrices).
+        criterion: What makes an expert hot: ``count`` (how often it is selected), ``mass`` (its summed weights),
+            ``sensitivity`` (the squared gradient norm of its matrices) or ``sensitivity_count`` (the product of that
+            and the count).
     """
 
     hot: Annotated[int | str, BeforeValidator(parse_hot), Field(validate_default=True)] = 8
@@ -74,7 +76,7 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
 
     Args:
         profile: The profile; several tasks are summed.
-        criterion: ``count``, ``mass`` or ``sensitivity``.
+        criterion: As `HotOptions` has it.
 
     Returns:
         Float64, shape (L, E); columns past a layer's number of experts are zero.
@@ -88,10 +90,13 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
             f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.\n"
             "  fix:  use --method lora or --method attention"
         )
-    if criterion == "sensitivity":
-        heat_LE = profile.expert_sensitivity()
-    else:
-        heat_LE = profile.total_counts().double() if criterion == "count" else profile.total_mass()
+    heats: dict[Criterion, Callable[[], Tensor]] = {
+        "count": lambda: profile.total_counts().double(),
+        "mass": profile.total_mass,
+        "sensitivity": profile.expert_sensitivity,
+        "sensitivity_count": lambda: profile.expert_sensitivity() * profile.total_counts(),
+    }
+    heat_LE = heats[criterion]()
     for block, row in zip(profile.layout.blocks, heat_LE, strict=True):
         if float(row.sum()) <= 0:
             raise ProfileError(

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from apportion.errors import ApportionWarning, ConfigurationError
 from apportion.methods.base import AdapterSettings, Method
-from apportion.methods.budget import BudgetOptions, spent
+from apportion.methods.budget import BudgetOptions, parse_share, spent
 from apportion.records.plan import Placement
 from apportion.records.profile import Profile
 from apportion.records.site import Site
@@ -30,7 +30,7 @@ class VoteOptions(BudgetOptions):
         groups: What is ranked together: attention apart from MLP, each projection type apart, or all matrices.
     """
 
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.6
+    keep: Annotated[float, BeforeValidator(parse_share), Field(gt=0, le=1)] = 0.6
     groups: Groups = "attention/mlp"
 
 
@@ -151,10 +151,10 @@ def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings:
     low, high = 0, len(shares)
     while low < high:
         middle = (low + high) // 2
-        taken, allowed = spent(options.budget, placed(shares[middle]), profile.layout)
+        taken, allowed = spent(options.budget, placed(shares[middle]), profile)
         low, high = (middle + 1, high) if taken <= allowed else (low, middle)
     if low == 0:
-        least, allowed = spent(options.budget, placed(shares[0]), profile.layout)
+        least, allowed = spent(options.budget, placed(shares[0]), profile)
         raise ConfigurationError(
             f"the budget {options.budget} is too small: one matrix a task and group takes {least}.\n"
             "  fix:  give more, a lower rank, or fewer targets"

@@ -13,7 +13,7 @@ from apportion.methods.base import AdapterSettings, Method
 from apportion.methods.budget import BudgetOptions, RoutedOptions, spent
 from apportion.records.plan import Placement
 from apportion.records.profile import Profile
-from apportion.records.site import Layout, Site
+from apportion.records.site import Site
 
 
 def parse_shape(value: Any) -> str:
@@ -114,7 +114,7 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
         pairs = zip(sites, numbers, strict=True)
         return [settings.place(site, number, options.top_k) for site, number in pairs if number]
 
-    total = _most_that_fits(options.budget, sites, profile.layout, settings)
+    total = _most_that_fits(options.budget, sites, profile, settings)
     options.check_top_k(max(spread(total, len(sites))))
     return placed(total)
 
@@ -136,7 +136,7 @@ def spread(total: int, places: int) -> list[int]:
     return [(place + 1) * total // places - place * total // places for place in range(places)]
 
 
-def _most_that_fits(budget: str, sites: Sequence[Site], layout: Layout, settings: AdapterSettings) -> int:
+def _most_that_fits(budget: str, sites: Sequence[Site], profile: Profile, settings: AdapterSettings) -> int:
     """Find the number of LoRA experts over all sites that takes most of the budget and not more."""
     unit, _, allowed = budget.partition("=")
     if unit == "experts":
@@ -144,7 +144,7 @@ def _most_that_fits(budget: str, sites: Sequence[Site], layout: Layout, settings
 
     def taken(total: int) -> int:
         pairs = zip(sites, spread(total, len(sites)), strict=True)
-        return spent(budget, [settings.place(site, number) for site, number in pairs if number], layout)[0]
+        return spent(budget, [settings.place(site, number) for site, number in pairs if number], profile)[0]
 
     rounds = 0  # whole rounds over all sites that fit; then what of one more round
     while taken((rounds + 1) * len(sites)) <= int(allowed):

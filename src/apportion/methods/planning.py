@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from apportion.errors import ConfigurationError, PlanError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
+from apportion.methods.budget import flops_per_token
 from apportion.methods.registry import find_method
 from apportion.records.cost import Cost, RoutingSource
 from apportion.records.plan import (
@@ -24,7 +25,7 @@ from apportion.records.plan import (
     num_trainable,
 )
 from apportion.records.profile import Profile
-from apportion.records.site import Layout, Site
+from apportion.records.site import Layout
 
 
 def plan(
@@ -141,7 +142,6 @@ def count_cost(
     Returns:
         The cost.
     """
-    slots = _slots_per_token(profile)
     sites = profile.layout.by_name
     planned = list(placements)
     trainable = num_trainable(planned, sites)
@@ -150,34 +150,13 @@ def count_cost(
         trainable_parameters=trainable,
         stored_parameters=trainable,
         base_parameters=profile.layout.base_parameters,
-        adapter_flops_per_token=_flops(planned, sites, slots),
+        adapter_flops_per_token=flops_per_token(planned, profile),
         lora_parameters=sum(p.num_parameters(sites[p.site]) for p in reference),
-        lora_flops_per_token=_flops(reference, sites, slots),
+        lora_flops_per_token=flops_per_token(reference, profile),
         routing=routing if profile.layout.is_moe else "none",
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
         stored_indices=num_kept_entries(planned, sites),
     )
-
-
-def _slots_per_token(profile: Profile) -> dict[tuple[int, int], float]:
-    """Give, for each layer and expert, the routed slots that fall on it a token: they add up to top-k."""
-    counts = profile.total_counts()
-    tokens = profile.total_tokens()
-    return {
-        (block.layer, expert): int(counts[row, expert]) / tokens
-        for row, block in enumerate(profile.layout.blocks)
-        for expert in range(block.num_experts)
-    }
-
-
-def _flops(placements: list[Placement], sites: dict[str, Site], slots: dict[tuple[int, int], float]) -> float:
-    """Sum two operations a multiply-add over the adapters that a token meets."""
-    total = 0.0
-    for placement in placements:
-        site = sites[placement.site]
-        per_use = 2 * placement.num_parameters(site)
-        total += per_use * (1.0 if site.expert is None else slots[site.layer, site.expert])
-    return total
 
 
 def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:

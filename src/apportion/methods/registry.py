@@ -7,13 +7,18 @@ import difflib
 from apportion.errors import ConfigurationError
 from apportion.methods.base import Method
 from apportion.methods.controls import COLD, RANDOM
+from apportion.methods.gradient import GRADIENT
 from apportion.methods.hellora import HELLORA
 from apportion.methods.lora import ATTENTION, LORA
 from apportion.methods.lora_smoe import LORA_SMOE, RANDOM_VOTES
 from apportion.methods.lori import HELLORI, LORI
+from apportion.methods.marginal import MARGINAL
 from apportion.methods.mola import MOLA, UNIFORM
 
-_ALL = (HELLORA, LORA, ATTENTION, RANDOM, COLD, LORI, HELLORI, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES)
+_ALL = (
+    *(HELLORA, LORA, ATTENTION, RANDOM, COLD, GRADIENT, MARGINAL),
+    *(LORI, HELLORI, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES),
+)
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 

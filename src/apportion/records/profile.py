@@ -82,6 +82,16 @@ class Profile:
         """Tokens summed over tasks."""
         return sum(self.tokens.values())
 
+    @cached_property
+    def slots_per_token(self) -> dict[tuple[int, int], float]:
+        """Give, for each layer and expert, the routed slots that fall on it a token: they add up to top-k."""
+        counts, tokens = self.total_counts(), self.total_tokens()
+        return {
+            (block.layer, expert): int(counts[row, expert]) / tokens
+            for row, block in enumerate(self.layout.blocks)
+            for expert in range(block.num_experts)
+        }
+
     def measured_sensitivity(self) -> dict[str, dict[str, float]]:
         """Give each task's squared gradient norms by site.
 
