@@ -143,7 +143,7 @@ def test_the_path_of_a_gpu_never_waits_for_it(every: bool) -> None:
     found.sum().backward()
     assert hidden.grad.shape == found.shape == hidden.shape
     assert all(p.grad is not None for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(RuntimeError):
         layer(hidden, ids, weights)  # the path of a CPU reads sizes
 
 
