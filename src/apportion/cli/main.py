@@ -318,6 +318,21 @@ def mask(
 
 
 @app.command()
+def report(
+    path: Annotated[
+        Path, typer.Argument(help="A study's or a demonstration's folder, a profile (.safetensors) or a plan (.json).")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page: a .html file.")] = Path("report.html"),
+    profile: Annotated[
+        Path | None, typer.Option(help="The profile that a plan was made from, to show both in one page.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show a study, a demonstration, a profile or a plan as one HTML page that needs no network."""
+    _run("report", path=path, output=output, profile=profile, as_json=json_)
+
+
+@app.command()
 def methods(json_: Json = False) -> None:
     """List every method: its options, its source, one line."""
     _run("methods", as_json=json_)

@@ -1,0 +1,413 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const QUANTITIES = { count: "selections", mass: "routing mass", sensitivity: "sensitivity", rank: "planned rank" };
+const METRICS = { exact_match: "exact match", loss: "loss", forgetting: "forgetting" };
+const UNITS = { parameters: "trained parameters", flops: "adapter FLOPs a token" };
+const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"], ["star", "★"]];
+const HINT = "Point at the chart, or focus it and press the arrow keys.";
+
+const unique = (list) => [...new Set(list)];
+const sum = (list) => list.reduce((total, value) => total + (value ?? 0), 0);
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+// Plotly reads tags and entities in text: what comes from files must not be read so.
+const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+function number(value) {
+  if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value)) return value.toLocaleString("en");
+  const size = Math.abs(value);
+  return size && (size < 1e-3 || size >= 1e7) ? value.toExponential(3) : value.toLocaleString("en", { maximumSignificantDigits: 5 });
+}
+const interval = (found) => `${number(found[0])} (${number(found[1])} to ${number(found[2])})`;
+
+// What can be chosen: lists of [value, label, group].
+const indexed = (list, label) => list.map((item, index) => [String(index), label(item), item.group ?? ""]);
+const profileOf = (v) => data.profiles[v.model];
+const modelChoices = () => indexed(data.profiles, (profile) => profile.name);
+const taskOf = (v) => profileOf(v).tasks[v.task];
+const taskChoices = (v) => indexed(profileOf(v).tasks, (task) => task.name);
+function planChoices(v) {
+  const fitting = data.plans.map((plan, index) => [String(index), plan.label, plan.group, plan])
+    .filter(([, , , plan]) => plan.profiles.includes(Number(v.model)));
+  return profileOf(v).tasks.length ? [...fitting, ["", "none", ""]] : fitting;
+}
+const quantityChoices = (names) => names.map((name) => [name, QUANTITIES[name], ""]);
+
+// The charts. Each tells its choices, and for chosen values its figure: traces, layout, the cells that the arrow keys
+// go through, and the same numbers as a table.
+const CHARTS = {
+  experts: {
+    model: modelChoices,
+    plan: planChoices,
+    task: taskChoices,
+    quantity: (v) => quantityChoices([...Object.keys(taskOf(v)?.grids ?? {}), ...(v.plan ? ["rank"] : [])]),
+    colours: (v) => (v.quantity === "rank" ? [] : [["value", "by value", ""], ["share", "by share of the layer", ""]]),
+    figure: expertFigure,
+  },
+  matrices: {
+    model: modelChoices,
+    plan: planChoices,
+    task: taskChoices,
+    quantity: (v) => quantityChoices([...(taskOf(v)?.matrices.length ? ["sensitivity"] : []), ...(v.plan ? ["rank"] : [])]),
+    figure: matrixFigure,
+  },
+  coverage: {
+    model: modelChoices,
+    task: taskChoices,
+    quantity: (v) => quantityChoices(Object.keys(taskOf(v).grids)),
+    figure: coverageFigure,
+  },
+  overlap: {
+    model: modelChoices,
+    quantity: (v) => quantityChoices(["count", "mass", "sensitivity"].filter((name) => profileOf(v).tasks.every((task) => task.grids[name]))),
+    k: (v) => ({ min: 1, max: Math.max(...profileOf(v).layers.map((layer) => layer.experts)), start: profileOf(v).layers[0].top_k }),
+    figure: overlapFigure,
+  },
+  scores: {
+    model: () => unique(data.scores.map((cell) => cell.model)).map((name) => [name, name, ""]),
+    task: (v) => unique(scoresOf(v).map((cell) => cell.task)).map((name) => [name, name, ""]),
+    metric: (v) => Object.keys(METRICS).filter((name) => scoresOf(v).some((cell) => cell.task === v.task && cell[name])).map((name) => [name, METRICS[name], ""]),
+    figure: scoreFigure,
+  },
+};
+const scoresOf = (v) => data.scores.filter((cell) => cell.model === v.model);
+
+function expertFigure(v, look, width) {
+  const profile = profileOf(v), task = taskOf(v), plan = data.plans[v.plan];
+  const wide = Math.max(...profile.layers.map((layer) => layer.experts));
+  const planned = profile.layers.map(() => new Map());
+  for (const found of plan?.experts ?? []) planned[found.row].set(found.expert, found.rank);
+  const values = profile.layers.map((layer, row) => Array.from({ length: wide }, (_, expert) =>
+    expert >= layer.experts ? null : v.quantity === "rank" ? planned[row].get(expert) ?? 0 : task.grids[v.quantity][row][expert]));
+  const share = (row, name, expert) => task.grids[name][row][expert] / (sum(task.grids[name][row]) || 1);
+  const shown = v.colours === "share" ? values.map((cells, row) => cells.map((value, expert) => value === null ? null : share(row, v.quantity, expert))) : values;
+  const text = profile.layers.map((layer, row) => Array.from({ length: layer.experts }, (_, expert) => [
+    `layer ${layer.layer}, expert ${expert}`,
+    ...Object.keys(task?.grids ?? {}).map((name) => `${QUANTITIES[name]} ${number(task.grids[name][row][expert])}, ${percent(share(row, name, expert))} of the layer`),
+    ...(plan ? [planned[row].has(expert) ? `planned, rank ${planned[row].get(expert)}` : "not planned"] : []),
+  ].join("<br>")));
+  const named = v.colours === "share" ? `share of the layer's ${QUANTITIES[v.quantity]}` : QUANTITIES[v.quantity];
+  const figure = heatFigure(look, Math.max(width, wide * 4 + 120), {
+    z: shown, text, rows: profile.layers.map((layer) => String(layer.layer)), columns: Array.from({ length: wide }, (_, expert) => String(expert)),
+    xTitle: "expert", yTitle: "layer", named, range: v.colours === "share" ? {} : { zmin: 0 },
+  });
+  if (plan && v.quantity !== "rank") {
+    const marks = plan.experts.map((found) => [found.expert, found.row]);
+    figure.traces.push({
+      type: "scatter", mode: "markers", x: marks.map(([x]) => x), y: marks.map(([, y]) => y), hoverinfo: "skip", showlegend: false,
+      marker: { size: Math.max(3, Math.min(11, figure.cell * 0.5)), color: look.mark, line: { color: look.markEdge, width: figure.cell > 10 ? 1.5 : 0.5 } },
+    });
+  }
+  const whose = [task?.name, plan && `planned experts of ${plan.label}${v.quantity === "rank" ? "" : " marked with a dot, * in the table"}`].filter(Boolean).join("; ");
+  figure.caption = `${named}${whose ? `: ${whose}` : ""}`;
+  figure.table = {
+    head: ["layer", ...Array.from({ length: wide }, (_, expert) => `expert ${expert}`)],
+    rows: shown.map((cells, row) => [profile.layers[row].layer, ...cells.map((value, expert) => number(value) + (v.quantity !== "rank" && planned[row].has(expert) ? " *" : ""))]),
+  };
+  return figure;
+}
+
+function matrixFigure(v, look, width) {
+  const plan = data.plans[v.plan], task = taskOf(v);
+  const cells = v.quantity === "rank" ? plan.matrices : task.matrices;
+  const both = [...(task?.matrices ?? []), ...(plan?.matrices ?? [])];
+  const rows = unique(both.map((cell) => cell.layer)).sort((a, b) => a - b), columns = unique(both.map((cell) => cell.name));
+  const key = (row, column) => `${row} ${column}`;
+  const index = (list) => new Map((list ?? []).map((cell) => [key(cell.layer, cell.name), cell]));
+  const shown = index(cells), measured = index(task?.matrices), ranks = index(plan?.matrices);
+  const z = rows.map((row) => columns.map((column) => shown.get(key(row, column))?.sum ?? (v.quantity === "rank" ? 0 : null)));
+  const text = rows.map((row) => columns.map((column) => {
+    const norm = measured.get(key(row, column)), rank = ranks.get(key(row, column));
+    const lines = [`layer ${row}, ${plain(column)}`];
+    if (norm) lines.push(`sensitivity ${number(norm.sum)}${norm.sites > 1 ? ` in ${number(norm.sites)} matrices` : ""}`);
+    if (plan) lines.push(rank ? `planned: ranks add up to ${number(rank.sum)} in ${number(rank.sites)} ${rank.sites > 1 ? "matrices" : "matrix"}` : "not planned");
+    return lines.join("<br>");
+  }));
+  const named = v.quantity === "rank" ? "planned ranks, added up" : QUANTITIES[v.quantity];
+  const figure = heatFigure(look, Math.max(width, columns.length * 26 + 120), {
+    z, text, rows: rows.map(String), columns: columns.map((column) => plain(column)), xTitle: "", yTitle: "layer", named, range: { zmin: 0 }, slanted: true,
+  });
+  figure.caption = `${named}: ${[v.quantity === "rank" ? null : task?.name, plan?.label].filter(Boolean).join("; ")}`;
+  figure.table = { head: ["layer", ...columns], rows: z.map((values, row) => [rows[row], ...values.map(number)]) };
+  return figure;
+}
+
+const hottest = (row, k) => row.map((value, expert) => [value, expert]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, k).map(([, expert]) => expert);
+
+function overlapFigure(v, look, width) {
+  const k = Number(v.k), profile = profileOf(v), tasks = profile.tasks.slice(0, -1);
+  const sets = tasks.map((task) => task.grids[v.quantity].map((row) => new Set(hottest(row, k))));
+  const jaccard = (one, other) => sum(one.map((set, row) => {
+    const common = [...set].filter((expert) => other[row].has(expert)).length;
+    return common / (set.size + other[row].size - common);
+  })) / one.length;
+  const z = sets.map((one) => sets.map((other) => jaccard(one, other))), names = tasks.map((task) => plain(task.name));
+  const figure = heatFigure(look, Math.min(width, 190 + 90 * tasks.length), {
+    z, text: z.map((row, a) => row.map((value, b) => `${names[a]} and ${names[b]}<br>Jaccard index ${value.toFixed(3)}, ${k} experts a layer`)),
+    rows: names, columns: names, xTitle: "", yTitle: "", named: "Jaccard index", range: { zmin: 0, zmax: 1 }, square: true,
+  });
+  Object.assign(figure.traces[0], { texttemplate: "%{z:.2f}", textfont: { size: 13 } });
+  figure.caption = `Jaccard index of the ${k} experts with most ${QUANTITIES[v.quantity]}, mean over layers`;
+  figure.table = { head: ["task", ...tasks.map((task) => task.name)], rows: z.map((row, a) => [tasks[a].name, ...row.map((value) => value.toFixed(3))]) };
+  return figure;
+}
+
+function coverageFigure(v, look, width) {
+  const profile = profileOf(v), grid = taskOf(v).grids[v.quantity], wide = Math.max(...profile.layers.map((layer) => layer.experts));
+  const curves = grid.map((row) => {
+    const sorted = [...row].sort((a, b) => b - a), total = sum(row) || 1;
+    let taken = 0;
+    return [0, ...sorted.map((value) => (taken += value) / total)];
+  });
+  const at = (curve, k) => curve[Math.min(k, curve.length - 1)];
+  const ks = Array.from({ length: wide + 1 }, (_, k) => k), means = ks.map((k) => sum(curves.map((curve) => at(curve, k))) / curves.length);
+  const say = (where, k, value) => `${where}: the ${k} hottest take ${percent(value)}`;
+  const traces = curves.map((curve, row) => ({
+    type: "scatter", mode: "lines", x: ks.slice(0, curve.length), y: curve, line: { color: look.c[0], width: 1 }, opacity: 0.4, hoverinfo: "text",
+    text: curve.map((value, k) => say(`layer ${profile.layers[row].layer}`, k, value)),
+  }));
+  traces.push({ type: "scatter", mode: "lines", x: [0, wide], y: [0, 1], line: { color: look.muted, width: 1.5, dash: "dot" }, hoverinfo: "skip" });
+  traces.push({ type: "scatter", mode: "lines", x: ks, y: means, line: { color: look.c[1], width: 3 }, hoverinfo: "text", text: ks.map((k) => say("mean", k, means[k])) });
+  const layout = baseLayout(look, width, 380);
+  Object.assign(layout.xaxis, { title: { text: "k, experts kept in each layer" }, range: [0, wide] });
+  Object.assign(layout.yaxis, { title: { text: `share of ${QUANTITIES[v.quantity]}` }, range: [0, 1.02], tickformat: ".0%" });
+  return {
+    traces, layout, caption: `share of ${QUANTITIES[v.quantity]} taken by the k hottest experts of a layer: ${taskOf(v).name}`,
+    cells: [means.map((_, k) => ({ curveNumber: traces.length - 1, pointNumber: k }))],
+    table: { head: ["k", "mean", ...profile.layers.map((layer) => `layer ${layer.layer}`)], rows: ks.slice(1).map((k) => [k, percent(means[k]), ...curves.map((curve) => percent(at(curve, k)))]) },
+  };
+}
+
+const hidden = new Set();
+
+function scoreFigure(v, look, width) {
+  const cells = scoresOf(v).filter((cell) => cell.task === v.task && cell[v.metric]);
+  const contenders = unique(data.scores.map((cell) => cell.contender)), budgets = unique(cells.map((cell) => cell.budget)).sort((a, b) => a - b);
+  const shown = contenders.filter((name) => !hidden.has(name) && cells.some((cell) => cell.contender === name));
+  const step = 0.8 / Math.max(shown.length, 1), place = (cell) => budgets.indexOf(cell.budget) + (shown.indexOf(cell.contender) - (shown.length - 1) / 2) * step;
+  const groups = shown.map((name) => cells.filter((cell) => cell.contender === name).sort((a, b) => a.budget - b.budget));
+  const traces = groups.map((own, index) => {
+    const [colour, symbol] = styleOf(look, contenders.indexOf(shown[index]));
+    return {
+      type: "scatter", mode: "lines+markers", name: plain(shown[index]), x: own.map(place), y: own.map((cell) => cell[v.metric][0]), hoverinfo: "text",
+      error_y: { type: "data", symmetric: false, array: own.map((cell) => cell[v.metric][2] - cell[v.metric][0]), arrayminus: own.map((cell) => cell[v.metric][0] - cell[v.metric][1]), thickness: 1.5, width: 3 },
+      marker: { size: 9, symbol, color: colour }, line: { color: colour, width: 1, dash: "dot" },
+      text: own.map((cell) => `${plain(cell.contender)}, budget ${number(cell.budget)}<br>${METRICS[v.metric]} ${interval(cell[v.metric])}<br>spent ${number(cell.spent)}, ${cell.seeds} seed${cell.seeds > 1 ? "s" : ""}`),
+    };
+  });
+  const layout = baseLayout(look, Math.max(width, 40 + budgets.length * contenders.length * 13), 440);
+  Object.assign(layout.xaxis, { title: { text: `budget, ${UNITS[data.unit]}` }, tickvals: budgets.map((_, index) => index), ticktext: budgets.map(number), range: [-0.5, budgets.length - 0.5], showgrid: false });
+  Object.assign(layout.yaxis, { title: { text: METRICS[v.metric] }, zeroline: v.metric === "forgetting" });
+  layout.shapes = budgets.slice(1).map((_, index) => ({ type: "line", x0: index + 0.5, x1: index + 0.5, yref: "paper", y0: 0, y1: 1, line: { color: look.line, width: 1 } }));
+  const before = cells[0]?.before[v.metric];
+  if (before !== null && before !== undefined) {
+    layout.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: before, y1: before, line: { color: look.muted, width: 1.5, dash: "dash" } });
+    layout.annotations = [{ xref: "paper", x: 1, xanchor: "right", y: before, yanchor: "bottom", text: "untrained", showarrow: false, font: { color: look.muted, size: 12 } }];
+  }
+  return {
+    traces, layout, caption: `${METRICS[v.metric]} against budget: ${v.task}`, chips: contenders.map((name, index) => [name, ...styleOf(look, index)]),
+    cells: groups.map((own, curveNumber) => own.map((_, pointNumber) => ({ curveNumber, pointNumber }))),
+    table: { head: ["contender", "budget", "spent", "seeds", METRICS[v.metric]], rows: groups.flat().map((cell) => [cell.contender, number(cell.budget), number(cell.spent), cell.seeds, interval(cell[v.metric])]) },
+  };
+}
+
+function styleOf(look, index) {
+  return [look.c[index % look.c.length], ...SYMBOLS[index % SYMBOLS.length]];
+}
+
+function heatFigure(look, width, { z, text, rows, columns, xTitle, yTitle, named, range, square, slanted }) {
+  const margins = 150, cell = (width - margins) / columns.length;
+  const height = square ? cell : Math.max(9, Math.min(26, cell));
+  const layout = baseLayout(look, width, Math.round(Math.max(height * rows.length, 80)) + (slanted ? 150 : 70));
+  const every = (list, room) => Math.ceil(list.length / Math.max(1, Math.floor(room)));
+  const ticks = (list, step) => ({ tickvals: list.map((_, index) => index).filter((index) => index % step === 0), ticktext: list.filter((_, index) => index % step === 0) });
+  Object.assign(layout.xaxis, { title: { text: xTitle }, showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5], ...ticks(columns, slanted || square ? 1 : every(columns, (width - margins) / 30)), ...(slanted ? { tickangle: -45 } : {}) });
+  Object.assign(layout.yaxis, { title: { text: yTitle }, showgrid: false, zeroline: false, range: [rows.length - 0.5, -0.5], ...ticks(rows, every(rows, (height * rows.length) / 16)) });
+  const gap = cell > 12 ? 2 : cell > 7 ? 1 : 0;
+  return {
+    cell: Math.min(cell, height), layout, rows,
+    cells: z.map((row, y) => row.map((_, x) => (text[y][x] ? { curveNumber: 0, pointNumber: [y, x] } : null))),
+    traces: [{
+      type: "heatmap", z, text, x: columns.map((_, index) => index), y: rows.map((_, index) => index), hoverinfo: "text", colorscale: look.heat, ...range, xgap: gap, ygap: Math.min(gap, height > 12 ? 2 : 0), hoverongaps: false,
+      colorbar: { title: { text: named, side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0, len: 1, y: 0.5, nticks: 5, tickfont: { size: 11 } },
+    }],
+  };
+}
+
+function baseLayout(look, width, height) {
+  const axis = () => ({ color: look.muted, gridcolor: look.line, linecolor: look.line, zerolinecolor: look.strongLine, automargin: true, fixedrange: true, ticks: "", title: { standoff: 10 } });
+  return {
+    width, height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: look.font, color: look.text, size: 13 }, margin: { l: 10, r: 10, t: 10, b: 10 },
+    xaxis: axis(), yaxis: axis(), showlegend: false, hovermode: "closest", dragmode: false, hoverlabel: { bgcolor: look.card, bordercolor: look.strongLine, font: { color: look.text, family: look.font, size: 13 }, align: "left" },
+  };
+}
+
+function currentLook() {
+  const style = getComputedStyle(document.documentElement), read = (name) => style.getPropertyValue(`--${name}`).trim();
+  return {
+    text: read("text"), muted: read("muted"), line: read("line"), strongLine: read("strong-line"), card: read("card"), mark: read("mark"), markEdge: read("mark-edge"),
+    heat: [0, 1, 2, 3, 4].map((step) => [step / 4, read(`heat-${step}`)]), c: [0, 1, 2, 3, 4, 5, 6].map((index) => read(`c${index}`)), font: getComputedStyle(document.body).fontFamily,
+  };
+}
+
+// One chart on the page: its controls, its figure, what the arrow keys point at, its table.
+class Panel {
+  constructor(section, kind) {
+    Object.assign(this, { section, kind, values: {}, cursor: [0, -1] });
+    const find = (selector) => section.querySelector(selector);
+    Object.assign(this, { form: find(".controls"), box: find(".chart"), frame: find(".frame"), readout: find(".readout"), chips: find(".chips"), numbers: find(".numbers") });
+    this.form.addEventListener("input", () => this.draw());
+    this.form.addEventListener("submit", (event) => event.preventDefault());
+    this.box.addEventListener("keydown", (event) => this.step(event));
+    this.box.addEventListener("blur", () => Plotly.Fx.unhover(this.box));
+    this.numbers.addEventListener("toggle", () => this.fillTable());
+    this.draw();
+    this.box.on("plotly_hover", (event) => this.say(event.points[0].text));
+  }
+
+  choose() {
+    for (const [name, choices] of Object.entries(this.kind)) {
+      if (name === "figure") continue;
+      const found = choices(this.values), control = this.form.elements[name];
+      if (name === "k") this.values.k = this.slide(found, control);
+      else this.values[name] = this.select(name, found, control);
+    }
+  }
+
+  select(name, found, control) {
+    if (!control) {
+      control = document.createElement("select");
+      control.name = name;
+      this.form.append(labelled(name, control));
+    }
+    const kept = control.value, signature = JSON.stringify(found.map((choice) => choice.slice(0, 3)));
+    if (control.dataset.choices !== signature) {
+      control.dataset.choices = signature;
+      const groups = unique(found.map(([, , group]) => group)).map((group) => {
+        const options = found.filter((choice) => choice[2] === group).map(([value, label]) => new Option(label, value));
+        if (!group) return options;
+        const made = document.createElement("optgroup");
+        made.label = group;
+        made.append(...options);
+        return [made];
+      });
+      control.replaceChildren(...groups.flat());
+      if (found.some(([value]) => value === kept)) control.value = kept;
+      control.parentElement.hidden = found.length < 2;
+      control.parentElement.style.display = found.length < 2 ? "none" : "";
+    }
+    return control.value;
+  }
+
+  slide({ min, max, start }, control) {
+    if (!control) {
+      control = Object.assign(document.createElement("input"), { type: "range", name: "k", min, max });
+      control.value = start ?? 1;
+      this.form.append(labelled("k", control));
+    }
+    control.max = max;
+    control.parentElement.firstChild.textContent = `k = ${control.value}`;
+    return control.value;
+  }
+
+  draw(width) {
+    this.choose();
+    this.box.style.width = "";
+    const figure = (this.figure = this.kind.figure(this.values, currentLook(), width ?? this.frame.clientWidth - 6));
+    this.box.style.width = `${figure.layout.width}px`;
+    Plotly.react(this.box, figure.traces, figure.layout, { displayModeBar: false, scrollZoom: false, doubleClick: false });
+    this.box.setAttribute("aria-label", `Chart. ${figure.caption}`);
+    this.readout.textContent = HINT;
+    this.readout.classList.add("hint");
+    this.drawChips(figure.chips);
+    this.fillTable();
+  }
+
+  drawChips(chips) {
+    this.chips.hidden = !chips;
+    if (!chips) return;
+    const buttons = [...this.chips.children];
+    chips.forEach(([name, colour, , glyph], index) => {
+      const button = buttons[index] ?? this.chips.appendChild(this.chip(name, glyph));
+      button.firstChild.style.color = colour;
+      button.setAttribute("aria-pressed", String(!hidden.has(name)));
+    });
+  }
+
+  chip(name, glyph) {
+    const button = Object.assign(document.createElement("button"), { type: "button" });
+    button.append(Object.assign(document.createElement("span"), { textContent: glyph, ariaHidden: "true" }), name);
+    button.addEventListener("click", () => {
+      if (!hidden.delete(name)) hidden.add(name);
+      this.draw();
+    });
+    return button;
+  }
+
+  step(event) {
+    const [rows, columns] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
+    if (rows === undefined) return;
+    event.preventDefault();
+    const { cells } = this.figure, bound = (value, length) => Math.max(0, Math.min(length - 1, value));
+    const row = bound(this.cursor[0] + rows, cells.length), column = bound(this.cursor[1] + columns, cells[row]?.length ?? 0);
+    this.cursor = [row, column];
+    const point = cells[row]?.[column];
+    if (!point) return;
+    Plotly.Fx.hover(this.box, [point]);
+    const { text } = this.figure.traces[point.curveNumber], at = point.pointNumber;
+    this.say(Array.isArray(at) ? text[at[0]][at[1]] : text[at]);
+  }
+
+  say(text) {
+    const decoded = new DOMParser().parseFromString(text.replaceAll("<br>", "; "), "text/html");
+    this.readout.textContent = decoded.body.textContent;
+    this.readout.classList.remove("hint");
+  }
+
+  fillTable() {
+    const { table, caption } = this.figure, place = this.numbers.querySelector(".scroll");
+    if (!this.numbers.open) return;
+    const made = document.createElement("table"), head = made.createTHead().insertRow(), body = made.createTBody();
+    made.createCaption().textContent = caption;
+    for (const name of table.head) head.append(Object.assign(document.createElement("th"), { scope: "col", textContent: name }));
+    for (const cells of table.rows) {
+      const row = body.insertRow();
+      cells.forEach((cell, index) => row.append(Object.assign(document.createElement(index ? "td" : "th"), { textContent: cell, className: index ? "number" : "", ...(index ? {} : { scope: "row" }) })));
+    }
+    place.replaceChildren(made);
+  }
+}
+
+function labelled(name, control) {
+  const label = document.createElement("label");
+  label.append(Object.assign(document.createElement("span"), { textContent: name }), control);
+  return label;
+}
+
+function sortBy(table, column, header) {
+  const rising = header.ariaSort !== "ascending", body = table.tBodies[0];
+  const key = (row) => row.cells[column].dataset.key ?? row.cells[column].textContent;
+  const compare = (a, b) => {
+    const [one, other] = [Number(key(a)), Number(key(b))];
+    if (Number.isNaN(one) || Number.isNaN(other)) return Number.isNaN(one) - Number.isNaN(other) || key(a).localeCompare(key(b), "en", { numeric: true });
+    return one - other;
+  };
+  const rows = [...body.rows].sort((a, b) => (rising ? compare(a, b) : compare(b, a)));
+  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+  header.ariaSort = rising ? "ascending" : "descending";
+  body.append(...rows);
+}
+
+for (const table of document.querySelectorAll("table.sortable")) {
+  [...table.tHead.rows[0].cells].forEach((header, column) => header.querySelector("button").addEventListener("click", () => sortBy(table, column, header)));
+}
+const panels = Object.entries(CHARTS).filter(([id]) => document.getElementById(id)).map(([id, kind]) => new Panel(document.getElementById(id), kind));
+const redraw = (width) => panels.forEach((panel) => panel.draw(width));
+const PRINT_WIDTH = 1000;
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+matchMedia("print").addEventListener("change", (event) => redraw(event.matches ? PRINT_WIDTH : undefined));
+let known = document.documentElement.clientWidth;
+addEventListener("resize", () => {
+  if (matchMedia("print").matches || document.documentElement.clientWidth === known) return;
+  known = document.documentElement.clientWidth;
+  redraw();
+});
