@@ -291,7 +291,7 @@ class Panel {
         return [made];
       });
       control.replaceChildren(...groups.flat());
-      if (found.some(([value]) => value === kept)) control.value = kept;
+      control.value = found.some(([value]) => value === kept) ? kept : (found[0]?.[0] ?? "");
       control.parentElement.hidden = found.length < 2;
       control.parentElement.style.display = found.length < 2 ? "none" : "";
     }
