@@ -13,6 +13,7 @@ from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.report.material import Material
 from apportion.study.records import Interval, Run
+from apportion.study.settings import FULL
 
 _EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.[^.]+")
 _LAYER = re.compile(r"(?:.*?\.)?(?P<layer>\d+)\.(?P<rest>.+)")
@@ -34,7 +35,7 @@ def chart_data(material: Material) -> dict[str, Any]:
         "profiles": profiles or [_unmeasured(plan) for plan in material.plans.values()],
         "plans": [_plan(label, plan, material, names) for label, plan in _labelled_plans(material)],
         "scores": _scores(material),
-        "unit": material.summary.unit if material.summary else None,
+        "unit": material.study.settings.unit if material.study else None,
     }
 
 
@@ -124,7 +125,7 @@ def _matrices(values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
 def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
     """Give every plan a group and a label: a study's task, contender and budget, or the file's name."""
     used: dict[str, list[Run]] = {}
-    for run in material.runs:
+    for run in material.study.runs if material.study else ():
         if run.plan is not None:
             used.setdefault(run.plan, []).append(run)
     labels: dict[str, dict[str, str]] = {}
@@ -172,19 +173,21 @@ def _expert_ranks(plan: Plan, profile: Profile | None) -> list[dict[str, int]]:
 
 def _scores(material: Material) -> list[dict[str, Any]]:
     """Give every cell of a study with its intervals, and the untrained model's scores beside it."""
-    if material.summary is None:
+    study = material.study
+    if study is None or study.summary is None:
         return []
-    before = {(run.model, run.task): run.before for run in material.runs}
+    before = {(run.model, run.task): run.before for run in study.runs}
     found = []
-    for cell in material.summary.cells:
+    for cell in study.summary.cells:
         base = before.get((cell.model, cell.task))
         found.append(
             {
                 **cell.model_dump(include={"model", "task", "contender", "budget", "spent", "seeds"}),
+                "budgeted": study.settings.contender(cell.contender).method != FULL,
                 "exact_match": _interval(cell.exact_match),
                 "loss": _interval(cell.loss),
                 "forgetting": _interval(cell.forgetting),
-                "before": {"exact_match": base and base.exact_match, "loss": base and base.loss, "forgetting": None},
+                "before": {"exact_match": base and base.exact_match, "loss": base and base.loss},
             }
         )
     return found

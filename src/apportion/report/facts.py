@@ -5,7 +5,7 @@ from __future__ import annotations
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.report.material import Material
-from apportion.study.records import Summary
+from apportion.study.store import StoredStudy
 
 
 def facts(material: Material) -> list[tuple[str, str]]:
@@ -18,8 +18,8 @@ def facts(material: Material) -> list[tuple[str, str]]:
         Pairs of a name and a value.
     """
     found: list[tuple[str, str]] = []
-    if material.summary is not None:
-        found += _of_study(material.summary)
+    if material.study is not None:
+        found += _of_study(material.study)
     elif material.demo is not None:
         runs, settings = material.demo["runs"], material.demo["settings"]
         found += [
@@ -35,16 +35,17 @@ def facts(material: Material) -> list[tuple[str, str]]:
     return found
 
 
-def _of_study(summary: Summary) -> list[tuple[str, str]]:
+def _of_study(study: StoredStudy) -> list[tuple[str, str]]:
     """Say how large a study is."""
-    budgets = sorted({cell.budget for cell in summary.cells})
+    told = study.settings
+    planned = f" of {study.summary.planned_runs:,}" if study.summary else ""
     return [
-        ("runs", f"{summary.finished_runs:,} of {summary.planned_runs:,}"),
-        ("tasks", ", ".join(dict.fromkeys(cell.task for cell in summary.cells))),
-        (f"budgets, {summary.unit}", ", ".join(f"{budget:,}" for budget in budgets)),
-        ("contenders", str(len({cell.contender for cell in summary.cells}))),
-        ("reference", summary.reference),
-        ("seeds", str(max((cell.seeds for cell in summary.cells), default=0))),
+        ("runs", f"{len(study.runs):,}{planned}"),
+        ("tasks", ", ".join(told.tasks)),
+        (f"budgets, {told.unit}", ", ".join(f"{b:,}" if isinstance(b, int) else b for b in told.budgets)),
+        ("contenders", str(len(told.contenders))),
+        ("reference", told.reference),
+        ("seeds", str(told.seeds)),
     ]
 
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from apportion.demo import RESULTS_FILE
-from apportion.errors import ConfigurationError, DataError, PlanMismatchError
+from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.records.plan import Plan, load_plan
 from apportion.records.profile import Profile, load_profile
 from apportion.report.commands import demo_command, plan_command, profile_command
-from apportion.study.records import Run, Summary
+from apportion.study.store import STUDY_FILE, StoredStudy, load_study, profile_path
 
-_SUMMARY_FILE = "summary.json"
 _TAKEN = "a study's folder, a demonstration's folder, a profile (.safetensors) or a plan (.json)"
 
 
@@ -31,9 +26,8 @@ class Material:
         kind: What was given.
         name: Its name, for the heading.
         profiles: Profiles by model.
-        plans: Plans by file, as runs name them.
-        summary: What a study says.
-        runs: The runs of a study.
+        plans: Plans by file, as a study's runs name them.
+        study: All of a study's records.
         demo: The results of a demonstration.
         commands: What to type to get it again.
     """
@@ -42,8 +36,7 @@ class Material:
     name: str
     profiles: dict[str, Profile] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
-    summary: Summary | None = None
-    runs: tuple[Run, ...] = ()
+    study: StoredStudy | None = None
     demo: dict[str, Any] | None = None
     commands: tuple[str, ...] = ()
 
@@ -66,14 +59,14 @@ def read_material(path: str | os.PathLike[str], profile: str | os.PathLike[str] 
     source = Path(path)
     if profile is not None and source.suffix != ".json":
         raise ConfigurationError(f"a profile was given, and {source} is no plan.\n  fix:  leave --profile out")
-    if (source / _SUMMARY_FILE).is_file():
+    if (source / STUDY_FILE).is_file():
         return _read_study(source)
     if (source / RESULTS_FILE).is_file():
         return _read_demo(source)
     if source.is_dir():
         raise ConfigurationError(
-            f"{source} is no folder of a finished study or demonstration: it has neither {_SUMMARY_FILE} nor "
-            f"{RESULTS_FILE}.\n  fix:  let apportion compare or apportion demo end in it first, or give {_TAKEN}"
+            f"{source} is the folder of neither a study nor a finished demonstration: it has no {STUDY_FILE} and no "
+            f"{RESULTS_FILE}.\n  fix:  give {_TAKEN}"
         )
     if source.suffix == ".safetensors":
         measured = load_profile(source)
@@ -103,30 +96,31 @@ def _read_plan(source: Path, profile: str | os.PathLike[str] | None) -> Material
 
 
 def _read_study(folder: Path) -> Material:
-    """Read a study's summary, runs, profiles and plans."""
-    with _damaged(folder / _SUMMARY_FILE):
-        summary = Summary.model_validate_json((folder / _SUMMARY_FILE).read_bytes())
-    runs = []
-    for file in sorted((folder / "runs").glob("*.json")):
-        with _damaged(file):
-            runs.append(Run.model_validate_json(file.read_bytes()))
+    """Read a study with the profiles and plans of its finished runs."""
+    study = load_study(folder)
+    plans = {}
+    for run in study.runs:
+        if run.plan is not None and run.plan not in plans:
+            plans[run.plan] = load_plan(folder / run.plan)
     return Material(
         "study",
-        summary.name,
-        profiles={file.stem: load_profile(file) for file in sorted((folder / "profiles").glob("*.safetensors"))},
-        plans=_plans(folder, "plans/*.json"),
-        summary=summary,
-        runs=tuple(runs),
-        commands=summary.commands,
+        study.settings.name,
+        profiles={name: study.profile(name) for name in study.settings.models if profile_path(folder, name).is_file()},
+        plans=plans,
+        study=study,
+        commands=study.summary.commands if study.summary else (),
     )
 
 
 def _read_demo(folder: Path) -> Material:
     """Read a demonstration's results, profile and plans."""
-    with _damaged(folder / RESULTS_FILE):
-        results = json.loads((folder / RESULTS_FILE).read_bytes())
-        if not isinstance(results, dict) or not {"settings", "runs"} <= set(results):
-            raise ValueError("it has no settings or no runs")
+    file = folder / RESULTS_FILE
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is damaged.\n  found:  {error}\n  fix:    run the demonstration again") from error
+    if not isinstance(results, dict) or not {"settings", "runs"} <= set(results):
+        raise ConfigurationError(f"{file} holds no results of a demonstration.\n  fix:  give {_TAKEN}")
     measured = load_profile(folder / "profile.safetensors")
     return Material(
         "demonstration",
@@ -146,21 +140,3 @@ def _plans(folder: Path, pattern: str) -> dict[str, Plan]:
 def _model_of(profile: Profile) -> str:
     """Name the model that was profiled."""
     return str(profile.provenance.get("model") or profile.layout.model_class)
-
-
-@contextmanager
-def _damaged(file: Path) -> Iterator[None]:
-    """Turn what is wrong inside a file into one message that names the file."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole file"
-        raise DataError(
-            f"{file} is damaged or of another version.\n  place:  {place}\n  found:  {first['msg']}\n"
-            "  fix:    run the command that wrote it again"
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"{file} is damaged.\n  found:  {error}\n  fix:    run the command that wrote it again"
-        ) from error

@@ -4,6 +4,7 @@ const QUANTITIES = { count: "selections", mass: "routing mass", sensitivity: "se
 const METRICS = { exact_match: "exact match", loss: "loss", forgetting: "forgetting" };
 const UNITS = { parameters: "trained parameters", flops: "adapter FLOPs a token" };
 const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"], ["star", "★"]];
+const TITLE = { standoff: 10, font: { size: 13 } };
 const HINT = "Point at the chart, or focus it and press the arrow keys.";
 
 const unique = (list) => [...new Set(list)];
@@ -168,8 +169,8 @@ function coverageFigure(v, look, width) {
   traces.push({ type: "scatter", mode: "lines", x: [0, wide], y: [0, 1], line: { color: look.muted, width: 1.5, dash: "dot" }, hoverinfo: "skip" });
   traces.push({ type: "scatter", mode: "lines", x: ks, y: means, line: { color: look.c[1], width: 3 }, hoverinfo: "text", text: ks.map((k) => say("mean", k, means[k])) });
   const layout = baseLayout(look, width, 380);
-  Object.assign(layout.xaxis, { title: { text: "k, experts kept in each layer" }, range: [0, wide] });
-  Object.assign(layout.yaxis, { title: { text: `share of ${QUANTITIES[v.quantity]}` }, range: [0, 1.02], tickformat: ".0%" });
+  Object.assign(layout.xaxis, { title: { ...TITLE, text: "k, experts kept in each layer" }, range: [0, wide], zeroline: false });
+  Object.assign(layout.yaxis, { title: { ...TITLE, text: `share of ${QUANTITIES[v.quantity]}` }, range: [0, 1.02], zeroline: false, tickformat: ".0%" });
   return {
     traces, layout, caption: `share of ${QUANTITIES[v.quantity]} taken by the k hottest experts of a layer: ${taskOf(v).name}`,
     cells: [means.map((_, k) => ({ curveNumber: traces.length - 1, pointNumber: k }))],
@@ -178,12 +179,14 @@ function coverageFigure(v, look, width) {
 }
 
 const hidden = new Set();
+const columnOf = (cell) => (cell.budgeted ? cell.budget : Infinity);
+const budgetText = (budget) => (budget === Infinity ? "none" : number(budget));
 
 function scoreFigure(v, look, width) {
   const cells = scoresOf(v).filter((cell) => cell.task === v.task && cell[v.metric]);
-  const contenders = unique(data.scores.map((cell) => cell.contender)), budgets = unique(cells.map((cell) => cell.budget)).sort((a, b) => a - b);
+  const contenders = unique(data.scores.map((cell) => cell.contender)), budgets = unique(cells.map(columnOf)).sort((a, b) => a - b);
   const shown = contenders.filter((name) => !hidden.has(name) && cells.some((cell) => cell.contender === name));
-  const step = 0.8 / Math.max(shown.length, 1), place = (cell) => budgets.indexOf(cell.budget) + (shown.indexOf(cell.contender) - (shown.length - 1) / 2) * step;
+  const step = 0.8 / Math.max(shown.length, 1), place = (cell) => budgets.indexOf(columnOf(cell)) + (shown.indexOf(cell.contender) - (shown.length - 1) / 2) * step;
   const groups = shown.map((name) => cells.filter((cell) => cell.contender === name).sort((a, b) => a.budget - b.budget));
   const traces = groups.map((own, index) => {
     const [colour, symbol] = styleOf(look, contenders.indexOf(shown[index]));
@@ -191,22 +194,23 @@ function scoreFigure(v, look, width) {
       type: "scatter", mode: "lines+markers", name: plain(shown[index]), x: own.map(place), y: own.map((cell) => cell[v.metric][0]), hoverinfo: "text",
       error_y: { type: "data", symmetric: false, array: own.map((cell) => cell[v.metric][2] - cell[v.metric][0]), arrayminus: own.map((cell) => cell[v.metric][0] - cell[v.metric][1]), thickness: 1.5, width: 3 },
       marker: { size: 9, symbol, color: colour }, line: { color: colour, width: 1, dash: "dot" },
-      text: own.map((cell) => `${plain(cell.contender)}, budget ${number(cell.budget)}<br>${METRICS[v.metric]} ${interval(cell[v.metric])}<br>spent ${number(cell.spent)}, ${cell.seeds} seed${cell.seeds > 1 ? "s" : ""}`),
+      text: own.map((cell) => `${plain(cell.contender)}, budget ${budgetText(columnOf(cell))}<br>${METRICS[v.metric]} ${interval(cell[v.metric])}<br>spent ${number(cell.spent)}, ${cell.seeds} seed${cell.seeds > 1 ? "s" : ""}`),
     };
   });
   const layout = baseLayout(look, Math.max(width, 40 + budgets.length * contenders.length * 13), 440);
-  Object.assign(layout.xaxis, { title: { text: `budget, ${UNITS[data.unit]}` }, tickvals: budgets.map((_, index) => index), ticktext: budgets.map(number), range: [-0.5, budgets.length - 0.5], showgrid: false });
-  Object.assign(layout.yaxis, { title: { text: METRICS[v.metric] }, zeroline: v.metric === "forgetting" });
+  Object.assign(layout.xaxis, { title: { ...TITLE, text: `budget, ${UNITS[data.unit]}` }, tickvals: budgets.map((_, index) => index), ticktext: budgets.map(budgetText), range: [-0.5, budgets.length - 0.5], showgrid: false, zeroline: false });
+  const before = cells[0]?.before[v.metric], known = typeof before === "number";
+  const ends = [...groups.flat().flatMap((cell) => cell[v.metric]), ...(known ? [before] : [])], low = Math.min(...ends), high = Math.max(...ends), room = 0.08 * (high - low || 1);
+  Object.assign(layout.yaxis, { title: { ...TITLE, text: METRICS[v.metric] }, range: [low - room, high + room], zeroline: v.metric === "forgetting" });
   layout.shapes = budgets.slice(1).map((_, index) => ({ type: "line", x0: index + 0.5, x1: index + 0.5, yref: "paper", y0: 0, y1: 1, line: { color: look.line, width: 1 } }));
-  const before = cells[0]?.before[v.metric];
-  if (before !== null && before !== undefined) {
+  if (known) {
     layout.shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: before, y1: before, line: { color: look.muted, width: 1.5, dash: "dash" } });
     layout.annotations = [{ xref: "paper", x: 1, xanchor: "right", y: before, yanchor: "bottom", text: "untrained", showarrow: false, font: { color: look.muted, size: 12 } }];
   }
   return {
     traces, layout, caption: `${METRICS[v.metric]} against budget: ${v.task}`, chips: contenders.map((name, index) => [name, ...styleOf(look, index)]),
     cells: groups.map((own, curveNumber) => own.map((_, pointNumber) => ({ curveNumber, pointNumber }))),
-    table: { head: ["contender", "budget", "spent", "seeds", METRICS[v.metric]], rows: groups.flat().map((cell) => [cell.contender, number(cell.budget), number(cell.spent), cell.seeds, interval(cell[v.metric])]) },
+    table: { head: ["contender", "budget", "spent", "seeds", METRICS[v.metric]], rows: groups.flat().map((cell) => [cell.contender, budgetText(columnOf(cell)), number(cell.spent), cell.seeds, interval(cell[v.metric])]) },
   };
 }
 
@@ -216,12 +220,12 @@ function styleOf(look, index) {
 
 function heatFigure(look, width, { z, text, rows, columns, xTitle, yTitle, named, range, square, slanted }) {
   const margins = 150, cell = (width - margins) / columns.length;
-  const height = square ? cell : Math.max(9, Math.min(26, cell));
+  const height = square ? cell : Math.max(9, Math.min(30, cell));
   const layout = baseLayout(look, width, Math.round(Math.max(height * rows.length, 80)) + (slanted ? 150 : 70));
   const every = (list, room) => Math.ceil(list.length / Math.max(1, Math.floor(room)));
   const ticks = (list, step) => ({ tickvals: list.map((_, index) => index).filter((index) => index % step === 0), ticktext: list.filter((_, index) => index % step === 0) });
-  Object.assign(layout.xaxis, { title: { text: xTitle }, showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5], ...ticks(columns, slanted || square ? 1 : every(columns, (width - margins) / 30)), ...(slanted ? { tickangle: -45 } : {}) });
-  Object.assign(layout.yaxis, { title: { text: yTitle }, showgrid: false, zeroline: false, range: [rows.length - 0.5, -0.5], ...ticks(rows, every(rows, (height * rows.length) / 16)) });
+  Object.assign(layout.xaxis, { title: { ...TITLE, text: xTitle }, showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5], ...ticks(columns, slanted || square ? 1 : every(columns, (width - margins) / 30)), ...(slanted ? { tickangle: -45 } : {}) });
+  Object.assign(layout.yaxis, { title: { ...TITLE, text: yTitle }, showgrid: false, zeroline: false, range: [rows.length - 0.5, -0.5], ...ticks(rows, every(rows, (height * rows.length) / 16)) });
   const gap = cell > 12 ? 2 : cell > 7 ? 1 : 0;
   return {
     cell: Math.min(cell, height), layout, rows,
@@ -234,7 +238,7 @@ function heatFigure(look, width, { z, text, rows, columns, xTitle, yTitle, named
 }
 
 function baseLayout(look, width, height) {
-  const axis = () => ({ color: look.muted, gridcolor: look.line, linecolor: look.line, zerolinecolor: look.strongLine, automargin: true, fixedrange: true, ticks: "", title: { standoff: 10 } });
+  const axis = () => ({ color: look.muted, gridcolor: look.line, linecolor: look.line, zerolinecolor: look.strongLine, automargin: true, fixedrange: true, ticks: "" });
   return {
     width, height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: look.font, color: look.text, size: 13 }, margin: { l: 10, r: 10, t: 10, b: 10 },
     xaxis: axis(), yaxis: axis(), showlegend: false, hovermode: "closest", dragmode: false, hoverlabel: { bgcolor: look.card, bordercolor: look.strongLine, font: { color: look.text, family: look.font, size: 13 }, align: "left" },
@@ -279,7 +283,7 @@ class Panel {
       control.name = name;
       this.form.append(labelled(name, control));
     }
-    const kept = control.value, signature = JSON.stringify(found.map((choice) => choice.slice(0, 3)));
+    const kept = control.length ? control.value : null, signature = JSON.stringify(found.map((choice) => choice.slice(0, 3)));
     if (control.dataset.choices !== signature) {
       control.dataset.choices = signature;
       const groups = unique(found.map(([, , group]) => group)).map((group) => {

@@ -20,7 +20,7 @@ from apportion.records.files import write_text
 from apportion.report.charts import chart_data
 from apportion.report.facts import facts
 from apportion.report.material import Material, read_material
-from apportion.report.tables import result_tables, stability_table
+from apportion.report.tables import result_tables
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ def _render(material: Material, data: dict[str, Any], sections: tuple[str, ...])
         facts=facts(material),
         sections=sections,
         tables=result_tables(material),
-        stability=stability_table(material.summary) if material.summary else None,
         data=data,
         style=Markup(_asset("page.css")),  # noqa: S704 - our own file
         scripts=[Markup(script) for script in scripts],  # noqa: S704 - Plotly's and our own

@@ -8,7 +8,7 @@ from typing import Any
 
 from apportion.records.plan import Plan, group_placements
 from apportion.report.material import Material
-from apportion.study.records import CellSummary, Comparison, Interval, Run, Summary
+from apportion.study.records import CellSummary, Comparison, Interval, Run, Summary, Trial
 
 _NONE = "–"
 _METRICS = {"exact_match": "exact match", "loss": "loss"}
@@ -41,14 +41,16 @@ def result_tables(material: Material) -> list[Table]:
     Returns:
         The tables, in the page's order.
     """
-    if material.summary is not None:
-        return [_cells(material.summary), _comparisons(material.summary), _runs(material.runs)]
+    if material.study is not None:
+        study, summary = material.study, material.study.summary
+        summarised = [_stability(summary), _cells(summary), _comparisons(summary)] if summary else []
+        return [found for found in (*summarised, _runs(study.runs), _trials(study.trials)) if found.rows]
     if material.demo is not None:
         return [_demo(material.demo)]
     return [_placements(plan) for plan in material.plans.values()]
 
 
-def stability_table(summary: Summary) -> Table:
+def _stability(summary: Summary) -> Table:
     """Show how far a task's hot set stays the same when the calibration rows are drawn again."""
     return Table(
         "Stability of the hot sets",
@@ -98,6 +100,7 @@ def _comparisons(summary: Summary) -> Table:
             "difference": lambda found: _interval(found.difference, 3, sign="+"),
             "p": lambda found: _number(found.p, ".4f"),
             "p corrected": lambda found: _number(found.p_corrected, ".4f"),
+            "runs": lambda found: _number(found.runs),
             "smallest effect": lambda found: _number(found.smallest_effect, ".3f"),
             "differs": lambda found: _text("yes" if found.differs else "cannot tell"),
         },
@@ -132,6 +135,24 @@ def _runs(runs: tuple[Run, ...]) -> Table:
             "peak memory, MB": lambda run: _number(run.peak_bytes / 1e6, ",.0f"),
             "versions": lambda run: _text(", ".join(f"{name} {number}" for name, number in run.versions.items())),
             "run": lambda run: _text(run.key),
+        },
+    )
+
+
+def _trials(trials: tuple[Trial, ...]) -> Table:
+    """One row a learning rate tried."""
+    return _table(
+        "Learning rates tried",
+        "Each contender's learning rate was chosen by the loss on rows that no score is taken from, on a seed of its own.",
+        trials,
+        {
+            **({"model": _model} if len({trial.model for trial in trials}) > 1 else {}),
+            "task": lambda trial: _text(trial.task),
+            "contender": lambda trial: _text(trial.contender),
+            "budget": lambda trial: _number(trial.budget),
+            "learning rate": lambda trial: _number(trial.lr, ".3g"),
+            "loss": lambda trial: _number(trial.loss, ".3f"),
+            "time, s": lambda trial: _number(trial.train_s, ",.1f"),
         },
     )
 
@@ -181,7 +202,7 @@ def _table(title: str, caption: str, items: Iterable[Any], columns: dict[str, Ca
     return Table(title, caption, tuple(columns), [[fill(item) for fill in columns.values()] for item in items])
 
 
-def _model(item: CellSummary | Comparison | Run) -> Cell:
+def _model(item: CellSummary | Comparison | Run | Trial) -> Cell:
     """Name the model."""
     return _text(item.model)
 
