@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.report.material import Material
-from apportion.study.records import Interval, Run
+from apportion.study.records import Interval
 from apportion.study.settings import FULL
 
 _EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.[^.]+")
@@ -124,21 +125,17 @@ def _matrices(values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
 
 def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
     """Give every plan a group and a label: a study's task, contender and budget, or the file's name."""
-    used: dict[str, list[Run]] = {}
-    for run in material.study.runs if material.study else ():
-        if run.plan is not None:
-            used.setdefault(run.plan, []).append(run)
-    labels: dict[str, dict[str, str]] = {}
+    runs = {run.plan: run for run in material.study.runs if run.plan} if material.study else {}
+    twins = Counter((run.model, run.task, run.contender, run.budget) for run in runs.values())
+    labels = []
     for file, plan in material.plans.items():
-        runs = used.get(file)
-        if runs:
-            seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
-            label = f"{runs[0].contender} at {runs[0].budget:,} {runs[0].unit} (seed {seeds})"
-            labels[file] = {"group": runs[0].task, "label": label}
+        if run := runs.get(file):
+            drawn = f", seed {run.seed}" if twins[run.model, run.task, run.contender, run.budget] > 1 else ""
+            label = f"{run.contender} at {run.budget:,} {run.unit}{drawn}"
+            labels.append({"group": run.task, "label": label})
         else:
-            parent, _, name = file.rpartition("/")
-            labels[file] = {"group": "", "label": parent if name == "plan.json" else f"{plan.method} ({name or file})"}
-    return [(labels[file], plan) for file, plan in material.plans.items()]
+            labels.append({"group": "", "label": file.removesuffix("/plan.json")})
+    return list(zip(labels, material.plans.values(), strict=True))
 
 
 def _plan(label: dict[str, str], plan: Plan, material: Material, names: list[str]) -> dict[str, Any]:

@@ -87,9 +87,9 @@ function expertFigure(v, look, width) {
     ...(plan ? [planned[row].has(expert) ? `planned, rank ${planned[row].get(expert)}` : "not planned"] : []),
   ].join("<br>")));
   const named = v.colours === "share" ? `share of the layer's ${QUANTITIES[v.quantity]}` : QUANTITIES[v.quantity];
-  const figure = heatFigure(look, Math.max(width, wide * 4 + 120), {
+  const figure = heatFigure(look, Math.max(width, wide * 4 + 70), {
     z: shown, text, rows: profile.layers.map((layer) => String(layer.layer)), columns: Array.from({ length: wide }, (_, expert) => String(expert)),
-    xTitle: "expert", yTitle: "layer", named, range: v.colours === "share" ? {} : { zmin: 0 },
+    xTitle: "expert", yTitle: "layer", named, form: v.colours === "share" ? percent : number,
   });
   if (plan && v.quantity !== "rank") {
     const marks = plan.experts.map((found) => [found.expert, found.row]);
@@ -112,6 +112,7 @@ function matrixFigure(v, look, width) {
   const cells = v.quantity === "rank" ? plan.matrices : task.matrices;
   const both = [...(task?.matrices ?? []), ...(plan?.matrices ?? [])];
   const rows = unique(both.map((cell) => cell.layer)).sort((a, b) => a - b), columns = unique(both.map((cell) => cell.name));
+  if (!task) columns.sort();
   const key = (row, column) => `${row} ${column}`;
   const index = (list) => new Map((list ?? []).map((cell) => [key(cell.layer, cell.name), cell]));
   const shown = index(cells), measured = index(task?.matrices), ranks = index(plan?.matrices);
@@ -124,8 +125,8 @@ function matrixFigure(v, look, width) {
     return lines.join("<br>");
   }));
   const named = v.quantity === "rank" ? "planned ranks, added up" : QUANTITIES[v.quantity];
-  const figure = heatFigure(look, Math.max(width, columns.length * 26 + 120), {
-    z, text, rows: rows.map(String), columns: columns.map((column) => plain(column)), xTitle: "", yTitle: "layer", named, range: { zmin: 0 }, slanted: true,
+  const figure = heatFigure(look, Math.max(width, columns.length * 26 + 70), {
+    z, text, rows: rows.map(String), columns: columns.map((column) => plain(column)), xTitle: "", yTitle: "layer", named, form: number,
   });
   figure.caption = `${named}: ${[v.quantity === "rank" ? null : task?.name, plan?.label].filter(Boolean).join("; ")}`;
   figure.table = { head: ["layer", ...columns], rows: z.map((values, row) => [rows[row], ...values.map(number)]) };
@@ -142,9 +143,9 @@ function overlapFigure(v, look, width) {
     return common / (set.size + other[row].size - common);
   })) / one.length;
   const z = sets.map((one) => sets.map((other) => jaccard(one, other))), names = tasks.map((task) => plain(task.name));
-  const figure = heatFigure(look, Math.min(width, 190 + 90 * tasks.length), {
+  const figure = heatFigure(look, Math.min(width, 160 + 90 * tasks.length), {
     z, text: z.map((row, a) => row.map((value, b) => `${names[a]} and ${names[b]}<br>Jaccard index ${value.toFixed(3)}, ${k} experts a layer`)),
-    rows: names, columns: names, xTitle: "", yTitle: "", named: "Jaccard index", range: { zmin: 0, zmax: 1 }, square: true,
+    rows: names, columns: names, xTitle: "", yTitle: "", named: "Jaccard index", top: 1, form: number, square: true,
   });
   Object.assign(figure.traces[0], { texttemplate: "%{z:.2f}", textfont: { size: 13 } });
   figure.caption = `Jaccard index of the ${k} experts with most ${QUANTITIES[v.quantity]}, mean over layers`;
@@ -186,7 +187,12 @@ function scoreFigure(v, look, width) {
   const cells = scoresOf(v).filter((cell) => cell.task === v.task && cell[v.metric]);
   const contenders = unique(data.scores.map((cell) => cell.contender)), budgets = unique(cells.map(columnOf)).sort((a, b) => a - b);
   const shown = contenders.filter((name) => !hidden.has(name) && cells.some((cell) => cell.contender === name));
-  const step = 0.8 / Math.max(shown.length, 1), place = (cell) => budgets.indexOf(columnOf(cell)) + (shown.indexOf(cell.contender) - (shown.length - 1) / 2) * step;
+  const step = 0.8 / Math.max(shown.length, 1);
+  const beside = new Map(budgets.map((budget) => [budget, shown.filter((name) => cells.some((cell) => cell.contender === name && columnOf(cell) === budget))]));
+  const place = (cell) => {
+    const names = beside.get(columnOf(cell));
+    return budgets.indexOf(columnOf(cell)) + (names.indexOf(cell.contender) - (names.length - 1) / 2) * step;
+  };
   const groups = shown.map((name) => cells.filter((cell) => cell.contender === name).sort((a, b) => a.budget - b.budget));
   const traces = groups.map((own, index) => {
     const [colour, symbol] = styleOf(look, contenders.indexOf(shown[index]));
@@ -218,21 +224,28 @@ function styleOf(look, index) {
   return [look.c[index % look.c.length], ...SYMBOLS[index % SYMBOLS.length]];
 }
 
-function heatFigure(look, width, { z, text, rows, columns, xTitle, yTitle, named, range, square, slanted }) {
-  const margins = 150, cell = (width - margins) / columns.length;
+function heatFigure(look, width, { z, text, rows, columns, xTitle, yTitle, named, top, form, square }) {
+  const longest = (list) => Math.max(...list.map((name) => name.length)) * 7;
+  const left = longest(rows) + (yTitle ? 45 : 20), right = 12, cell = (width - left - right) / columns.length;
+  const slanted = !xTitle && longest(columns) > cell - 8;
   const height = square ? cell : Math.max(9, Math.min(30, cell));
-  const layout = baseLayout(look, width, Math.round(Math.max(height * rows.length, 80)) + (slanted ? 150 : 70));
-  const every = (list, room) => Math.ceil(list.length / Math.max(1, Math.floor(room)));
-  const ticks = (list, step) => ({ tickvals: list.map((_, index) => index).filter((index) => index % step === 0), ticktext: list.filter((_, index) => index % step === 0) });
-  Object.assign(layout.xaxis, { title: { ...TITLE, text: xTitle }, showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5], ...ticks(columns, slanted || square ? 1 : every(columns, (width - margins) / 30)), ...(slanted ? { tickangle: -45 } : {}) });
-  Object.assign(layout.yaxis, { title: { ...TITLE, text: yTitle }, showgrid: false, zeroline: false, range: [rows.length - 0.5, -0.5], ...ticks(rows, every(rows, (height * rows.length) / 16)) });
-  const gap = cell > 12 ? 2 : cell > 7 ? 1 : 0;
+  const bottom = xTitle ? 48 : slanted ? longest(columns) * 0.75 + 20 : 28;
+  const layout = baseLayout(look, width, Math.round(height * rows.length + bottom + 6));
+  layout.margin = { l: left, r: right, t: 6, b: bottom };
+  const ticks = (list, room) => {
+    const step = Math.max(1, Math.ceil(list.length / Math.max(1, Math.floor(room))));
+    return { tickvals: list.map((_, index) => index).filter((index) => index % step === 0), ticktext: list.filter((_, index) => index % step === 0) };
+  };
+  const plainAxis = { automargin: false, showgrid: false, zeroline: false };
+  Object.assign(layout.xaxis, plainAxis, { title: { ...TITLE, text: xTitle }, range: [-0.5, columns.length - 0.5], ...ticks(columns, xTitle ? (cell * columns.length) / 30 : Infinity), tickangle: slanted ? -45 : 0 });
+  Object.assign(layout.yaxis, plainAxis, { title: { ...TITLE, text: yTitle }, range: [rows.length - 0.5, -0.5], ...ticks(rows, (height * rows.length) / 16) });
+  const highest = top ?? Math.max(...z.flat().map((value) => value ?? 0));
   return {
-    cell: Math.min(cell, height), layout, rows,
+    cell: Math.min(cell, height), layout, scale: [named, form(0), form(highest)],
     cells: z.map((row, y) => row.map((_, x) => (text[y][x] ? { curveNumber: 0, pointNumber: [y, x] } : null))),
     traces: [{
-      type: "heatmap", z, text, x: columns.map((_, index) => index), y: rows.map((_, index) => index), hoverinfo: "text", colorscale: look.heat, ...range, xgap: gap, ygap: Math.min(gap, height > 12 ? 2 : 0), hoverongaps: false,
-      colorbar: { title: { text: named, side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0, len: 1, y: 0.5, nticks: 5, tickfont: { size: 11 } },
+      type: "heatmap", z, text, x: columns.map((_, index) => index), y: rows.map((_, index) => index), hoverinfo: "text", hoverongaps: false, colorscale: look.heat, showscale: false,
+      zmin: 0, zmax: highest || 1, xgap: cell > 12 ? 2 : cell > 7 ? 1 : 0, ygap: height > 12 ? 2 : height > 8 ? 1 : 0,
     }],
   };
 }
@@ -258,7 +271,7 @@ class Panel {
   constructor(section, kind) {
     Object.assign(this, { section, kind, values: {}, cursor: [0, -1] });
     const find = (selector) => section.querySelector(selector);
-    Object.assign(this, { form: find(".controls"), box: find(".chart"), frame: find(".frame"), readout: find(".readout"), chips: find(".chips"), numbers: find(".numbers") });
+    Object.assign(this, { form: find(".controls"), box: find(".chart"), frame: find(".frame"), readout: find(".readout"), chips: find(".chips"), scale: find(".scale"), numbers: find(".numbers") });
     this.form.addEventListener("input", () => this.draw());
     this.form.addEventListener("submit", (event) => event.preventDefault());
     this.box.addEventListener("keydown", (event) => this.step(event));
@@ -309,7 +322,7 @@ class Panel {
       this.form.append(labelled("k", control));
     }
     control.max = max;
-    control.parentElement.firstChild.textContent = `k = ${control.value}`;
+    control.parentElement.firstChild.textContent = `Experts a layer: k = ${control.value}`;
     return control.value;
   }
 
@@ -323,6 +336,8 @@ class Panel {
     this.readout.textContent = HINT;
     this.readout.classList.add("hint");
     this.drawChips(figure.chips);
+    this.scale.hidden = !figure.scale;
+    [...this.scale.querySelectorAll("span")].forEach((span, index) => (span.textContent = figure.scale?.[index] ?? ""));
     this.fillTable();
   }
 

@@ -31,6 +31,11 @@ class Table:
     columns: tuple[str, ...]
     rows: list[list[Cell]]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Tell which columns hold numbers."""
+        return [any(isinstance(cell.key, int | float) for cell in cells) for cells in zip(*self.rows, strict=True)]
+
 
 def result_tables(material: Material) -> list[Table]:
     """Lay out everything that is better read than drawn.
