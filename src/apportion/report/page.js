@@ -228,7 +228,7 @@ function heatFigure(look, width, { z, text, rows, columns, xTitle, yTitle, named
   const longest = (list) => Math.max(...list.map((name) => name.length)) * 7;
   const left = longest(rows) + (yTitle ? 45 : 20), right = 12, cell = (width - left - right) / columns.length;
   const slanted = !xTitle && longest(columns) > cell - 8;
-  const height = square ? cell : Math.max(9, Math.min(30, cell));
+  const height = square ? cell : Math.max(9, Math.min(30, cell, 720 / rows.length));
   const bottom = xTitle ? 48 : slanted ? longest(columns) * 0.75 + 20 : 28;
   const layout = baseLayout(look, width, Math.round(height * rows.length + bottom + 6));
   layout.margin = { l: left, r: right, t: 6, b: bottom };
