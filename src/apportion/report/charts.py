@@ -140,9 +140,7 @@ def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
 
 def _plan(label: dict[str, str], plan: Plan, material: Material, names: list[str]) -> dict[str, Any]:
     """Give a plan's ranks on experts, by layer, and on matrices."""
-    owners = [
-        number for number, name in enumerate(names) if material.profiles[name].fingerprint == plan.fingerprint
-    ]
+    owners = [number for number, name in enumerate(names) if material.profiles[name].fingerprint == plan.fingerprint]
     profile = material.profiles[names[owners[0]]] if owners else None
     return label | {
         "method": plan.method,
@@ -162,9 +160,7 @@ def _expert_ranks(plan: Plan, profile: Profile | None) -> list[dict[str, int]]:
             ranks[key] = max(ranks.get(key, 0), placement.rank)
     rows = {block: row for row, block in enumerate(profile.layers if profile else plan.experts_by_layer())}
     return [
-        {"row": rows[block], "expert": expert, "rank": rank}
-        for (block, expert), rank in ranks.items()
-        if block in rows
+        {"row": rows[block], "expert": expert, "rank": rank} for (block, expert), rank in ranks.items() if block in rows
     ]
 
 

@@ -118,7 +118,9 @@ def _read_demo(folder: Path) -> Material:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(f"{file} is damaged.\n  found:  {error}\n  fix:    run the demonstration again") from error
+        raise ConfigurationError(
+            f"{file} is damaged.\n  found:  {error}\n  fix:    run the demonstration again"
+        ) from error
     if not isinstance(results, dict) or not {"settings", "runs"} <= set(results):
         raise ConfigurationError(f"{file} holds no results of a demonstration.\n  fix:  give {_TAKEN}")
     measured = load_profile(folder / "profile.safetensors")

@@ -75,7 +75,7 @@ def _sections(material: Material, data: dict[str, Any]) -> tuple[str, ...]:
 
 def _render(material: Material, data: dict[str, Any], sections: tuple[str, ...]) -> str:
     """Fill the template. Whatever comes from files is escaped; scripts run by their hash alone."""
-    scripts = [get_plotlyjs(), _asset("page.js")]
+    scripts = [get_plotlyjs(), _asset("charts.js"), _asset("page.js")]
     environment = Environment(
         loader=PackageLoader("apportion", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
