@@ -176,7 +176,7 @@ def test_everything_works_with_the_keyboard_alone(visit: Open, study: Path, prof
     for _ in range(200):
         page.keyboard.press("Tab")
         focus = page.evaluate(
-            "[document.activeElement.closest('section')?.id, document.activeElement.name || document.activeElement.className]"
+            "() => { const at = document.activeElement; return [at.closest('section')?.id, at.name || at.className]; }"
         )
         if focus == ["experts", "task"]:
             page.keyboard.press("ArrowDown")
@@ -250,8 +250,8 @@ def test_both_themes_are_readable(visit: Open, study: Path, colours: str) -> Non
     page = visit(study, colours=colours)
     picture(page, f"report-{colours}")
     found = page.evaluate(
-        """() => ["h1", ".about", ".facts dt", ".verdict .first", ".readout", "summary", "select", "td", "caption", "pre"]
-            .map((name) => document.querySelector(name)).map((element) => {
+        """() => ["h1", ".about", ".facts dt", ".verdict .first", ".readout", "summary", "select", "td", "caption",
+                  "pre"].map((name) => document.querySelector(name)).map((element) => {
                 let behind = element;
                 while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
                 return [element.tagName, getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
@@ -267,7 +267,8 @@ def test_both_themes_are_readable(visit: Open, study: Path, colours: str) -> Non
 
 def test_charts_follow_a_change_of_theme(visit: Open, study: Path) -> None:
     page = visit(study)
-    look = "[document.querySelector('#experts .chart').layout.font.color, document.querySelector('#experts .chart').data[0].colorscale[4][1]]"
+    chart = "document.querySelector('#experts .chart')"
+    look = f"[{chart}.layout.font.color, {chart}.data[0].colorscale[4][1]]"
     light = page.evaluate(look)
     for media, scheme, other in (("screen", "dark", True), ("print", "dark", False), ("screen", "dark", True)):
         page.emulate_media(media=media, color_scheme=scheme)
@@ -297,7 +298,8 @@ def test_print_is_light_expanded_and_without_controls(visit: Open, study: Path) 
     for hidden in (".controls", ".readout", "summary"):
         assert not page.locator(hidden).first.is_visible()
     cut = page.evaluate(
-        "[...document.querySelectorAll('.scroll')].filter((box) => box.offsetParent && box.scrollHeight > box.clientHeight + 2).length"
+        """[...document.querySelectorAll('.scroll')].filter((box) => box.offsetParent)
+            .filter((box) => box.scrollHeight > box.clientHeight + 2).length"""
     )
     assert cut == 0
     assert len(page.pdf(prefer_css_page_size=True)) > 20_000

@@ -28,7 +28,8 @@ def chart_data(material: Material) -> dict[str, Any]:
         material: What is shown.
 
     Returns:
-        ``profiles``, ``plans``, ``scores`` and the budgets' ``unit``; numbers have six digits, and what is not finite is null.
+        ``profiles``, ``plans``, ``scores`` and the budgets' ``unit``; numbers have six digits, and what is not finite
+        is null.
     """
     names = list(material.profiles)
     profiles = [_profile(name, material.profiles[name]) for name in names]
@@ -128,7 +129,7 @@ def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
     runs = {run.plan: run for run in material.study.runs if run.plan} if material.study else {}
     twins = Counter((run.model, run.task, run.contender, run.budget) for run in runs.values())
     labels = []
-    for file, plan in material.plans.items():
+    for file in material.plans:
         if run := runs.get(file):
             drawn = f", seed {run.seed}" if twins[run.model, run.task, run.contender, run.budget] > 1 else ""
             label = f"{run.contender} at {run.budget:,} {run.unit}{drawn}"

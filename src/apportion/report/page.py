@@ -54,13 +54,13 @@ def write_report(
         raise OutputExistsError(f"{output} is a folder; a file was expected.\n  fix:  give a file, such as report.html")
     material = read_material(path, profile)
     data = chart_data(material)
-    sections = _sections(material, data)
+    sections = _sections(data)
     text = _render(material, data, sections)
     write_text(output, text)
     return Written(material.kind, os.fspath(output), len(text.encode()), sections)
 
 
-def _sections(material: Material, data: dict[str, Any]) -> tuple[str, ...]:
+def _sections(data: dict[str, Any]) -> tuple[str, ...]:
     """Tell which charts there is something to draw in."""
     tasks = [task for profile in data["profiles"] for task in profile["tasks"]]
     shown = {

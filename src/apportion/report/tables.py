@@ -10,7 +10,7 @@ from apportion.records.plan import Plan, group_placements
 from apportion.report.material import Material
 from apportion.study.records import CellSummary, Comparison, Interval, Run, Summary, Trial
 
-_NONE = "–"
+_NONE = "\N{EN DASH}"
 _METRICS = {"exact_match": "exact match", "loss": "loss"}
 
 
@@ -148,7 +148,7 @@ def _trials(trials: tuple[Trial, ...]) -> Table:
     """One row a learning rate tried."""
     return _table(
         "Learning rates tried",
-        "Each contender's learning rate was chosen by the loss on rows that no score is taken from, on a seed of its own.",
+        "Each contender's learning rate was chosen by the loss on rows and a seed that no score is taken from.",
         trials,
         {
             **({"model": _model} if len({trial.model for trial in trials}) > 1 else {}),
