@@ -48,7 +48,7 @@ def _overall(settings: StudySettings, comparisons: list[Comparison], finished: i
         if names:
             parts.append(f"{word} than {settings.reference}: {', '.join(names)}")
     rest = len(comparisons) - len(differ)
-    text = f"{len(differ)} of {_number(len(comparisons), 'comparison')} with {settings.reference} show a difference ("
+    text = f"{len(differ)} of {len(comparisons)} comparisons with {settings.reference} show a difference ("
     return text + "; ".join(parts) + ")" + (f"; the data cannot tell the other {rest} apart." if rest else ".")
 
 
