@@ -42,8 +42,14 @@ format: install ## Put the code in shape
 bench: install ## Run the measurements in benchmarks/; each writes JSON to build/benchmarks
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
-study: install ## Score the embedded model: routing, headroom, its card
-	$(BIN)/python recipes/measure_embedded.py
+# The study's folder keeps every finished run: stop it when you like, and call it again.
+STUDY := $(if $(QUICK),placement_quick,placement)
+JOBS  ?= 2
+
+study: install ## Compare placements at equal budgets (about 3 hours on two cores; QUICK=1: 10 minutes)
+	$(BIN)/apportion compare recipes/$(STUDY).toml -o build/$(STUDY) --jobs $(JOBS)
+	$(BIN)/apportion report build/$(STUDY) -o build/$(STUDY)/report.html
+	$(BIN)/apportion compare build/$(STUDY) --page $(if $(QUICK),build/$(STUDY)/page.md,docs/results/placement.md)
 
 docs: install ## Build the documentation into build/site
 	$(BIN)/mkdocs build --strict --site-dir build/site

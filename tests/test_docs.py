@@ -52,5 +52,6 @@ def test_the_readme_reports_what_the_demonstration_found() -> None:
 
 def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text()
-    for command in ("profile", "plan", "cost", "train", "eval", "merge", "methods", "demo"):
+    commands = ("profile", "plan", "cost", "train", "eval", "merge", "report", "methods", "demo", "compare")
+    for command in commands:
         assert f"apportion {command}" in text, command

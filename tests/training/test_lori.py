@@ -107,10 +107,10 @@ def test_each_phase_resumes(
     stop: str,
 ) -> None:
     steps = {"dense": 3, "sparse": 7}[stop]  # over both phases
-    from apportion.training import phase
+    from apportion.training import trainer
 
     done: list[int] = []
-    step = phase._Trainer.training_step
+    step = trainer._Trainer.training_step
 
     def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
         done.append(1)
@@ -119,7 +119,7 @@ def test_each_phase_resumes(
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(phase._Trainer, "training_step", stopping)
+        patch.setattr(trainer._Trainer, "training_step", stopping)
         with pytest.raises(RuntimeError, match="killed"):
             _train(embedded_model, plan, tmp_path / "run")
     assert (tmp_path / "run" / "mask.safetensors").is_file() == (stop == "sparse")

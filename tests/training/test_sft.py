@@ -139,9 +139,9 @@ def test_interrupting_saves_and_resuming_ends_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from apportion.training import phase
+    from apportion.training import trainer
 
-    original = phase._Trainer.training_step
+    original = trainer._Trainer.training_step
 
     def press_ctrl_c(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 4:
@@ -149,7 +149,7 @@ def test_interrupting_saves_and_resuming_ends_the_same(
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(phase._Trainer, "training_step", press_ctrl_c)
+        patched.setattr(trainer._Trainer, "training_step", press_ctrl_c)
         result = _train(embedded_model, plan, tmp_path / "run")
     assert result.interrupted
     assert result.steps == 5

@@ -272,6 +272,62 @@ def eval_(
 
 
 @app.command()
+def compare(
+    study: Annotated[
+        Path | None, typer.Argument(help="A study's .toml file, or the folder of one, to summarise it again.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for results.", show_default="build/NAME")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"May be repeated. {MODEL_HELP}")] = None,
+    data: Annotated[list[str] | None, typer.Option(help=f"[TASK=]DATA, may be repeated. {DATA_HELP}")] = None,
+    unrelated: Annotated[str | None, typer.Option(help="Data whose loss tells what was forgotten.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method, or full for full fine-tuning; may be repeated.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What all others are compared with.", show_default="the first method")
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="A number, or METHOD:RANK for as many as that takes; may be repeated.")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="What a budget counts: parameters or flops.", show_default="parameters")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of every method, task and budget.", show_default="5")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps a run.", show_default="40")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.", show_default="32")] = None,
+    trials: Annotated[int | None, typer.Option(help="Learning rates tried a method.", show_default="5")] = None,
+    eval_rows: Annotated[int | None, typer.Option(help="Held-out rows a score.", show_default="200")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, in processes of their own.")] = 1,
+    page: Annotated[
+        Path | None, typer.Option(help="Write a Markdown page with tables and plots, and its JSON.")
+    ] = None,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep every run's adapter.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure and plan, say how equal the budgets are, and train nothing.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Compare methods at equal budgets, over seeds, with statistics; finished runs are never repeated."""
+    budgets = [int(text) if text.isdigit() else text for text in budget] if budget else None
+    options = _given(
+        models=model, unrelated=unrelated, contenders=method, reference=reference, budgets=budgets, unit=unit,
+        seeds=seeds, eval_rows=eval_rows,
+    ) | {
+        f"{table}.{name}": value
+        for table, name, value in (
+            ("training", "steps", steps), ("training", "batch_size", batch_size), ("tuning", "trials", trials)
+        )
+        if value is not None
+    }  # fmt: skip
+    _run(
+        "compare", study=study, output=output, options=options, data=data, jobs=jobs, page=page,
+        keep_adapters=keep_adapters, dry_run=dry_run, as_json=json_,
+    )  # fmt: skip
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the merged model.")],
@@ -321,6 +377,21 @@ def mask(
 ) -> None:
     """Show where a sparse adapter's trained entries are, and how far two masks overlap."""
     _run("mask", file=file, other=other, as_json=json_)
+
+
+@app.command()
+def report(
+    path: Annotated[
+        Path, typer.Argument(help="A study's or a demonstration's folder, a profile (.safetensors) or a plan (.json).")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page: a .html file.")] = Path("report.html"),
+    profile: Annotated[
+        Path | None, typer.Option(help="The profile that a plan was made from, to show both in one page.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Show a study, a demonstration, a profile or a plan as one HTML page that needs no network."""
+    _run("report", path=path, output=output, profile=profile, as_json=json_)
 
 
 @app.command()

@@ -83,7 +83,7 @@ def profile(
     layout = find_sites(model)
     facts = {"tasks": list(tasks), "sensitivity": procedure, "provenance": provenance or {}}
     file = PartialFile(
-        None if procedure == "block-coordinate" else partial, seal(facts | {"model": _weights_sample(model, layout)})
+        None if procedure == "block-coordinate" else partial, seal(facts | {"model": weights_sample(model, layout)})
     )
     measured = file.read()
     for name, part in tasks.items():
@@ -118,7 +118,7 @@ def profile(
     )
 
 
-def _weights_sample(model: nn.Module, layout: Layout) -> str:
+def weights_sample(model: nn.Module, layout: Layout) -> str:
     """Hash the architecture, the type and the first numbers of every weight: other weights are another measurement."""
     total = hashlib.sha256(layout.fingerprint.encode())
     for name, parameter in base_model(model).named_parameters():

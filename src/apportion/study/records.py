@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 SCHEMA_VERSION = 1
 
 Unit = Literal["parameters", "flops"]
+Metric = Literal["exact_match", "loss"]
 
 
 class _Record(BaseModel):
@@ -43,8 +44,8 @@ class Run(_Record):
         method: Its planning method, or ``full`` for full fine-tuning.
         options: The method's options as planned.
         unit: What the budget counts.
-        budget: The budget.
-        spent: What the plan takes of it (all of the model's, for full fine-tuning).
+        budget: The budget; for full fine-tuning, which has none, the model's parameters, whatever the unit.
+        spent: What the plan takes of it.
         rank: The plan's rank; None for full fine-tuning.
         plan: The plan's file below the study's folder; None for full fine-tuning.
         seed: Seed of the factors' start and of the rows' order.
@@ -98,8 +99,58 @@ class Interval(_Record):
     high: float
 
 
+class Base(_Record):
+    """What is measured once of a model that no run has touched: ``profiles/<model>.json``.
+
+    Args:
+        schema_version: Of this record.
+        model: The model, as the study names it.
+        weights: Hash of a sample of its weights.
+        before: By task, its score on held-out rows.
+        unrelated: Its score on unrelated rows.
+        stability: By task, the mean over layers of the Jaccard index between the hottest experts of the calibration
+            rows and those of a resample; the interval holds the resamples' middle share. Empty for a dense model.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    weights: str
+    before: dict[str, Score]
+    unrelated: Score | None
+    stability: dict[str, Interval]
+
+
+class Trial(_Record):
+    """One learning rate tried on the tuning seed: ``tuning/<key>.json``.
+
+    Args:
+        schema_version: Of this record.
+        key: Hash of all that the result depends on; the file's name.
+        model: The model.
+        task: The task.
+        contender: The contender.
+        budget: The budget.
+        lr: The learning rate tried.
+        loss: On validation rows, after training; None where training diverged.
+        train_s: Seconds of training.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    key: str
+    model: str
+    task: str
+    contender: str
+    budget: int
+    lr: float
+    loss: float | None
+    train_s: float
+
+
 class CellSummary(_Record):
-    """One contender at one budget on one task: mean over seeds, with an interval."""
+    """One contender at one budget on one task: mean over seeds, with an interval.
+
+    Where there is one seed, an interval of a loss is the estimate alone.
+    """
 
     model: str
     task: str
@@ -113,19 +164,21 @@ class CellSummary(_Record):
 
 
 class Comparison(_Record):
-    """A paired difference between a contender and the reference at one budget.
+    """A paired difference between a contender and the reference at one budget, the mean over the study's tasks.
 
     Args:
         model: The model.
-        task: The task; ``all`` for the mean over tasks.
-        budget: The budget.
+        task: ``all``: the mean over tasks.
+        budget: The budget; the reference's, where full fine-tuning is compared with it.
         contender: What is compared.
         reference: With what.
         metric: ``exact_match`` (higher is better) or ``loss`` (lower is better).
+        runs: Pairs of runs: tasks times seeds.
         difference: Contender minus reference, with its interval.
-        p: Of the permutation test.
+        p: Of the permutation tests over runs and over items, the larger.
         p_corrected: After correction for all comparisons of the study.
-        smallest_effect: The smallest difference that the design could have seen, at the study's level and 80 % power.
+        smallest_effect: The smallest difference that the design could have seen, at the study's level divided by its
+            comparisons and 80 % power; None where so few runs can show none.
         differs: Whether the data tell the two apart.
     """
 
@@ -134,11 +187,12 @@ class Comparison(_Record):
     budget: int
     contender: str
     reference: str
-    metric: Literal["exact_match", "loss"]
+    metric: Metric
+    runs: int
     difference: Interval
     p: float
     p_corrected: float
-    smallest_effect: float
+    smallest_effect: float | None
     differs: bool
 
 

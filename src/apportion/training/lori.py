@@ -18,9 +18,10 @@ from apportion.peft.masks import extract_mask
 from apportion.records.files import write_text
 from apportion.records.mask import Mask, load_mask
 from apportion.records.plan import Plan
-from apportion.training.phase import TrainResult, run_phase
+from apportion.training.phase import run_phase
 from apportion.training.runs import RUN_FILE, open_run, run_identity
 from apportion.training.settings import TrainSettings
+from apportion.training.trainer import TrainResult
 
 MASK_FILE = "mask.safetensors"
 DENSE_FOLDER = "dense"

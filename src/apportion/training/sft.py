@@ -14,9 +14,10 @@ from apportion.errors import ConfigurationError
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.lori import train_sparse
-from apportion.training.phase import TrainResult, run_phase
+from apportion.training.phase import run_phase
 from apportion.training.runs import run_identity
 from apportion.training.settings import TrainSettings
+from apportion.training.trainer import TrainResult
 
 
 def train(

@@ -1,0 +1,139 @@
+"""`apportion compare`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from apportion.cli.quiet import quiet
+from apportion.errors import ConfigurationError, MissingDependencyError
+
+try:
+    from apportion.study.matrix import run_study, write_summary
+    from apportion.study.page import write_page
+except ModuleNotFoundError as error:
+    if error.name not in ("matplotlib", "optuna", "scipy"):
+        raise
+    raise MissingDependencyError("comparisons", package=str(error.name), extra="study") from error
+from apportion.data.sources import named_sources
+from apportion.study.records import Interval, Summary
+from apportion.study.settings import StudySettings, check_settings, load_settings
+
+
+def run(
+    console: Console,
+    *,
+    study: Path | None,
+    output: Path | None,
+    options: dict[str, Any],
+    data: list[str] | None,
+    jobs: int,
+    page: Path | None,
+    keep_adapters: bool,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Run a study, or summarise the folder of one, and show what it says."""
+    quiet()
+    if study is not None and study.is_dir():
+        told = [
+            *options,
+            *(["data"] if data else []),
+            *(["output"] if output else []),
+            *(["dry_run"] if dry_run else []),
+        ]
+        if told:
+            raise ConfigurationError(
+                f"{study} is a study's folder, whose runs are only summarised, and {told[0]} was given.\n"
+                "  fix:  give the study's .toml file, or leave that out"
+            )
+        summary: Summary | None = write_summary(study)
+        folder = study
+    else:
+        settings = _settings(study, data, options)
+        folder = output or Path("build") / settings.name
+        with console.status("starting") as status:
+            summary = run_study(
+                folder,
+                settings,
+                _commands(study, data, options, folder),
+                processes=jobs,
+                keep_adapters=keep_adapters,
+                dry_run=dry_run,
+                say=lambda text: _say(console, status, text),
+                prepare=quiet,
+            )
+    if summary is None:
+        return {"folder": str(folder), "dry_run": True}
+    console.print(cells_table(summary))
+    for sentence in summary.verdicts:
+        console.print(f"- {sentence}")
+    console.print(f"settings, runs and summary -> {folder}")
+    if page:
+        write_page(folder, page)
+        console.print(f"page -> {page}")
+    return summary.model_dump(mode="json") | {"folder": str(folder)}
+
+
+def cells_table(summary: Summary) -> Table:
+    """Lay out every contender, task and budget.
+
+    Args:
+        summary: What a study says.
+
+    Returns:
+        The table.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("task", "contender"):
+        table.add_column(name, no_wrap=True)
+    for name in ("budget", "spent", "seeds", "exact match", "loss", "forgetting"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for cell in summary.cells:
+        scores = (_interval(one) for one in (cell.exact_match, cell.loss, cell.forgetting))
+        table.add_row(cell.task, cell.contender, f"{cell.budget:,}", f"{cell.spent:,}", str(cell.seeds), *scores)
+    return table
+
+
+def _interval(found: Interval | None) -> str:
+    """Write an estimate with its interval."""
+    return "" if found is None else f"{found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _settings(study: Path | None, data: list[str] | None, options: dict[str, Any]) -> StudySettings:
+    """Read the study file with what replaces its settings, or make a study of options alone."""
+    if study is not None:
+        if data:
+            raise ConfigurationError("a study file and --data were both given.\n  fix:  name the data in the file")
+        return load_settings(study, options)
+    missing = [name for name, given in (("--data", data), ("--method", "contenders" in options),
+                                        ("--budget", "budgets" in options)) if not given]  # fmt: skip
+    if missing:
+        raise ConfigurationError(
+            f"there is no study file, and {' and '.join(missing)} is missing.\n"
+            "  fix:  give a STUDY.toml, or --data, --method and --budget"
+        )
+    return check_settings({"name": "comparison", "tasks": named_sources(data or [])}, options)
+
+
+def _commands(study: Path | None, data: list[str] | None, options: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """Give what to type to get the same again."""
+    words = ["apportion", "compare", *([str(study)] if study else [])]
+    words += [word for source in data or [] for word in ("--data", source)]
+    names = {"models": "model", "contenders": "method", "budgets": "budget", "training.steps": "steps"}
+    names |= {"training.batch_size": "batch-size", "tuning.trials": "trials", "eval_rows": "eval-rows"}
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{names.get(name, name)}", str(one)]
+    return shlex.join([*words, "-o", str(folder)]), f"apportion report {folder} -o {folder / 'report.html'}"
+
+
+def _say(console: Console, status: Any, text: str) -> None:
+    """Show what is being done: on a terminal runs beside a spinner, elsewhere every line."""
+    status.update(text)
+    if not console.is_terminal or not text.startswith(("run ", "trial ")):
+        console.print(text, soft_wrap=True)

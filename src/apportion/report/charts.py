@@ -1,0 +1,199 @@
+"""The numbers that the page's charts draw, as plain data for JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from apportion.records.plan import Plan
+from apportion.records.profile import Profile
+from apportion.report.material import Material
+from apportion.study.records import Interval
+from apportion.study.settings import FULL
+
+_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.[^.]+")
+_LAYER = re.compile(r"(?:.*?\.)?(?P<layer>\d+)\.(?P<rest>.+)")
+_DIGITS = 6
+
+
+def chart_data(material: Material) -> dict[str, Any]:
+    """Gather everything that the charts need.
+
+    Args:
+        material: What is shown.
+
+    Returns:
+        ``profiles``, ``plans``, ``scores`` and the budgets' ``unit``; numbers have six digits, and what is not finite
+        is null.
+    """
+    names = list(material.profiles)
+    profiles = [_profile(name, material.profiles[name]) for name in names]
+    return {
+        "profiles": profiles or [_unmeasured(plan) for plan in material.plans.values()],
+        "plans": [_plan(label, plan, material, names) for label, plan in _labelled_plans(material)],
+        "scores": _scores(material),
+        "unit": material.study.settings.unit if material.study else None,
+    }
+
+
+def matrix_place(site: str) -> tuple[int, str]:
+    """Tell in which row and column of the map of matrices a site is.
+
+    Args:
+        site: The site's name.
+
+    Returns:
+        The decoder layer, and the name below it; all experts of a layer share a name.
+
+    Example:
+        >>> matrix_place("model.layers.3.mlp.experts.5.gate_proj")
+        (3, 'mlp.experts.*.gate_proj')
+        >>> matrix_place("model.layers.0.self_attn.q_proj")
+        (0, 'self_attn.q_proj')
+    """
+    match = _LAYER.fullmatch(site)
+    layer, rest = (int(match["layer"]), match["rest"]) if match else (0, site)
+    return layer, re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", rest)
+
+
+def _profile(name: str, profile: Profile) -> dict[str, Any]:
+    """Give one model's layers, and what each task measured on its experts and matrices."""
+    tasks = [_task(task, profile.of_task(task), profile.tokens[task]) for task in profile.tasks]
+    if len(tasks) > 1:
+        tasks.append(_task("all tasks together", profile, profile.total_tokens()))
+    return {
+        "name": name,
+        "model": profile.layout.describe(),
+        "layers": [
+            {"layer": block.layer, "experts": block.num_experts, "top_k": block.top_k}
+            for block in profile.layout.blocks
+        ],
+        "tasks": tasks,
+    }
+
+
+def _unmeasured(plan: Plan) -> dict[str, Any]:
+    """Give what a plan alone tells of its model: each layer with planned experts, as wide as the last of them."""
+    wide = max((max(ids) for ids in plan.experts_by_layer().values()), default=0) + 1
+    layers = [matrix_place(block)[0] for block in plan.experts_by_layer()]
+    return {
+        "name": plan.base_model or plan.model,
+        "model": plan.model,
+        "layers": [{"layer": layer, "experts": wide, "top_k": None} for layer in layers],
+        "tasks": [],
+    }
+
+
+def _task(name: str, profile: Profile, tokens: int) -> dict[str, Any]:
+    """Give what was measured on the profile's tasks, added up."""
+    measured = set(profile.sensitivity) == set(profile.tasks)
+    grids = {}
+    if profile.layout.is_moe:
+        grids = {"count": _rows(profile, profile.total_counts()), "mass": _rows(profile, profile.total_mass())}
+        if measured:
+            grids["sensitivity"] = _rows(profile, profile.expert_sensitivity())
+    sites: dict[str, float] = {}
+    if measured:
+        for norms in profile.sensitivity.values():
+            for site, norm in norms.items():
+                sites[site] = sites.get(site, 0.0) + norm
+    return {"name": name, "tokens": tokens, "grids": grids, "matrices": _matrices(sites.items())}
+
+
+def _rows(profile: Profile, heat_LE: Tensor) -> list[list[float | None]]:
+    """Cut each layer's row to its own number of experts."""
+    return [
+        [_short(value) for value in row[: block.num_experts]]
+        for block, row in zip(profile.layout.blocks, heat_LE.tolist(), strict=True)
+    ]
+
+
+def _matrices(values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Add values of sites up into one entry a layer and kind of matrix."""
+    cells: dict[tuple[int, str], list[float]] = {}
+    for site, value in values:
+        cells.setdefault(matrix_place(site), []).append(value)
+    return [
+        {"layer": layer, "name": name, "sum": _short(math.fsum(found)), "sites": len(found)}
+        for (layer, name), found in cells.items()
+    ]
+
+
+def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
+    """Give every plan a group and a label: a study's task, contender and budget, or the file's name."""
+    runs = {run.plan: run for run in material.study.runs if run.plan} if material.study else {}
+    twins = Counter((run.model, run.task, run.contender, run.budget) for run in runs.values())
+    labels = []
+    for file in material.plans:
+        if run := runs.get(file):
+            drawn = f", seed {run.seed}" if twins[run.model, run.task, run.contender, run.budget] > 1 else ""
+            label = f"{run.contender} at {run.budget:,} {run.unit}{drawn}"
+            labels.append({"group": run.task, "label": label})
+        else:
+            labels.append({"group": "", "label": file.removesuffix("/plan.json")})
+    return list(zip(labels, material.plans.values(), strict=True))
+
+
+def _plan(label: dict[str, str], plan: Plan, material: Material, names: list[str]) -> dict[str, Any]:
+    """Give a plan's ranks on experts, by layer, and on matrices."""
+    owners = [number for number, name in enumerate(names) if material.profiles[name].fingerprint == plan.fingerprint]
+    profile = material.profiles[names[owners[0]]] if owners else None
+    return label | {
+        "method": plan.method,
+        "profiles": owners if names else [0],
+        "experts": _expert_ranks(plan, profile),
+        "matrices": _matrices((p.site, p.rank * p.num_experts) for p in plan.placements),
+    }
+
+
+def _expert_ranks(plan: Plan, profile: Profile | None) -> list[dict[str, int]]:
+    """List each planned expert: its row among the layers with experts, its id, and its largest rank."""
+    ranks: dict[tuple[str, int], int] = {}
+    for placement in plan.placements:
+        match = _EXPERT.fullmatch(placement.site)
+        if match:
+            key = (match["block"], int(match["expert"]))
+            ranks[key] = max(ranks.get(key, 0), placement.rank)
+    rows = {block: row for row, block in enumerate(profile.layers if profile else plan.experts_by_layer())}
+    return [
+        {"row": rows[block], "expert": expert, "rank": rank} for (block, expert), rank in ranks.items() if block in rows
+    ]
+
+
+def _scores(material: Material) -> list[dict[str, Any]]:
+    """Give every cell of a study with its intervals, and the untrained model's scores beside it."""
+    study = material.study
+    if study is None or study.summary is None:
+        return []
+    before = {(run.model, run.task): run.before for run in study.runs}
+    found = []
+    for cell in study.summary.cells:
+        base = before.get((cell.model, cell.task))
+        found.append(
+            {
+                **cell.model_dump(include={"model", "task", "contender", "budget", "spent", "seeds"}),
+                "budgeted": study.settings.contender(cell.contender).method != FULL,
+                "exact_match": _interval(cell.exact_match),
+                "loss": _interval(cell.loss),
+                "forgetting": _interval(cell.forgetting),
+                "before": {"exact_match": base and base.exact_match, "loss": base and base.loss},
+            }
+        )
+    return found
+
+
+def _interval(found: Interval | None) -> list[float | None] | None:
+    """Give estimate, low and high."""
+    return [_short(found.estimate), _short(found.low), _short(found.high)] if found else None
+
+
+def _short(value: float) -> float | None:
+    """Keep the digits that can be seen; whole numbers stay whole, and what is not finite becomes nothing."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None

@@ -1,0 +1,189 @@
+"""Runs in this process, or in several at once; each has the study's number of threads, so its numbers are the same."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from apportion.errors import ApportionError, TrainingError
+from apportion.study.records import Run, Trial
+from apportion.study.runner import Bench, Job
+from apportion.study.settings import StudySettings
+
+Told = Callable[[Job, Run | Trial], None]
+
+
+class Pool:
+    """Does runs.
+
+    Args:
+        folder: The study's folder.
+        settings: The study's settings.
+        bench: Gives the bench of a model in this process.
+        processes: How many runs at once.
+        keep_adapters: Whether adapters are kept.
+        prepare: Called once in every process but this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: StudySettings,
+        bench: Callable[[str], Bench],
+        *,
+        processes: int,
+        keep_adapters: bool,
+        prepare: Callable[[], object],
+    ) -> None:
+        self.folder, self.settings, self.bench = folder, settings, bench
+        self.processes, self.keep_adapters, self.prepare = processes, keep_adapters, prepare
+
+    def trials(self, jobs: list[Job], told: Told) -> list[Trial]:
+        """Try learning rates.
+
+        Args:
+            jobs: The trials.
+            told: Called after each.
+
+        Returns:
+            Their records, in the same order.
+
+        Raises:
+            TrainingError: some failed; the others are done.
+        """
+        return [record for record in self._all(jobs, told, trial=True) if isinstance(record, Trial)]
+
+    def runs(self, jobs: list[Job], told: Told) -> list[Run]:
+        """Do runs.
+
+        Args:
+            jobs: The runs.
+            told: Called after each.
+
+        Returns:
+            Their records, in the same order.
+
+        Raises:
+            TrainingError: some failed; the others are done.
+        """
+        return [record for record in self._all(jobs, told, trial=False) if isinstance(record, Run)]
+
+    def _all(self, jobs: list[Job], told: Told, *, trial: bool) -> list[Run | Trial]:
+        """Do everything, then say what failed."""
+        found: dict[Job, Run | Trial] = {}
+        failed: list[str] = []
+        each = self._here if self.processes == 1 else self._in_processes
+        for job, result in each(jobs, trial=trial):
+            if isinstance(result, ApportionError):
+                failed.append(f"{job.name}: {str(result).partition(chr(10))[0]}")
+            else:
+                found[job] = result
+                told(job, result)
+        if failed:
+            more = f"\n  and {len(failed) - 3} more" if len(failed) > 3 else ""
+            raise TrainingError(
+                f"{len(failed)} of {len(jobs)} runs failed; the others are done.\n  " + "\n  ".join(failed[:3]) + more
+            )
+        return [found[job] for job in jobs]
+
+    def _here(self, jobs: list[Job], *, trial: bool) -> Iterator[tuple[Job, Run | Trial | ApportionError]]:
+        """One after the other."""
+        for job in jobs:
+            with limited_threads(self.settings.threads):
+                result = _do(self.bench(job.model), job, trial=trial, keep_adapters=self.keep_adapters)
+            yield job, result
+
+    def _in_processes(self, jobs: list[Job], *, trial: bool) -> Iterator[tuple[Job, Run | Trial | ApportionError]]:
+        """Several at once, in processes of their own, in the order in which they end."""
+        pool = ProcessPoolExecutor(
+            min(self.processes, max(1, len(jobs))),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_child,
+            initargs=(self.settings.threads, self.prepare),
+        )
+        try:
+            waiting = {
+                pool.submit(_in_child, str(self.folder), self.settings, job, trial, self.keep_adapters): job
+                for job in jobs
+            }
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        except BrokenProcessPool as error:
+            raise TrainingError(
+                "a process of the study was killed, perhaps for want of memory.\n"
+                "  fix:  run the same command again with fewer --jobs: finished runs are not repeated"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def limited_threads(number: int) -> Iterator[None]:
+    """Compute with a number of threads while the block is open.
+
+    Args:
+        number: Threads.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _do(bench: Bench, job: Job, *, trial: bool, keep_adapters: bool) -> Run | Trial | ApportionError:
+    """Do one run; what goes wrong with it is not to stop the others."""
+    try:
+        return bench.trial(job) if trial else bench.run(job, keep_adapter=keep_adapters)
+    except ApportionError as error:
+        return error
+    except Exception as error:
+        error.add_note(f"in the run {job.name}")
+        raise
+
+
+def _start_child(threads: int, prepare: Callable[[], object]) -> None:
+    """Prepare a process, and end it with its parent, also where that is killed."""
+    torch.set_num_threads(threads)
+    prepare()
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@cache
+def _child_bench(folder: str, settings: str, model: str) -> Bench:
+    """Load a model and its data once a process."""
+    return Bench(Path(folder), StudySettings.model_validate_json(settings), model)
+
+
+def _in_child(
+    folder: str,
+    settings: StudySettings,
+    job: Job,
+    trial: bool,  # noqa: FBT001
+    keep_adapters: bool,  # noqa: FBT001
+) -> Run | Trial | ApportionError:
+    """Do one run in a process of the pool."""
+    with contextlib.redirect_stdout(None):
+        bench = _child_bench(folder, settings.model_dump_json(), job.model)
+        return _do(bench, job, trial=trial, keep_adapters=keep_adapters)

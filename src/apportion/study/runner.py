@@ -1,0 +1,346 @@
+"""One run of a study: a copy of the model is trained and scored, and its record written."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy
+import optuna
+import peft
+import scipy
+import torch
+import transformers
+import trl
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apportion._version import __version__
+from apportion.data.batches import batches, encode
+from apportion.data.sources import Row, read_rows
+from apportion.errors import DataError, TrainingError
+from apportion.evaluation import completion_loss, exact_matches
+from apportion.loading import load_model
+from apportion.methods.hot import experts_kept, hottest
+from apportion.profiling.routing import routing_counter
+from apportion.profiling.run import profile, weights_sample
+from apportion.profiling.totals import TaskTotals
+from apportion.records.files import seal
+from apportion.records.plan import load_plan
+from apportion.records.profile import Profile, load_profile
+from apportion.study.records import Base, Interval, Run, Score, Trial
+from apportion.study.settings import StudySettings
+from apportion.study.store import RUNS, TUNING, base_path, profile_path, read_record, write_record
+from apportion.training.full import train_all
+from apportion.training.settings import TrainSettings
+from apportion.training.sft import train
+from apportion.training.trainer import TrainResult
+
+ADAPTERS, WORK = "adapters", ".work"
+_EVAL_BATCH = 64
+_PROFILE_BATCH = 32
+
+# Shapes: L Mixture-of-Experts layers, E experts of the widest layer, N rows.
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run depends on, beside the study's settings.
+
+    Args:
+        model: The model.
+        task: The task.
+        contender: The contender's name.
+        budget: The budget.
+        spent: What the plan takes of it.
+        plan: The plan's file below the study's folder; None for full fine-tuning.
+        plan_seal: Hash of the plan.
+        seed: The seed; the tuning seed for a trial.
+        lr: The learning rate; 0 until it is chosen.
+    """
+
+    model: str
+    task: str
+    contender: str
+    budget: int
+    spent: int
+    plan: str | None
+    plan_seal: str | None
+    seed: int
+    lr: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name the run for people."""
+        return f"{self.model}/{self.task}/{self.contender}/{self.budget}/seed {self.seed}"
+
+
+class Bench:
+    """One model with the study's data: read once, used by all of its runs in this process.
+
+    Args:
+        folder: The study's folder.
+        settings: The study's settings.
+        name: The model.
+    """
+
+    def __init__(self, folder: Path, settings: StudySettings, name: str) -> None:
+        self.folder, self.settings, self.name = folder, settings, name
+        self.model: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+        self.model, self.tokenizer = load_model(name)
+        wanted = settings.training.steps * settings.training.batch_size
+        self.rows: dict[str, list[Row]] = {}
+        self.validation: dict[str, list[Row]] = {}
+        for task, source in settings.tasks.items():
+            rows = read_rows(source, num_rows=wanted + settings.tuning.rows)
+            kept = len(rows) - settings.tuning.rows
+            if kept < 1:
+                raise DataError(
+                    f"the data of task {task!r} have {len(rows)} rows, and {settings.tuning.rows} of them are to "
+                    "choose learning rates.\n  fix:  give more rows, or fewer to tuning.rows"
+                )
+            self.rows[task], self.validation[task] = rows[:kept], rows[kept:]
+        self.held_out = {task: self._held_out(settings.eval.get(task, settings.tasks[task])) for task in settings.tasks}
+        self.unrelated = self._held_out(settings.unrelated) if settings.unrelated else None
+
+    def _held_out(self, source: str) -> list[Row]:
+        return read_rows(source, num_rows=self.settings.eval_rows, split="test")
+
+    @cached_property
+    def weights(self) -> str:
+        """Hash of a sample of the model's weights."""
+        return weights_sample(self.model, self.profile.layout)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The model's profile on all tasks, measured when it is first asked for and read after that."""
+        path = profile_path(self.folder, self.name)
+        if not path.is_file():
+            streams = {task: self._batches(rows, _PROFILE_BATCH) for task, rows in self._calibration().items()}
+            facts = {"model": self.name, "data": self.settings.tasks}
+            profile(self.model, streams, sensitivity=True, provenance=facts).save(path)
+        return load_profile(path)
+
+    @cached_property
+    def base(self) -> Base:
+        """What is known of the untouched model, measured when it is first asked for and read after that."""
+        path = base_path(self.folder, self.name)
+        if not path.is_file():
+            base = Base(
+                model=self.name,
+                weights=self.weights,
+                before={task: self.score(self.model, rows) for task, rows in self.held_out.items()},
+                unrelated=self.score(self.model, self.unrelated, answers=False) if self.unrelated else None,
+                stability=self._stability() if self.profile.layout.is_moe else {},
+            )
+            write_record(path, base)
+        return read_record(path, Base)
+
+    def score(self, model: nn.Module, rows: Sequence[Row], *, answers: bool = True) -> Score:
+        """Score a model on rows; where they have no answers, or none are asked for, by loss alone."""
+        loss, _, _ = completion_loss(model, self.tokenizer, rows, _EVAL_BATCH, self.settings.training.max_length)
+        if not answers or not all("answer" in row and "prompt" in row for row in rows):
+            return Score(loss=loss, exact_match=None)
+        items = exact_matches(model, self.tokenizer, rows, _EVAL_BATCH)
+        return Score(loss=loss, exact_match=sum(items) / len(items), items=tuple(items))
+
+    def key(self, job: Job, *, trial: bool) -> str:
+        """Hash everything that a run's result depends on."""
+        data = [self.rows[job.task], self.validation[job.task] if trial else self.held_out[job.task]]
+        return seal(
+            {
+                "weights": self.weights,
+                "rows": seal({"rows": [*data, self.unrelated]}),
+                "job": asdict(job),
+                "training": asdict(self._train_settings(job, trial=trial)),
+                "hot": self.settings.profile.hot,
+                "versions": versions(self.settings),
+            }
+        )[:16]
+
+    def run(self, job: Job, *, keep_adapter: bool = False) -> Run:
+        """Do a run, or read what it gave when it was done."""
+        key = self.key(job, trial=False)
+        path = self.folder / RUNS / f"{key}.json"
+        if path.is_file():
+            return read_record(path, Run)
+        contender = self.settings.contender(job.contender)
+        plan = load_plan(self.folder / job.plan) if job.plan else None
+        with self._trained(job, key, trial=False) as (result, peak_bytes, work):
+            trained = result.model
+            run = Run(
+                key=key,
+                model=job.model,
+                task=job.task,
+                contender=job.contender,
+                method=contender.method,
+                options=plan.options if plan else {},
+                unit=self.settings.unit,
+                budget=job.budget,
+                spent=job.spent,
+                rank=plan.rank if plan else None,
+                plan=job.plan,
+                seed=job.seed,
+                lr=job.lr,
+                before=self.base.before[job.task],
+                after=self.score(trained, self.held_out[job.task]),
+                unrelated_before=self.base.unrelated,
+                unrelated_after=self.score(trained, self.unrelated, answers=False) if self.unrelated else None,
+                steps=result.steps,
+                tokens=result.tokens,
+                train_s=result.seconds,
+                peak_bytes=peak_bytes,
+                trainable_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+                hot_set_drift=self._drift(trained, job.task) if self.profile.layout.is_moe else None,
+                versions=versions(self.settings),
+            )
+            if keep_adapter and plan:
+                shutil.copytree(
+                    work, self.folder / ADAPTERS / key, ignore=lambda *_: ["checkpoints", "dense"], dirs_exist_ok=True
+                )
+        write_record(path, run)
+        return run
+
+    def trial(self, job: Job) -> Trial:
+        """Try a learning rate, or read what that gave."""
+        key = self.key(job, trial=True)
+        path = self.folder / TUNING / f"{key}.json"
+        if path.is_file():
+            return read_record(path, Trial)
+        loss, seconds = None, 0.0
+        try:
+            with self._trained(job, key, trial=True) as (result, _, _):
+                found = self.score(result.model, self.validation[job.task], answers=False).loss
+                loss, seconds = (found if numpy.isfinite(found) else None), result.seconds
+        except TrainingError:  # too high a rate is a result, not a failure
+            pass
+        facts = {name: getattr(job, name) for name in ("model", "task", "contender", "budget", "lr")}
+        trial = Trial(key=key, loss=loss, train_s=seconds, **facts)
+        write_record(path, trial)
+        return trial
+
+    @contextmanager
+    def _trained(self, job: Job, key: str, *, trial: bool) -> Iterator[tuple[TrainResult, int, Path]]:
+        """Train a copy of the model in a folder that is gone afterwards."""
+        work = self.folder / WORK / key
+        shutil.rmtree(work, ignore_errors=True)
+        model, settings, rows = copy.deepcopy(self.model), self._train_settings(job, trial=trial), self.rows[job.task]
+        _start_peak()
+        try:
+            if job.plan is None:
+                result = train_all(model, self.tokenizer, rows, work, settings)
+            else:
+                plan = load_plan(self.folder / job.plan)
+                result = train(model, self.tokenizer, plan, rows, work, settings, progress=False)
+            if result.interrupted:
+                raise KeyboardInterrupt
+            yield result, _peak_bytes(), work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _train_settings(self, job: Job, *, trial: bool) -> TrainSettings:
+        """Give the settings of a run; it writes no checkpoint before its end."""
+        told = self.settings.training
+        settings = TrainSettings(
+            steps=told.steps,
+            batch_size=told.batch_size,
+            max_length=told.max_length,
+            warmup_frac=told.warmup_frac,
+            lr=job.lr,
+            seed=job.seed,
+        )
+        steps = (self.settings.tuning.steps if trial else None) or told.steps
+        return replace(settings, steps=steps, save_every=steps + 1)
+
+    def _calibration(self) -> dict[str, list[Row]]:
+        """Give the rows that the model is profiled on: the first that it is trained on."""
+        return {task: rows[: self.settings.profile.rows] for task, rows in self.rows.items()}
+
+    def _batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Tensor]]:
+        """Tokenize and batch rows."""
+        encoded = [encode(row, self.tokenizer, self.settings.training.max_length) for row in rows]
+        return list(batches(encoded, int(self.tokenizer.pad_token_id), size))
+
+    def _counts(self, model: nn.Module, rows: Sequence[Row], size: int) -> list[Tensor]:
+        """Count routing of rows, batch by batch: int64, shape (L, E) each."""
+        counts = []
+        for batch in self._batches(rows, size):
+            totals = TaskTotals.zeros(self.profile.layout)
+            with routing_counter(model, self.profile.layout, totals) as run_batch:
+                run_batch(batch)
+            counts.append(totals.counts)
+        return counts
+
+    def _drift(self, trained: nn.Module, task: str) -> float:
+        """Compare the hottest experts of the calibration rows before and after training."""
+        counts = self._counts(trained, self._calibration()[task], _PROFILE_BATCH)
+        return self._overlap(self.profile.counts[task], torch.stack(counts).sum(0))
+
+    def _stability(self) -> dict[str, Interval]:
+        """Compare every task's hottest experts with those of resampled calibration rows."""
+        generator = numpy.random.default_rng(0)
+        found = {}
+        for task, rows in self._calibration().items():
+            counts_NLE = torch.stack(self._counts(self.model, rows, 1))
+            overlaps = []
+            for _ in range(self.settings.profile.resamples):
+                drawn = torch.from_numpy(generator.integers(len(rows), size=len(rows)))
+                overlaps.append(self._overlap(counts_NLE.sum(0), counts_NLE[drawn].sum(0)))
+            level = self.settings.level
+            low, high = numpy.quantile(overlaps, [level / 2, 1 - level / 2])
+            found[task] = Interval(estimate=float(numpy.mean(overlaps)), low=float(low), high=float(high))
+        return found
+
+    def _overlap(self, one_LE: Tensor, other_LE: Tensor) -> float:
+        """Give the mean over layers of the Jaccard index of two counts' hottest experts."""
+        found = []
+        for block, one, other in zip(self.profile.layout.blocks, one_LE, other_LE, strict=True):
+            rows = [row[: block.num_experts].double() for row in (one, other)]
+            kept = experts_kept(rows[0], self.settings.profile.hot)
+            first, second = (set(hottest(row, kept)) for row in rows)
+            found.append(len(first & second) / len(first | second))
+        return sum(found) / len(found)
+
+
+def versions(settings: StudySettings) -> dict[str, str]:
+    """Give what the last digits of a study depend on, beside its settings."""
+    return {
+        "apportion": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "peft": peft.__version__,
+        "optuna": optuna.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "threads": str(settings.threads),
+    }
+
+
+def _start_peak() -> None:
+    """Let the peak of memory start anew, where the system can do that."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5", encoding="ascii")
+
+
+def _peak_bytes() -> int:
+    """Give the device's peak on CUDA; elsewhere the process's: since the last start on Linux, in all on others."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,336 @@
+"""What a study compares: ``STUDY.toml``, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from apportion.data.sources import FILE_FORMATS
+from apportion.data.tasks import task_names
+from apportion.errors import ConfigurationError, DataError
+from apportion.methods.hot import parse_hot
+from apportion.methods.registry import METHODS
+from apportion.records.files import seal
+from apportion.study.records import Metric, Unit
+
+FULL = "full"
+_OWN_KEYS = ("name", "method", "rank", "below_budget", "lr_low", "lr_high")
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Settings(BaseModel):
+    """Frozen, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Contender(_Settings):
+    """What is compared: a method with its options, or ``full`` for full fine-tuning.
+
+    Args:
+        name: Its name in the study; the method's where not given.
+        method: A planning method, or ``full``, which trains every weight and has no budget.
+        options: The method's options. In TOML they stand beside `name` and `method`.
+        rank: Rank for methods that are told their budget; the rank of all others follows from it.
+        below_budget: Allow a plan that cannot spend all of the budget, instead of refusing it.
+        lr_low: Lowest learning rate tried, where it differs from the study's.
+        lr_high: Highest learning rate tried, where it differs from the study's.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any] = {}
+    rank: Count | None = None
+    below_budget: bool = False
+    lr_low: Positive | None = None
+    lr_high: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, value: Any) -> Any:
+        if isinstance(value, Contender):
+            return value
+        value = {"method": value} if isinstance(value, str) else dict(value)
+        value |= value.pop("options", {})
+        if "method" not in value:
+            raise ConfigurationError(f"contender {value.get('name', value)!r} has no method.\n  fix:  give it one")
+        method = value["method"]
+        if method != FULL and method not in METHODS:
+            raise ConfigurationError(
+                f"there is no method {method!r}.\n  fix:  {_near(method, [*METHODS, FULL], 'choose among')}"
+            )
+        options = () if method == FULL else METHODS[method].options.model_fields
+        for key in value:
+            if key not in (*_OWN_KEYS, *options):
+                raise ConfigurationError(
+                    f"contender {value.get('name', method)!r} has an unknown key {key!r}.\n"
+                    f"  fix:  {_near(key, [*_OWN_KEYS, *options], 'choose among')}"
+                )
+        own = {key: value[key] for key in _OWN_KEYS if key in value}
+        return {"name": method} | own | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
+
+    @property
+    def told_budget(self) -> bool:
+        """Whether the method itself is told what to spend."""
+        return self.method != FULL and "budget" in METHODS[self.method].options.model_fields
+
+
+class Training(_Settings):
+    """What every run is trained with; rows are drawn once a task and ordered by the run's seed."""
+
+    steps: Count = 40
+    batch_size: Count = 32
+    max_length: Count = 1024
+    warmup_frac: Annotated[float, Field(ge=0, lt=1)] = 0.03
+
+
+class Tuning(_Settings):
+    """How learning rates are chosen.
+
+    Args:
+        trials: Learning rates tried for every contender, at even distances on a logarithmic scale.
+        seed: Seed of these runs, which is none of the study's.
+        low: Lowest learning rate.
+        high: Highest learning rate.
+        steps: Optimizer steps of a trial; the study's where not given.
+        rows: Rows that a trial is scored on, by loss. They are no training rows and no held-out rows of the study.
+        each: ``contender`` tunes a contender once, on the first task and budget; ``task`` on every task at the first
+            budget; ``budget`` on every task and budget.
+    """
+
+    trials: Count = 5
+    seed: int = 1000
+    low: Positive = 1e-3
+    high: Positive = 2e-2
+    steps: Count | None = None
+    rows: Count = 128
+    each: Annotated[str, Field(pattern="^(contender|task|budget)$")] = "task"
+
+
+class Profiling(_Settings):
+    """How the model is measured: training rows a task, resamples of them, and how many experts are hot."""
+
+    rows: Count = 256
+    resamples: Count = 200
+    hot: Annotated[int | str, Field(validate_default=True)] = "25%"
+
+    @field_validator("hot")
+    @classmethod
+    def _read_hot(cls, value: int | str) -> int | str:
+        return parse_hot(value)
+
+
+class StudySettings(_Settings):
+    """Everything that a study's results depend on.
+
+    Args:
+        name: The study's name.
+        models: Models, as every command takes them.
+        tasks: Data by task: training rows, and held-out rows of the test split (of ``eval`` where a task is there).
+        eval: Held-out data of tasks whose data have no test split.
+        unrelated: Data whose loss tells what was forgotten; none where not given.
+        contenders: What is compared.
+        reference: The contender that all others are compared with.
+        unit: What a budget counts: trainable ``parameters``, or the adapters' ``flops`` a token.
+        budgets: Numbers, or ``METHOD:RANK`` for as many as that takes.
+        tolerance: Share of a budget that a plan may leave unspent.
+        seeds: Runs of every contender, task and budget.
+        eval_rows: Held-out rows a score.
+        metric: What the verdict is about.
+        level: The level of significance.
+        resamples: Of the bootstrap and the permutation tests.
+        threads: Threads a run, on which the last digits depend.
+        training: Of every run.
+        tuning: Of learning rates.
+        profile: Of models.
+    """
+
+    name: str
+    models: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
+    tasks: Annotated[dict[str, str], Field(min_length=1)]
+    eval: dict[str, str] = {}
+    unrelated: str | None = None
+    contenders: Annotated[tuple[Contender, ...], Field(min_length=2)]
+    reference: str = ""
+    unit: Unit = "parameters"
+    budgets: Annotated[tuple[int | str, ...], Field(min_length=1)]
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    seeds: Count = 5
+    eval_rows: Count = 200
+    metric: Metric = "exact_match"
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    resamples: Annotated[int, Field(ge=100)] = 9999
+    threads: Count = 1
+    training: Training = Training()
+    tuning: Tuning = Tuning()
+    profile: Profiling = Profiling()
+
+    @field_validator("budgets")
+    @classmethod
+    def _know_budgets(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for budget in value:
+            method, _, rank = str(budget).partition(":")
+            if isinstance(budget, str):
+                if method not in METHODS or not rank.isdigit() or int(rank) < 1:
+                    raise ConfigurationError(
+                        f"the budget {budget!r} is not understood.\n"
+                        "  fix:  give a number, or METHOD:RANK such as lora:2"
+                    )
+            elif budget < 1:
+                raise ConfigurationError(f"the budget {budget} buys nothing.\n  fix:  give a number above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudySettings:
+        names = [contender.name for contender in self.contenders]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ConfigurationError(f"two contenders have the name {twice!r}.\n  fix:  give each a name of its own")
+        if not self.reference:
+            object.__setattr__(self, "reference", names[0])
+        if self.reference not in names:
+            raise ConfigurationError(
+                f"the reference {self.reference!r} is no contender.\n  fix:  {_near(self.reference, names, 'choose')}"
+            )
+        if self.contender(self.reference).method == FULL:
+            raise ConfigurationError(
+                "full fine-tuning has no budget, so nothing can be compared with it at an equal one.\n"
+                "  fix:  choose another reference"
+            )
+        if self.tuning.seed in range(self.seeds):
+            raise ConfigurationError(
+                f"the tuning seed {self.tuning.seed} is one of the study's.\n  fix:  give at least {self.seeds}"
+            )
+        for task in self.eval:
+            if task not in self.tasks:
+                raise ConfigurationError(
+                    f"eval names a task {task!r} that the study does not have.\n"
+                    f"  fix:  {_near(task, self.tasks, 'choose among')}"
+                )
+        for contender in self.contenders:
+            low, high = self.learning_rates(contender)
+            if contender.rank is not None and not contender.told_budget:
+                raise ConfigurationError(
+                    f"contender {contender.name!r} was given a rank, which follows from the budget.\n"
+                    "  fix:  leave it out"
+                )
+            if "budget" in contender.options:
+                raise ConfigurationError(
+                    f"contender {contender.name!r} was given a budget of its own.\n  fix:  leave it to budgets"
+                )
+            if low > high:
+                raise ConfigurationError(
+                    f"contender {contender.name!r} has no learning rate from {low:g} to {high:g}.\n"
+                    "  fix:  give the lower one first"
+                )
+        return self
+
+    def contender(self, name: str) -> Contender:
+        """Look a contender up by its name."""
+        return next(contender for contender in self.contenders if contender.name == name)
+
+    def learning_rates(self, contender: Contender) -> tuple[float, float]:
+        """Give the lowest and the highest learning rate to try for a contender."""
+        return contender.lr_low or self.tuning.low, contender.lr_high or self.tuning.high
+
+    @property
+    def digest(self) -> str:
+        """Hash of all settings."""
+        return seal(self.model_dump(mode="json"))
+
+
+def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None = None) -> StudySettings:
+    """Read a study file.
+
+    Args:
+        path: A TOML file.
+        overrides: Settings that replace the file's, by key; a key of a table as ``table.key``.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigurationError: the file is missing or no TOML, or a key, a method or a value in it is wrong.
+        DataError: a task is unknown.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigurationError(f"there is no study file {file}.\n  fix:  give a .toml file, or options")
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the study file {file} is no TOML.\n  found:  {error}") from error
+    return check_settings({"name": file.stem} | data, overrides, place=str(file))
+
+
+def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None, place: str = "") -> StudySettings:
+    """Check what a study is told.
+
+    Args:
+        data: As the TOML file holds it.
+        overrides: Settings that replace it, by key; a key of a table as ``table.key``.
+        place: Where it comes from, for messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigurationError: a key, a method or a value is wrong.
+        DataError: a task is unknown.
+    """
+    for key, value in (overrides or {}).items():
+        table, _, inner = key.rpartition(".")
+        (data.setdefault(table, {}) if table else data)[inner] = value
+    try:
+        settings = StudySettings(**data)
+    except ValidationError as error:
+        raise _explained(error, place) from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}\n  place:  {place}" if place else str(error)) from error
+    for source in (*settings.tasks.values(), *settings.eval.values(), settings.unrelated or ""):
+        if source.startswith("task:"):
+            name = source.removeprefix("task:").partition("?")[0].partition(":")[0]
+            known = task_names()
+            if name not in known:
+                raise DataError(f"there is no task {name!r}.\n  fix:  {_near(name, known, 'see reasoning-gym:')}")
+    for task, source in settings.tasks.items():
+        own_split = source.partition("?")[0].count(":") > 1 or Path(source).suffix in FILE_FORMATS
+        if own_split and task not in settings.eval:
+            raise DataError(
+                f"the data of task {task!r} have no test split beside the rows that are trained on.\n"
+                f"  found:  {source}\n  fix:    give held-out data: [eval] {task} = ..."
+            )
+    return settings
+
+
+def _explained(error: ValidationError, place: str) -> ConfigurationError:
+    """Say what is wrong with a study's first wrong key."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, ConfigurationError):
+        return ConfigurationError(f"{own}\n  place:  {place}" if place else str(own))
+    if first["type"] == "extra_forbidden":
+        models: dict[str, type[BaseModel]] = {"training": Training, "tuning": Tuning, "profile": Profiling}
+        known = models.get(str(first["loc"][0]), StudySettings).model_fields
+        text = f"there is no key {where!r}.\n  fix:  {_near(str(first['loc'][-1]), known, 'choose among')}"
+    elif first["type"] == "missing":
+        text = f"the key {where!r} is missing.\n  fix:  give it"
+    else:
+        text = f"{where} = {first['input']!r} is wrong: {first['msg']}."
+    return ConfigurationError(f"{text}\n  place:  {place}" if place else text)
+
+
+def _near(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Suggest the nearest known name, or show some of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names[:12])}"

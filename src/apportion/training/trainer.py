@@ -1,0 +1,339 @@
+"""TRL's `SFTTrainer`, told what a run is told: it stops at a loss that is not a number, and on Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.training_args import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from apportion.data.batches import encode
+from apportion.data.sources import Row
+from apportion.errors import DataError, TrainingError
+from apportion.training.balance import BalanceLoss
+from apportion.training.runs import CHECKPOINTS, last_checkpoint
+from apportion.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did.
+
+    Args:
+        model: The trained model.
+        steps: Optimizer steps done.
+        loss: Mean training loss over the run.
+        tokens: Tokens trained on, over all steps.
+        seconds: Wall time of this sitting's steps.
+        tokens_per_s: Tokens of this sitting over its time.
+        truncated: Rows cut to `max_length`.
+        interrupted: Whether Ctrl-C ended the run early; a checkpoint was written then.
+        loss_curve: Step and training loss.
+    """
+
+    model: PreTrainedModel | PeftModel
+    steps: int
+    loss: float
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    truncated: int
+    interrupted: bool
+    loss_curve: tuple[dict[str, float], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the figures, for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("model", "loss_curve")}
+
+
+def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Refuse rows that cannot be trained on, such as several formats, which the trainer reads all as the first one.
+
+    Args:
+        rows: Training rows.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens of a row that are kept.
+
+    Returns:
+        How many rows are cut.
+
+    Raises:
+        DataError: the rows have several formats, or a row has no token or no chat template.
+    """
+    truncated = sum(encode(row, tokenizer, max_length).truncated for row in rows)
+    formats = {
+        "text" if "text" in row else "text prompts" if isinstance(row["prompt"], str) else "messages" for row in rows
+    }
+    if len(formats) > 1:
+        raise DataError(
+            f"the rows have several formats: {' and '.join(sorted(formats))}.\n  fix:  bring all tasks into one format"
+        )
+    return truncated
+
+
+def fit(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    folder: Path,
+    settings: TrainSettings,
+    *,
+    truncated: int,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train the weights of a model that want a gradient.
+
+    Args:
+        model: The model, as it is to be trained.
+        tokenizer: Its tokenizer.
+        rows: Training rows.
+        folder: Folder for checkpoints.
+        settings: Settings of the run.
+        truncated: As `check_rows` gives it.
+        checkpoint: Where to go on from.
+        progress: Show a bar on standard error.
+
+    Returns:
+        The trained model and the run's figures.
+
+    Raises:
+        TrainingError: the loss is not a number.
+    """
+    balance = BalanceLoss(model) if settings.balance_loss else None
+    interrupt = _StopOnInterrupt()
+    with _config_restored(model), _quiet(tokenizer), _deterministic():
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(folder / CHECKPOINTS, settings, progress=progress),
+            train_dataset=Dataset.from_list([_without_answer(row) for row in rows]),
+            processing_class=tokenizer,
+            callbacks=[interrupt],
+        )
+        trainer.balance, trainer.balance_weight = balance, settings.balance_loss
+        trainer.remove_callback(PrinterCallback)  # these two write the logs to standard output
+        trainer.remove_callback(ProgressCallback)
+        if progress:
+            trainer.add_callback(_Bar())
+        start = time.perf_counter()
+        try:
+            with interrupt.listening():
+                trainer.go_on_from(checkpoint)
+        finally:
+            if balance is not None:
+                balance.end()
+        seconds = time.perf_counter() - start
+    tokens = int(trainer.state.num_input_tokens_seen)
+    losses = [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
+    return TrainResult(
+        model=model,
+        steps=trainer.state.global_step,
+        loss=sum(entry["loss"] for entry in losses) / len(losses),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=(tokens - trainer.tokens_before) / seconds,
+        truncated=truncated,
+        interrupted=interrupt.asked,
+        loss_curve=tuple(losses),
+    )
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer, stopped by the first loss that is not a number, before it reaches the weights."""
+
+    tokens_before = 0
+    balance: BalanceLoss | None = None
+    balance_weight = 0.0
+
+    def go_on_from(self, checkpoint: Path | None) -> None:
+        """Train to the end: from the beginning, from a checkpoint, or not at all where that was the last one.
+
+        transformers does one step too many when it resumes a run that had reached its end.
+        """
+        if checkpoint is None:
+            self.train()
+            return
+        before = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.tokens_before = int(before.num_input_tokens_seen)
+        if before.global_step < before.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
+            self.state = before
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Add the balance loss, where there is one."""
+        if self.balance is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.balance.begin(inputs.get("attention_mask"))
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
+        own = self.balance.loss().to(loss.device) * self.balance_weight
+        if (
+            self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        ):  # then nobody divides by the accumulated batches any more
+            own = own / self.current_gradient_accumulation_steps
+        return (loss + own, *outputs) if outputs else loss + own
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one step and look at its loss."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            last = last_checkpoint(Path(self.args.output_dir))
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+            raise TrainingError(
+                f"the loss became {float(loss)} at step {self.state.global_step + 1}; training stopped.\n"
+                f"  found:  {kept}\n  fix:    lower the learning rate, or look for broken rows near this step"
+            )
+        return loss
+
+
+class _Bar(ProgressCallback):
+    """One bar on standard error with the newest figures beside it; transformers' own prints them on standard output."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the newest figures."""
+        logs = kwargs.get("logs", {})
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"], lr=logs["learning_rate"])
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """Turn Ctrl-C into a checkpoint and an end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the interrupt signal while training runs; a second one is the usual interrupt."""
+        previous = signal.getsignal(signal.SIGINT)
+
+        def note(_number: int, _frame: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, previous)
+
+        try:
+            signal.signal(signal.SIGINT, note)
+        except ValueError:  # not in the main thread: signals are somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop after the step in which the signal came."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTConfig:
+    """Translate the settings into TRL's."""
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps if settings.steps is not None else -1,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_frac,  # below 1: a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        router_aux_loss_coef=settings.router_aux_loss,
+        max_length=settings.max_length,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+        disable_tqdm=not progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _without_answer(row: Row) -> Row:
+    """Leave out the column that training does not use."""
+    return {name: value for name, value in row.items() if name != "answer"}
+
+
+@contextmanager
+def _config_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Give the model's configuration back the settings that a trainer changes for itself."""
+    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config.get_text_config()
+    names = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Have PyTorch add up in a fixed order where it can, so that equal runs end with equal weights."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags: Any = torch.utils.deterministic
+    filled = flags.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    flags.fill_uninitialized_memory = False  # a third of the time, to find bugs we do not have
+    try:
+        yield
+    finally:
+        flags.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _quiet(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Give the tokenizer its padding side back, keep its threads out of forks, and hide the data's own bars."""
+    side = tokenizer.padding_side
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    hidden = datasets.are_progress_bars_disabled()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+        if not hidden:
+            datasets.enable_progress_bars()
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
