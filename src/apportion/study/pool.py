@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -184,6 +185,6 @@ def _in_child(
     keep_adapters: bool,  # noqa: FBT001
 ) -> Run | Trial | ApportionError:
     """Do one run in a process of the pool."""
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(sys.stderr):
         bench = _child_bench(folder, settings.model_dump_json(), job.model)
         return _do(bench, job, trial=trial, keep_adapters=keep_adapters)
