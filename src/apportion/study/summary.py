@@ -86,13 +86,15 @@ def _cell(settings: StudySettings, runs: Sequence[Run]) -> CellSummary:
 def _compare_all(settings: StudySettings, runs: Sequence[Run], *, claim: bool) -> list[Comparison]:
     """Compare every contender with the reference, at each of the reference's budgets; then correct for their number."""
     table = {(run.model, run.contender, run.budget, run.task, run.seed): run for run in runs}
-    places = [
-        (model, budget, contender)
-        for model in settings.models
-        for budget in sorted({run.budget for run in runs if run.contender == settings.reference and run.model == model})
-        for contender in settings.contenders
-        if contender.name != settings.reference
-    ]
+    places = []
+    for model in settings.models:
+        budgets = sorted({run.budget for run in runs if run.contender == settings.reference and run.model == model})
+        for budget in budgets:
+            for contender in settings.contenders:
+                # full fine-tuning is at no budget: once, beside the reference at its largest
+                again = contender.method == FULL and budget != budgets[-1]
+                if contender.name != settings.reference and not again:
+                    places.append((model, budget, contender))
     found = []
     for model, budget, contender in places:
         mine, other = [], []

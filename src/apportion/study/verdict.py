@@ -30,12 +30,12 @@ def _overall(settings: StudySettings, comparisons: list[Comparison], finished: i
         return "One seed: no verdict is given, for nothing tells a method from a lucky draw."
     if not comparisons:
         return "Nothing was compared."
-    if all(one.smallest_effect is None for one in comparisons):
+    differ = [one for one in comparisons if one.differs]
+    if not differ and all(one.smallest_effect is None for one in comparisons):
         return (
             f"No verdict is possible: {comparisons[0].runs} pairs of runs cannot reach the level of {settings.level:g} "
             f"in {_number(len(comparisons), 'comparison')}, however large the effect; more seeds or tasks could."
         )
-    differ = [one for one in comparisons if one.differs]
     if not differ:
         return (
             f"The data cannot tell any contender from {settings.reference}, in "
