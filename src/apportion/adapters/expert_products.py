@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.adapters.factors import SparseFactor, scattered
+from apportion.adapters.factors import ExpertFactors, SparseFactor, scattered
 from apportion.adapters.routed_rows import Chunk, SortedRows
 
 
@@ -85,8 +85,9 @@ class Gradients:
         own[run.order_S] = self.weights[: len(own)].to(own.dtype)
         grads: list[Tensor | None] = [hidden, own.view_as(weights)]
         for (_, term), a, b, indices in zip(run.terms, self.a, self.b, factors[2::3], strict=True):
-            if b is not None:
-                b.mul_(term.planned.scale(b))
+            for grad in (a, b):
+                if grad is not None:
+                    grad.mul_(term.planned.scale(grad))
             kept = b if b is None or indices is None else b.view(-1).index_select(0, indices.long())
             grads += [a, kept, None]
         return grads
@@ -94,9 +95,10 @@ class Gradients:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A term's factors, cut into its experts', B scaled; codes where a backward pass follows."""
+    """A term's factors, cut into its experts'; codes where a backward pass follows."""
 
     number: int
+    planned: ExpertFactors
     columns: slice
     dtype: torch.dtype
     a: dict[int, Tensor]
@@ -115,29 +117,21 @@ class _Direction:
 
     def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept | None) -> None:
         self.run = run
-        self.matrices = {name: matrices.unbind() for name, matrices in run.matrices.items()}
+        self.matrices = {name: _picked(matrices, run.present) for name, matrices in run.matrices.items()}
         self.masks = run.draw_masks() if kept is None else kept.masks
         self.terms: dict[str, list[_Cut]] = {name: [] for name in run.matrices}
         triples = zip(factors[::3], factors[1::3], factors[2::3], strict=True)
         for number, ((name, term), (a, b, indices)) in enumerate(zip(run.terms, triples, strict=True)):
-            dense = b
+            dense, planned = b, term.planned
             if indices is not None and isinstance(term.b_RO, SparseFactor):
                 dense = scattered(b, indices, term.b_RO.shape)  # for as long as this lives
-            own_a, codes = term.planned.by_expert(a), None
+            present = [expert for expert in run.present if expert in planned.places]
+            own_a, codes = planned.by_expert(a, present), None
             if kept is not None:
-                present = [expert for expert in term.planned.experts if run.sizes[expert]]
-                rows = torch.split(kept.codes[number], [run.sizes[expert] for expert in present])
+                rows = torch.split_with_sizes(kept.codes[number], [run.sizes[expert] for expert in present])
                 codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
-            self.terms[name].append(
-                _Cut(
-                    number,
-                    term.columns,
-                    a.dtype,
-                    own_a,
-                    term.planned.by_expert(dense * term.planned.scale(dense)),
-                    codes,
-                )
-            )
+            own_b = planned.by_expert(dense, present)
+            self.terms[name].append(_Cut(number, planned, term.columns, a.dtype, own_a, own_b, codes))
 
     def dropped(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
         """Give what the terms of a parameter multiply."""
@@ -172,7 +166,7 @@ class Forward(_Direction):
                     code = torch.mm(rows, term.a[expert].t())
                 else:
                     code = torch.mm(rows, term.a[expert].t(), out=term.codes[expert])
-                _add_product(target, code, term.b[expert])
+                _add_product(target, code, term.b[expert], term.planned.scale_of[expert])
 
 
 class Backward(_Direction):
@@ -187,7 +181,10 @@ class Backward(_Direction):
 
     def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept, grads: Gradients) -> None:
         super().__init__(run, factors, kept)
-        self.turned = {name: [matrix.t() for matrix in matrices] for name, matrices in self.matrices.items()}
+        self.turned = {
+            name: {expert: matrix.t() for expert, matrix in matrices.items()}
+            for name, matrices in self.matrices.items()
+        }
         self.grad_a = [
             None if grad is None else term.planned.by_expert(grad)
             for (_, term), grad in zip(run.terms, grads.a, strict=True)
@@ -231,10 +228,11 @@ class Backward(_Direction):
                     continue
                 code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
                 if targets is not None and masks is None:
-                    _add_product(targets[place], grad_code, term.a[expert])
+                    _add_product(targets[place], grad_code, term.a[expert], term.planned.scale_of[expert])
                 elif targets is not None and masks is not None:
-                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place]).div_(1 - self.run.routed.dropout)
-                    targets[place].add_(back)
+                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place])
+                    kept_frac = 1 - self.run.routed.dropout
+                    targets[place].add_(back, alpha=term.planned.scale_of[expert] / kept_frac)
                 if scales_w is not None:
                     code, grad_code = code * scales_w[place], grad_code.mul_(scales_w[place])
                 if grad_b is not None:
@@ -252,9 +250,16 @@ class Backward(_Direction):
                 torch.mm(rows, self.turned[name][expert], out=target)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product to a view, in the product's own type."""
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add a scaled product to a view, in the product's own type."""
     if out.dtype == right.dtype:
-        out.addmm_(left, right)
+        out.addmm_(left, right, alpha=scale)
     else:
-        out += torch.mm(left, right)
+        out.add_(torch.mm(left, right), alpha=scale)
+
+
+def _picked(matrices: Tensor, experts: list[int]) -> dict[int, Tensor]:
+    """Give the experts' matrices: in one call, unless they are few."""
+    if 4 * len(experts) > len(matrices):
+        return dict(enumerate(matrices.unbind()))
+    return {expert: matrices[expert] for expert in experts}

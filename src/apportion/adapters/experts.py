@@ -130,6 +130,7 @@ class ExpertLora(WrappedModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.form = known_form(base_layer)
         self.lora_dropout = nn.ModuleDict()
         self.factors: dict[str, dict[str, ExpertFactors]] = {}
 
@@ -154,7 +155,7 @@ class ExpertLora(WrappedModule):
         a: dict[str, Any] = {}
         b: dict[str, Any] = {}
         for name, planned in factors.items():
-            weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
+            weights_EOI = self.form.weights(self.base_layer, name)
             (_, width_out, width_in), rank = weights_EOI.shape, sum(planned.ranks)
             kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
             a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
@@ -196,7 +197,7 @@ class ExpertLora(WrappedModule):
         Returns:
             The shape of `hidden_states`.
         """
-        active, form = self.adapters_to_run(), known_form(self.base_layer)
+        active, form = self.adapters_to_run(), self.form
         if not active:
             routing = () if top_k_index is None else (top_k_index, top_k_weights)
             output: Tensor = self.base_layer(hidden_states, *routing)
@@ -218,7 +219,7 @@ class ExpertLora(WrappedModule):
     def _terms(self, adapter: str, parameter: str) -> list[LowRankTerm]:
         """Give what an adapter adds to the product of one stacked parameter."""
         terms = []
-        for name, stacked in known_form(self.base_layer).projections_in(parameter).items():
+        for name, stacked in self.form.projections_in(parameter).items():
             planned = self.factors[adapter].get(name)
             if planned is not None:
                 a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
@@ -250,7 +251,7 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        form, active = known_form(self.base_layer), self.adapters_to_run()
+        form, active = self.form, self.adapters_to_run()
         if not any(name in self.factors[adapter] for adapter in active for name in form.projections_in(parameter)):
             return out_SO
         parts = form.split(parameter, out_SO)
@@ -307,7 +308,7 @@ class ExpertLora(WrappedModule):
     def add_to_weights(self, adapter_name: str, sign: float) -> None:
         """Add an adapter's deltas, times the sign, to the stacked weights."""
         for name, factors in self.factors[adapter_name].items():
-            weights_EOI = known_form(self.base_layer).weights(self.base_layer, name)
+            weights_EOI = self.form.weights(self.base_layer, name)
             for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
                 weights_EOI[expert] += sign * delta_OI.to(weights_EOI.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -72,19 +73,24 @@ class Chunk:
     experts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
-    @property
+    @cached_property
     def window(self) -> slice:
         """The chunk's rows, and those behind it that padded products reach."""
         return slice(self.start, self.ends[-1] + self.pad - 1)
 
-    def cut(self, rows: Tensor, *, padded: bool = False) -> list[Tensor]:
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The rows of each expert, and then those behind the chunk."""
+        return [last - first for first, last in itertools.pairwise((self.start, *self.ends, self.window.stop))]
+
+    def cut(self, rows: Tensor, *, padded: bool = False) -> Sequence[Tensor]:
         """Cut the rows of the chunk's window into its experts', each a multiple of `pad` long where `padded`."""
-        bounds = [0, *(end - self.start for end in self.ends)]
-        sizes = [last - first for first, last in itertools.pairwise(bounds)]
-        if not padded:
-            return list(torch.split(rows, [*sizes, len(rows) - bounds[-1]]))[:-1]
-        lengths = [-(-size // self.pad) * self.pad for size in sizes]
-        return [rows.narrow(0, first, length) for first, length in zip(bounds, lengths, strict=False)]
+        if not padded or self.pad == 1:
+            return torch.split_with_sizes(rows, self.sizes)[:-1]
+        starts = (self.start, *self.ends)
+        lengths = [-(-size // self.pad) * self.pad for size in self.sizes]
+        parts = zip(starts, lengths[:-1], strict=False)
+        return [rows.narrow(0, first - self.start, length) for first, length in parts]
 
 
 class SortedRows:
@@ -106,14 +112,14 @@ class SortedRows:
         experts = torch.arange(routed.form.num_experts)
         ends = torch.searchsorted(ids_S, experts, right=True).tolist()
         self.sizes = [last - first for first, last in itertools.pairwise([0, *ends])]
+        self.present = [expert for expert, size in enumerate(self.sizes) if size]
         pad = _HALF_ROWS if dtype.itemsize == 2 else 1
         self.room = len(ids_S) + pad - 1
         tokens_S = self.order_S.div(routed.ids_TK.shape[1], rounding_mode="floor")
-        self.tokens = functional.pad(tokens_S, (0, pad - 1))
+        self.tokens = functional.pad(tokens_S, (0, pad - 1)) if pad > 1 else tokens_S
         self.chunks: list[Chunk] = []
-        for expert, end in enumerate(ends):
-            if not self.sizes[expert]:
-                continue
+        for expert in self.present:
+            end = ends[expert]
             if not self.chunks or self.chunks[-1].ends[-1] - self.chunks[-1].start >= _CHUNK_ROWS:
                 self.chunks.append(Chunk(end - self.sizes[expert], pad))
             self.chunks[-1].experts.append(expert)
