@@ -1,136 +1,128 @@
-"""One training step, side by side: attention alone, PEFT on all experts, and this package on all and on an eighth.
+"""One training step, side by side: attention alone, PEFT on all experts, and this package on all, a quarter, an eighth.
 
-    python benchmarks/train_step.py [--threads 2] [--repeats 7]
+    python benchmarks/train_step.py [--repeats 7] [--quick]
 
-All contenders run alternately in one process on the same model and tokens; medians of forward and backward are
-written to build/benchmarks/train_step.json. The floor is attention-only LoRA with transformers' own experts.
+The floor is attention-only LoRA with transformers' own experts: the same passes through frozen experts. All contenders
+start from one model and run alternately; ratios are medians over rounds. Each setting has a process of its own, as has
+each peak of memory. Last, the number of experts grows at a fixed number of experts a token. Written to
+build/benchmarks/train_step.json; about 20 minutes on two cores, 3 with --quick.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import platform
-import statistics
-import time
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
-import peft
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from common import (
+    ALL,
+    EIGHTH,
+    FLOOR,
+    LAYERS,
+    PEFT,
+    QUARTER,
+    RANK,
+    TOP_K,
+    adapt,
+    alternate,
+    build,
+    copies,
+    in_fresh_process,
+    peak_above,
+    save,
+    show,
+    step,
+    summed_up,
+    token_ids,
+)
 
-import apportion
-from apportion.records.files import write_text
-
-LAYERS, WIDTH, EXPERT_WIDTH, EXPERTS, TOP_K, RANK = 8, 512, 256, 64, 8, 8
-
-
-def build() -> OlmoeForCausalLM:
-    """Make the model that every contender starts from."""
-    torch.manual_seed(0)
-    return OlmoeForCausalLM(
-        OlmoeConfig(
-            vocab_size=1024,
-            hidden_size=WIDTH,
-            intermediate_size=EXPERT_WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            num_experts=EXPERTS,
-            num_experts_per_tok=TOP_K,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+EVERY = (FLOOR, EIGHTH, QUARTER, ALL, PEFT)
+GROWING = ("base model", FLOOR, EIGHTH, PEFT)
+GROWN_LAYERS = 2
 
 
-def contenders(base: nn.Module, tokens: Tensor) -> dict[str, nn.Module]:
-    """Adapt copies of the model in every way that is compared."""
-    profile = apportion.profile(base, [{"input_ids": tokens}])
-    ours = {"floor: attention": "attention", "ours: all experts": "lora", "ours: an eighth": "hellora"}
-    adapted: dict[str, nn.Module] = {}
-    for name, method in ours.items():
-        options = {"hot": EXPERTS // 8} if method == "hellora" else {}
-        adapted[name] = apportion.apply(copy.deepcopy(base), apportion.plan(profile, method, rank=RANK, **options))
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )
-    adapted["PEFT: all experts"] = get_peft_model(copy.deepcopy(base), config)
-    return adapted
+def times(dtype: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """Time every contender in this process."""
+    models = copies(build(getattr(torch, dtype)), EVERY)
+    ids = token_ids(4, tokens // 4)
+    rows = summed_up(alternate({name: partial(step, model, ids) for name, model in models.items()}, repeats), FLOOR)
+    for name, model in models.items():
+        rows[name]["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return rows
 
 
-def step(model: nn.Module, tokens: Tensor) -> float:
-    """Time one forward and backward pass, in seconds."""
+def peak(dtype: str, tokens: int, contender: str) -> int:
+    """Tell how far one contender's first counted step rises above its model, gradients of factors included."""
+    model = adapt(build(getattr(torch, dtype)), contender)
     model.train()
-    start = time.perf_counter()
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
+    step(model, token_ids(1, 8))  # what the first pass of any kind allocates for good
+    return peak_above(lambda: step(model, token_ids(4, tokens // 4)))
 
 
-def measure(models: dict[str, nn.Module], run: Callable[[nn.Module], float], repeats: int) -> dict[str, list[float]]:
-    """Run the contenders in turn, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for round_ in range(repeats + 1):
-        for name, model in models.items():
-            seconds = run(model)
-            if round_:
-                times[name].append(seconds)
-    return times
+def growth(experts: int, repeats: int) -> dict[str, Any]:
+    """Time a step of a shallow model with a given number of experts; the base model's forward pass is the reference."""
+    base = build(experts=experts, layers=GROWN_LAYERS)
+    models = copies(base, GROWING[1:])
+    ids = token_ids(4, 128)
+
+    def forward() -> None:
+        with torch.no_grad():
+            base(input_ids=ids)
+
+    runs: dict[str, Any] = {"base model": forward}
+    runs |= {name: partial(step, model, ids) for name, model in models.items()}
+    return summed_up(alternate(runs, repeats), FLOOR)
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--quick", action="store_true", help="512 tokens and two threads alone, fewer rounds")
+    parser.add_argument("--one", help="measure one setting, given as JSON, and print JSON")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
-    tokens = torch.randint(2, 1024, (4, args.tokens // 4))
-    models = contenders(build(), tokens)
-    times = measure(models, lambda model: step(model, tokens), args.repeats)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    floor = medians["floor: attention"]
-    trainable = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
-    rows = {
-        name: {
-            "median_s": seconds,
-            "over_floor": seconds / floor,
-            "trainable_parameters": trainable[name],
-            "all_s": times[name],
-        }
-        for name, seconds in medians.items()
-    }
-    table = Table("contender", "median ms", "x floor", "trainable")
-    for name, row in rows.items():
-        table.add_row(
-            name, f"{row['median_s'] * 1000:,.0f}", f"{row['over_floor']:.2f}", f"{row['trainable_parameters']:,}"
-        )
-    Console().print(table)
-    facts = {
-        "tokens": args.tokens,
-        "threads": args.threads,
-        "dtype": "float32",
-        "model": f"{LAYERS} layers, width {WIDTH}, {EXPERTS} experts of {EXPERT_WIDTH}, top-{TOP_K}, rank {RANK}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "hardware": platform.processor() or platform.machine(),
-        "contenders": rows,
-    }
-    write_text(Path("build/benchmarks/train_step.json"), json.dumps(facts, indent=1) + "\n")
+    if args.one:
+        setting = json.loads(args.one)
+        run = {"times": times, "peak": peak, "growth": growth}[setting.pop("measure")]
+        print(json.dumps(run(**setting)))
+        return
+    repeats = 3 if args.quick else args.repeats
+    one = partial(in_fresh_process, __file__, "--one")
+    cases: list[dict[str, Any]] = []
+    for dtype in ("float32", "bfloat16"):
+        for tokens, threads in [(512, 2)] if args.quick else [(512, 2), (512, 1), (2048, 2), (2048, 1)]:
+            rounds = repeats if tokens == 512 else max(3, repeats // 2)
+            setting = {"measure": "times", "dtype": dtype, "tokens": tokens, "repeats": rounds}
+            rows = one(json.dumps(setting), threads=threads)
+            for name, row in rows.items():
+                if threads == 2:
+                    peaked = {"measure": "peak", "dtype": dtype, "tokens": tokens, "contender": name}
+                    row["peak_above_model_bytes"] = one(json.dumps(peaked))
+            cases.append({"dtype": dtype, "tokens": tokens, "threads": threads, "contenders": rows})
+            show(
+                f"one step, {dtype}, {tokens} tokens, threads: {threads}",
+                rows,
+                {
+                    "median ms": lambda r: f"{r['median_s'] * 1000:,.0f}",
+                    "x floor": lambda r: f"{r['ratio']:.2f}",
+                    "memory MB": lambda r: f"{r.get('peak_above_model_bytes', 0) / 1e6:,.0f}",
+                    "trainable": lambda r: f"{r['trainable_parameters']:,}",
+                },
+            )
+    grown = {}
+    for experts in (16, 64) if args.quick else (16, 64, 256):
+        grown[experts] = one(json.dumps({"measure": "growth", "experts": experts, "repeats": repeats}))
+        show(f"{experts} experts", grown[experts], {"median ms": lambda r: f"{r['median_s'] * 1000:,.0f}"})
+    save(
+        "train_step",
+        {
+            "model": f"{LAYERS} layers, width 512, 64 experts of 256, top-{TOP_K}, rank {RANK}",
+            "cases": cases,
+            "growth": {"layers": GROWN_LAYERS, "tokens": 512, "threads": 2, "dtype": "float32", "experts": grown},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ class _Direction:
         self.run = run
         self.matrices = {name: _picked(matrices, run.present) for name, matrices in run.matrices.items()}
         self.masks = run.draw_masks() if kept is None else kept.masks
+        self.room = _room(run, factors)
         self.terms: dict[str, list[_Cut]] = {name: [] for name in run.matrices}
         triples = zip(factors[::3], factors[1::3], factors[2::3], strict=True)
         for number, ((name, term), (a, b, indices)) in enumerate(zip(run.terms, triples, strict=True)):
@@ -132,6 +133,14 @@ class _Direction:
                 codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
             own_b = planned.by_expert(dense, present)
             self.terms[name].append(_Cut(number, planned, term.columns, a.dtype, own_a, own_b, codes))
+
+        self.planned = {name: {expert for term in terms for expert in term.a} for name, terms in self.terms.items()}
+
+    def own_type(self, name: str, rows: Tensor, chunk: Chunk) -> list[Tensor]:
+        """Give each planned expert's rows in the type of its factors, and the other experts' as they are."""
+        planned, dtype = self.planned[name], self.terms[name][0].dtype
+        parts = zip(chunk.experts, chunk.cut(rows), strict=True)
+        return [part.to(dtype) if expert in planned else part for expert, part in parts]
 
     def dropped(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
         """Give what the terms of a parameter multiply."""
@@ -153,12 +162,10 @@ class Forward(_Direction):
                 torch.mm(rows, matrices[expert], out=target)
             else:
                 torch.addmm(bias[expert], rows, matrices[expert], out=target)
-        source = None
+        if self.planned[name].isdisjoint(chunk.experts):
+            return
+        own = self.own_type(name, self.dropped(name, x, chunk), chunk)
         for term in self.terms[name]:
-            if term.a.keys().isdisjoint(chunk.experts):
-                continue
-            source = self.dropped(name, x, chunk) if source is None else source
-            own = chunk.cut(source.to(term.dtype))
             for expert, rows, target in zip(chunk.experts, own, chunk.cut(out[:, term.columns]), strict=True):
                 if expert not in term.a:
                     continue
@@ -166,7 +173,7 @@ class Forward(_Direction):
                     code = torch.mm(rows, term.a[expert].t())
                 else:
                     code = torch.mm(rows, term.a[expert].t(), out=term.codes[expert])
-                _add_product(target, code, term.b[expert], term.planned.scale_of[expert])
+                _add_product(target, code, term.b[expert], term.planned.scale_of[expert], self.room)
 
 
 class Backward(_Direction):
@@ -212,29 +219,29 @@ class Backward(_Direction):
         """
         if out is not None:
             self._leave(name, grad, chunk, out, add=add)
+        if self.planned[name].isdisjoint(chunk.experts):
+            return
         mask = self.masks.get(name)
+        sources = self.own_type(name, self.dropped(name, x, chunk), chunk)
+        own_grads = self.own_type(name, grad, chunk)
+        targets = None if out is None else chunk.cut(out)
+        masks = None if mask is None else chunk.cut(mask[chunk.window])
         for term in self.terms[name]:
-            if term.a.keys().isdisjoint(chunk.experts):
-                continue
-            scales_w = None if weights is None else chunk.cut(weights.to(term.dtype))
-            sources = chunk.cut(self.dropped(name, x, chunk).to(term.dtype))
-            targets = None if out is None else chunk.cut(out)
-            masks = None if mask is None else chunk.cut(mask[chunk.window])
+            own_w = None if weights is None else chunk.cut(weights.to(term.dtype))
             grad_a, grad_b = self.grad_a[term.number], self.grad_b[term.number]
-            for place, (expert, own) in enumerate(
-                zip(chunk.experts, chunk.cut(grad[:, term.columns].to(term.dtype)), strict=True)
-            ):
+            for place, expert in enumerate(chunk.experts):
                 if expert not in term.a or term.codes is None:
                     continue
+                own = own_grads[place][:, term.columns]
                 code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
+                scale = term.planned.scale_of[expert]
                 if targets is not None and masks is None:
-                    _add_product(targets[place], grad_code, term.a[expert], term.planned.scale_of[expert])
+                    _add_product(targets[place], grad_code, term.a[expert], scale, self.room)
                 elif targets is not None and masks is not None:
                     back = torch.mm(grad_code, term.a[expert]).mul_(masks[place])
-                    kept_frac = 1 - self.run.routed.dropout
-                    targets[place].add_(back, alpha=term.planned.scale_of[expert] / kept_frac)
-                if scales_w is not None:
-                    code, grad_code = code * scales_w[place], grad_code.mul_(scales_w[place])
+                    targets[place].add_(back, alpha=scale / (1 - self.run.routed.dropout))
+                if own_w is not None:
+                    code, grad_code = code * own_w[place], grad_code.mul_(own_w[place])
                 if grad_b is not None:
                     torch.mm(code.t(), own, out=grad_b[expert])
                 if grad_a is not None:
@@ -250,12 +257,22 @@ class Backward(_Direction):
                 torch.mm(rows, self.turned[name][expert], out=target)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add a scaled product to a view, in the product's own type."""
-    if out.dtype == right.dtype:
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, room: Tensor | None) -> None:
+    """Add a scaled product to a view, in the product's own type, with room for it where that is not the view's."""
+    if room is None:
         out.addmm_(left, right, alpha=scale)
     else:
-        out.add_(torch.mm(left, right), alpha=scale)
+        product = room[: out.numel()].view(out.shape)
+        out.add_(torch.mm(left, right, out=product), alpha=scale)
+
+
+def _room(run: SortedRows, factors: Sequence[Any]) -> Tensor | None:
+    """Make room for the largest product of factors that are of another type than the rows; None where none is."""
+    matrices = list(run.matrices.values())
+    if not factors or factors[0].dtype == matrices[0].dtype:
+        return None
+    room: Tensor = factors[0].new_empty(max(run.sizes) * max(max(matrix.shape[1:]) for matrix in matrices))
+    return room
 
 
 def _picked(matrices: Tensor, experts: list[int]) -> dict[int, Tensor]:

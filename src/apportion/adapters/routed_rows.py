@@ -17,8 +17,8 @@ from apportion.expert_forms import ExpertForm
 # Shapes: T tokens, K experts a token, S = T·K rows sorted by expert, E experts, D model width, I and O a parameter's
 # input and output width, R summed rank of a term's experts.
 
-_CHUNK_ROWS = 512  # rows that run together: enough to keep small operations few, few enough for the cache
-_HALF_ROWS = 16  # products in half precision take a multiple of so many rows: few shapes for oneDNN to prepare
+_CHUNK_ROWS = 256  # rows that run together: enough to keep small operations few, few enough for the cache
+_HALF_ROWS = 4  # products in half precision take a multiple of so many rows: few shapes for oneDNN to prepare
 
 
 @dataclass(frozen=True)
