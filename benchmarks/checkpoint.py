@@ -2,7 +2,8 @@
 
     python benchmarks/checkpoint.py [--repeats 5]
 
-Every contender saves its adapter and loads it into a fresh copy of the model. Written to build/benchmarks/checkpoint.json.
+Every contender saves its adapter and loads it into a fresh copy of the model. Written to
+build/benchmarks/checkpoint.json.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from apportion.errors import ConfigurationError
@@ -65,6 +66,22 @@ def base_model(model: nn.Module) -> nn.Module:
     """Give the transformers model inside a `PeftModel`, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Tell where a model computes: where its weights are, or where they are brought to if they lie on disk.
+
+    Args:
+        model: A transformers model, with or without adapters.
+
+    Returns:
+        The device that its inputs belong on.
+    """
+    for module in base_model(model).modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and getattr(hook, "offload", False):
+            return torch.device(hook.execution_device)
+    return next(base_model(model).parameters()).device
 
 
 def find_sites(model: nn.Module) -> Layout:

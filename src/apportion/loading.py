@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,7 @@ def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_model(
-    name: str | os.PathLike[str], dtype: str | None = None
+    name: str | os.PathLike[str], dtype: str | None = None, *, offload: str | os.PathLike[str] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model, or a model whose language model reads images or sound too, and its tokenizer.
 
@@ -43,6 +44,8 @@ def load_model(
         name: ``embedded``, a hub id, a folder, or a ``.gguf`` file.
         dtype: ``float32``, ``bfloat16`` or ``float16``; where not given, float32 without a GPU and the checkpoint's
             own type with one.
+        offload: A folder; the weights stay on disk, and in this folder where the checkpoint stores them otherwise, and
+            each module reads its own when it runs. For forward passes alone.
 
     Returns:
         The model in evaluation mode, on the GPU where there is one, and a tokenizer that pads on the left.
@@ -55,10 +58,12 @@ def load_model(
     folder, extra = _resolve(text)
     on_gpu = torch.cuda.is_available()
     torch_dtype = DTYPES[dtype] if dtype else ("auto" if on_gpu else torch.float32)
+    if offload is not None:
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it says that weights are on disk
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
         config = AutoConfig.from_pretrained(folder, **extra)
-        model = auto_class(config).from_pretrained(folder, dtype=torch_dtype, **extra)
+        model = auto_class(config).from_pretrained(folder, dtype=torch_dtype, **extra, **_on_disk(offload))
     except ImportError as error:
         raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
     except (OSError, ValueError, KeyError) as error:
@@ -74,7 +79,9 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+    if offload is None:
+        model = model.to("cuda" if on_gpu else "cpu")
+    return model.eval(), tokenizer
 
 
 def config_source(name: str | os.PathLike[str]) -> str:
@@ -108,6 +115,11 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             raise ModelLoadError(f"there is no file {name}.\n  fix:  give the path of a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
     return name, {}
+
+
+def _on_disk(offload: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Say how `from_pretrained` leaves the weights on disk."""
+    return {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": os.fspath(offload)}
 
 
 def _embedded_folder() -> Path:

@@ -92,6 +92,14 @@ def test_profile_shows_and_saves(run: Run, profile: Path) -> None:
     assert "16 tokens of OlmoeForCausalLM" in done.output
 
 
+def test_weights_may_stay_on_disk(run: Run, profile: Path) -> None:
+    data = ("--data", "maths=task:gcd", "--samples", 2)
+    done = run("profile", "embedded", *data, "--low-memory", "-o", "p.safetensors", "--json")
+    expected = run("profile", "embedded", *data, "-o", "q.safetensors", "--json")
+    assert json.loads(done.stdout)["counts"] == json.loads(expected.stdout)["counts"]
+    assert not list(Path.cwd().glob(".weights-*"))
+
+
 def test_plan_prints_what_it_costs(run: Run, profile: Path) -> None:
     done = run(
         "plan", profile, "--method", "hellora", "--hot", "25%", "--rank", 8, "-o", "plan.json", "--picture", "plan.svg"
@@ -207,6 +215,11 @@ def _mistakes() -> list[Any]:
             id="no network",
         ),
         pytest.param(["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"], "no file", id="no gguf"),
+        pytest.param(
+            ["profile", "embedded", "--data", "task:gcd", "--low-memory", "--sensitivity", "-o", "p.safetensors"],
+            "gradients need all weights in memory",
+            id="gradients of weights on disk",
+        ),
         pytest.param(["cost", "nobody/nothing"], "cannot be read", id="no configuration"),
         pytest.param(["cost", "{dense}", "--hot", "2"], "is a dense model", id="cost of a dense model"),
         pytest.param(["cost", "{nonsense}"], "does not recognize this architecture", id="unknown model type"),

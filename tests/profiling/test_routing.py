@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import apportion
 from apportion.errors import DataError
+from apportion.loading import load_model
 from architectures import build
 from tiny_models import build_dense, build_tiny
 
@@ -160,3 +161,14 @@ def test_processes_add_up(tokens: Tensor, tmp_path: Path) -> None:
         assert torch.equal(found.total_counts(), whole.total_counts())
         assert found.tokens == whole.tokens
         assert found.sensitivity["default"] == pytest.approx(whole.sensitivity["default"], rel=1e-4)
+
+
+def test_weights_on_disk_give_the_same_counts(tmp_path: Path) -> None:
+    in_memory, tokenizer = load_model("embedded")
+    on_disk, _ = load_model("embedded", offload=tmp_path)
+    assert all(parameter.is_meta for name, parameter in on_disk.named_parameters() if "experts" in name)
+    batch = tokenizer(["Calculate 5 - 3 - 6.", "Sort: b, a, d, c"], return_tensors="pt", padding=True)
+    expected, found = apportion.profile(in_memory, [batch]), apportion.profile(on_disk, [batch])
+    assert torch.equal(found.counts["default"], expected.counts["default"])
+    assert torch.allclose(found.routing_mass["default"], expected.routing_mass["default"])
+    assert found.fingerprint == expected.fingerprint

@@ -213,8 +213,9 @@ class ExpertLora(WrappedModule):
             terms={parameter: self._terms(active[0], parameter) for parameter in form.parameters},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         dtype = form.weights(self.base_layer, "down_proj").dtype
-        return fused_experts(routed, hidden_states.to(dtype), top_k_weights).to(hidden_states.dtype)
+        return fused_experts(routed, hidden_TD.to(dtype), top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
     def _terms(self, adapter: str, parameter: str) -> list[LowRankTerm]:
         """Give what an adapter adds to the product of one stacked parameter."""

@@ -90,12 +90,16 @@ def profile(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Leave the weights on disk, and read a module's when it runs.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Measure where a model routes the tokens of your data."""
     _run(
         "profile", model=model, data=data, output=output, samples=samples, max_length=max_length, batch_size=batch_size,
-        sensitivity=sensitivity, procedure=sensitivity_procedure, seed=seed, dtype=dtype, as_json=json_,
+        sensitivity=sensitivity, procedure=sensitivity_procedure, seed=seed, dtype=dtype, low_memory=low_memory,
+        as_json=json_,
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -34,29 +36,36 @@ def run(
     procedure: SensitivityProcedure | None,
     seed: int,
     dtype: str | None,
+    low_memory: bool,
 ) -> dict[str, Any]:
     """Read the data, run the model over them, save and show the profile."""
     quiet()
     if procedure and not sensitivity:
         raise ConfigurationError("a procedure was given, and no sensitivity asked for.\n  fix:  add --sensitivity")
+    if low_memory and sensitivity:
+        raise ConfigurationError(
+            "gradients need all weights in memory, and --low-memory leaves them on disk.\n"
+            "  fix:  leave out --sensitivity or --low-memory"
+        )
     sources = named_sources(data)
     rows = {name: read_rows(source, num_rows=samples, seed=seed) for name, source in sources.items()}
-    loaded, tokenizer = load_model(model, dtype)
-    encoded = {name: [encode(row, tokenizer, max_length) for row in part] for name, part in rows.items()}
-    truncated = {name: sum(row.truncated for row in part) for name, part in encoded.items()}
-    pad_id = int(tokenizer.pad_token_id or 0)
-    streams = {
-        name: tqdm(list(batches(part, pad_id, batch_size)), desc=name, delay=2.0) for name, part in encoded.items()
-    }
     _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=bool(sensitivity))
-    facts = {"model": model, "data": sources, "truncated": truncated, "max_length": max_length, "seed": seed}
-    measured = profile(
-        loaded,
-        streams,
-        sensitivity=procedure or sensitivity,
-        provenance=facts | {"batch_size": batch_size, "samples": samples},
-        partial=f"{output}.partial",
-    )
+    facts = {"model": model, "data": sources, "max_length": max_length, "seed": seed, "batch_size": batch_size}
+    with _weights_on_disk(output) if low_memory else nullcontext() as offload:
+        loaded, tokenizer = load_model(model, dtype, offload=offload)
+        encoded = {name: [encode(row, tokenizer, max_length) for row in part] for name, part in rows.items()}
+        truncated = {name: sum(row.truncated for row in part) for name, part in encoded.items()}
+        pad_id = int(tokenizer.pad_token_id or 0)
+        streams = {
+            name: tqdm(list(batches(part, pad_id, batch_size)), desc=name, delay=2.0) for name, part in encoded.items()
+        }
+        measured = profile(
+            loaded,
+            streams,
+            sensitivity=procedure or sensitivity,
+            provenance=facts | {"truncated": truncated, "samples": samples},
+            partial=f"{output}.partial",
+        )
     measured.save(output)
     for name, count in truncated.items():
         if count:
@@ -75,6 +84,12 @@ def run(
         "sensitivity": measured.sensitivity,
         "counts": {task: counts.tolist() for task, counts in measured.counts.items()},
     }
+
+
+def _weights_on_disk(output: Path) -> TemporaryDirectory[str]:
+    """Make a folder beside the output for weights that the checkpoint stores in another form."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(dir=output.parent, prefix=".weights-")
 
 
 def _warn_of_sizes(sizes: dict[str, int], *, sensitive: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.discovery import base_model, find_router, walk_modules
+from apportion.discovery import base_model, execution_device, find_router, walk_modules
 from apportion.errors import DataError, ProfileError
 from apportion.expert_forms import form_of
 from apportion.profiling.totals import TaskTotals
@@ -68,7 +68,7 @@ def counting_hooks(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iter
     """
     called = {path: module for path, module, _ in walk_modules(model)}
     own = {path: module for path, _, module in walk_modules(model)}
-    device = next(base_model(model).parameters()).device
+    device = execution_device(model)
     mask = _Mask()
 
     def take(batch: Batch) -> Inputs:

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from apportion._version import __version__
-from apportion.discovery import base_model, find_sites
+from apportion.discovery import base_model, execution_device, find_sites
 from apportion.errors import ConfigurationError, DataError, ProfileError
 from apportion.profiling.block_coordinate import block_coordinate_meter
 from apportion.profiling.routing import Batch, RunBatch, routing_counter
@@ -92,7 +92,7 @@ def profile(
             _measure(model, layout, part, totals, procedure, lambda *, now=False: file.keep(lambda: measured, now=now))
         except (DataError, ProfileError) as error:
             raise type(error)(f"task {name!r}: {error}") from error
-    device = next(base_model(model).parameters()).device
+    device = execution_device(model)
     for name, totals in measured.items():
         sites = [site.name for site in layout.sites() if site.storage != "weight"] if procedure else []
         totals.sum_over_processes(device, sites)
@@ -123,7 +123,8 @@ def weights_sample(model: nn.Module, layout: Layout) -> str:
     total = hashlib.sha256(layout.fingerprint.encode())
     for name, parameter in base_model(model).named_parameters():
         total.update(f"{name}|{parameter.dtype}".encode())
-        total.update(parameter.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+        if not parameter.is_meta:  # weights on disk are known by the model's name alone
+            total.update(parameter.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
     return total.hexdigest()
 
 
