@@ -81,9 +81,7 @@ class Gradients:
     def of_inputs(self, run: SortedRows, weights: Tensor, factors: Sequence[Any]) -> list[Tensor | None]:
         """Give the gradients of tokens, weights and factors, in this order."""
         hidden = None if self.rows is None else run.sum_over_experts(self.rows, None)
-        own = torch.empty_like(weights).view(-1)
-        own[run.order_S] = self.weights[: len(own)].to(own.dtype)
-        grads: list[Tensor | None] = [hidden, own.view_as(weights)]
+        grads: list[Tensor | None] = [hidden, run.by_slot(self.weights).to(weights.dtype)]
         for (_, term), a, b, indices in zip(run.terms, self.a, self.b, factors[2::3], strict=True):
             for grad in (a, b):
                 if grad is not None:
@@ -156,8 +154,7 @@ class Forward(_Direction):
         matrices, bias = self.matrices[name], None
         if self.run.form.has_bias:
             bias = getattr(self.run.routed.module, f"{name}_bias")
-        padded = zip(chunk.experts, chunk.cut(x, padded=True), chunk.cut(out, padded=True), strict=True)
-        for expert, rows, target in padded:
+        for expert, rows, target in zip(chunk.experts, chunk.cut(x), chunk.cut(out), strict=True):
             if bias is None:
                 torch.mm(rows, matrices[expert], out=target)
             else:
@@ -249,8 +246,7 @@ class Backward(_Direction):
 
     def _leave(self, name: str, grad: Tensor, chunk: Chunk, out: Tensor, *, add: bool) -> None:
         """Take a chunk's gradient back through the parameter itself."""
-        parts = zip(chunk.experts, chunk.cut(grad, padded=not add), chunk.cut(out, padded=not add), strict=True)
-        for expert, rows, target in parts:
+        for expert, rows, target in zip(chunk.experts, chunk.cut(grad), chunk.cut(out), strict=True):
             if add:
                 target.addmm_(rows, self.turned[name][expert])
             else:

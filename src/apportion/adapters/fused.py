@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from apportion.adapters.expert_products import Backward, Forward, Gradients, Kept
 from apportion.adapters.factors import SparseFactor
@@ -126,7 +125,7 @@ def _backward(
     """
     down = run.form.parameters[-1]
     backward = Backward(run, factors, kept, grads)
-    rows_w = functional.pad(weights.reshape(-1).index_select(0, run.order_S), (0, run.room - len(run.order_S)))
+    rows_w = run.by_row(weights)
     for chunk in run.chunks:
         tokens = run.tokens[chunk.window]
         g, w = grad.index_select(0, tokens), rows_w[chunk.window].unsqueeze(1)

@@ -63,38 +63,34 @@ class Chunk:
 
     Args:
         start: The first one's first row.
-        pad: Products take a multiple of so many rows; what they write past an expert's rows is written again later.
         experts: Ids of those that have rows.
         ends: Where each one's rows end.
     """
 
     start: int
-    pad: int
     experts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
 
     @cached_property
     def window(self) -> slice:
-        """The chunk's rows, and those behind it that padded products reach."""
-        return slice(self.start, self.ends[-1] + self.pad - 1)
+        """The chunk's rows."""
+        return slice(self.start, self.ends[-1])
 
     @cached_property
     def sizes(self) -> list[int]:
-        """The rows of each expert, and then those behind the chunk."""
-        return [last - first for first, last in itertools.pairwise((self.start, *self.ends, self.window.stop))]
+        """The rows of each expert."""
+        return [last - first for first, last in itertools.pairwise((self.start, *self.ends))]
 
-    def cut(self, rows: Tensor, *, padded: bool = False) -> Sequence[Tensor]:
-        """Cut the rows of the chunk's window into its experts', each a multiple of `pad` long where `padded`."""
-        if not padded or self.pad == 1:
-            return torch.split_with_sizes(rows, self.sizes)[:-1]
-        starts = (self.start, *self.ends)
-        lengths = [-(-size // self.pad) * self.pad for size in self.sizes]
-        parts = zip(starts, lengths[:-1], strict=False)
-        return [rows.narrow(0, first - self.start, length) for first, length in parts]
+    def cut(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Cut the rows of the chunk's window into its experts'."""
+        return torch.split_with_sizes(rows, self.sizes)
 
 
 class SortedRows:
     """The routed rows of one pass, sorted by expert: who has which, and which experts run together.
+
+    In half precision each expert has a whole number of blocks of rows. The rows that fill the last block are copies of
+    the first token that no output is made of and that weigh nothing, so no gradient comes from them either.
 
     Args:
         routed: The experts, their tokens and their terms.
@@ -110,20 +106,36 @@ class SortedRows:
         self.masked = [name for name, terms in routed.terms.items() if terms and routed.dropout]
         ids_S, self.order_S = routed.ids_TK.reshape(-1).sort(stable=True)
         experts = torch.arange(routed.form.num_experts)
-        ends = torch.searchsorted(ids_S, experts, right=True).tolist()
-        self.sizes = [last - first for first, last in itertools.pairwise([0, *ends])]
+        ends_E = torch.searchsorted(ids_S, experts, right=True)
+        sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        block = _HALF_ROWS if dtype.itemsize == 2 else 1
+        room_E = (sizes_E + (block - 1)).div(block, rounding_mode="floor") * block
+        self.sizes: list[int] = room_E.tolist()
         self.present = [expert for expert, size in enumerate(self.sizes) if size]
-        pad = _HALF_ROWS if dtype.itemsize == 2 else 1
-        self.room = len(ids_S) + pad - 1
+        self.room = sum(self.sizes)
+        # where each sorted row lies: past the rows that fill the blocks of the experts before its own
+        filling_E = (room_E - sizes_E).cumsum(0) - (room_E - sizes_E)
+        self.place_S = torch.arange(len(ids_S)) + filling_E[ids_S]
         tokens_S = self.order_S.div(routed.ids_TK.shape[1], rounding_mode="floor")
-        self.tokens = functional.pad(tokens_S, (0, pad - 1)) if pad > 1 else tokens_S
+        self.tokens = tokens_S.new_zeros(self.room).index_copy_(0, self.place_S, tokens_S)
         self.chunks: list[Chunk] = []
+        end = 0
         for expert in self.present:
-            end = ends[expert]
-            if not self.chunks or self.chunks[-1].ends[-1] - self.chunks[-1].start >= _CHUNK_ROWS:
-                self.chunks.append(Chunk(end - self.sizes[expert], pad))
+            if not self.chunks or end - self.chunks[-1].start >= _CHUNK_ROWS:
+                self.chunks.append(Chunk(end))
+            end += self.sizes[expert]
             self.chunks[-1].experts.append(expert)
             self.chunks[-1].ends.append(end)
+
+    def by_row(self, slots_TK: Tensor) -> Tensor:
+        """Bring a number of each slot to its row; rows that fill a block get 0."""
+        sorted_S = slots_TK.reshape(-1).index_select(0, self.order_S)
+        return sorted_S.new_zeros(self.room).index_copy_(0, self.place_S, sorted_S)
+
+    def by_slot(self, rows: Tensor) -> Tensor:
+        """Bring a number of each row back to its slot, shape (T, K)."""
+        sorted_S = rows.index_select(0, self.place_S)
+        return torch.empty_like(sorted_S).index_copy_(0, self.order_S, sorted_S).view(self.routed.ids_TK.shape)
 
     def draw_masks(self) -> dict[str, Tensor]:
         """Draw where dropout leaves the terms' inputs."""
@@ -136,8 +148,7 @@ class SortedRows:
 
     def sum_over_experts(self, rows_SD: Tensor, weights: Tensor | None) -> Tensor:
         """Sum, for every token, the rows of its experts, weighted where weights are given."""
-        place_S = torch.empty_like(self.order_S)
-        place_S[self.order_S] = torch.arange(len(place_S))
+        place_S = torch.empty_like(self.order_S).index_copy_(0, self.order_S, self.place_S)
         place_TK = place_S.view(self.routed.ids_TK.shape)
         if weights is None or weights.dtype == rows_SD.dtype:
             return functional.embedding_bag(place_TK, rows_SD, mode="sum", per_sample_weights=weights)

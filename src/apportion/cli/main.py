@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import importlib
-import json
-import sys
-import warnings
+import os
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from apportion._version import __version__
 from apportion.cli.options import (
@@ -39,7 +34,7 @@ from apportion.cli.options import (
     Targets,
     TopK,
 )
-from apportion.errors import ApportionError, ApportionWarning
+from apportion.cli.running import given, run
 
 app = typer.Typer(
     help="Spend a fine-tuning budget where a model uses it: measure, then apportion.",
@@ -67,7 +62,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Profile, plan, train and compare five methods on the embedded model: the whole story."""
-    _run("demo", output=output, quick=quick, as_json=json_)
+    run("demo", output=output, quick=quick, as_json=json_)
 
 
 @app.command()
@@ -96,7 +91,7 @@ def profile(
     json_: Json = False,
 ) -> None:
     """Measure where a model routes the tokens of your data."""
-    _run(
+    run(
         "profile", model=model, data=data, output=output, samples=samples, max_length=max_length, batch_size=batch_size,
         sensitivity=sensitivity, procedure=sensitivity_procedure, seed=seed, dtype=dtype, low_memory=low_memory,
         as_json=json_,
@@ -132,14 +127,14 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Decide from a profile which sites get an adapter, and say what that costs."""
-    ranks = _given(
+    ranks = given(
         attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
     )
-    options = _given(
+    options = given(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
         experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
-    _run(
+    run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
         picture=picture, as_json=json_,
     )  # fmt: skip
@@ -172,14 +167,14 @@ def cost(
     json_: Json = False,
 ) -> None:
     """Count what a method would cost on a model, from its configuration alone."""
-    ranks = _given(
+    ranks = given(
         attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
     )
-    options = _given(
+    options = given(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
         experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
-    _run("cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options, as_json=json_)
+    run("cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options, as_json=json_)
 
 
 @app.command()
@@ -247,7 +242,7 @@ def train(
         "gradient_checkpointing": gradient_checkpointing, "dense_steps": dense_steps, "dense_lr": dense_lr,
         "mask_granularity": mask_granularity, "redraw_a": redraw_a, "store_a": store_a,
     }  # fmt: skip
-    _run(
+    run(
         "train", plan=plan, data=data, weights=weights, output=output, model=model, samples=samples, dtype=dtype,
         settings=settings, mask=mask, on_top_of=on_top_of, resume=resume, as_json=json_,
     )  # fmt: skip
@@ -269,7 +264,7 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Score a model: loss and perplexity, and exact match where rows have an answer."""
-    _run(
+    run(
         "evaluate", model=model, data=data, adapter=adapter, samples=samples, batch_size=batch_size,
         max_length=max_length, seed=seed, dtype=dtype, as_json=json_,
     )  # fmt: skip
@@ -315,7 +310,7 @@ def compare(
 ) -> None:
     """Compare methods at equal budgets, over seeds, with statistics; finished runs are never repeated."""
     budgets = [int(text) if text.isdigit() else text for text in budget] if budget else None
-    options = _given(
+    options = given(
         models=model, unrelated=unrelated, contenders=method, reference=reference, budgets=budgets, unit=unit,
         seeds=seeds, eval_rows=eval_rows,
     ) | {
@@ -325,7 +320,7 @@ def compare(
         )
         if value is not None
     }  # fmt: skip
-    _run(
+    run(
         "compare", study=study, output=output, options=options, data=data, jobs=jobs, page=page,
         keep_adapters=keep_adapters, dry_run=dry_run, as_json=json_,
     )  # fmt: skip
@@ -340,7 +335,7 @@ def merge(
     json_: Json = False,
 ) -> None:
     """Fold an adapter into its base: a plain model that needs no apportion."""
-    _run("merge", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+    run("merge", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
 
 
 @app.command()
@@ -356,7 +351,7 @@ def combine(
     json_: Json = False,
 ) -> None:
     """Make one adapter of several tasks' adapters."""
-    _run(
+    run(
         "combine", adapters=adapters, output=output, weights=weights, how=how, model=model, dtype=dtype, as_json=json_
     )  # fmt: skip
 
@@ -370,7 +365,7 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write an adapter of linear layers as plain LoRA, for software that knows nothing of apportion."""
-    _run("export", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+    run("export", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
 
 
 @app.command()
@@ -380,7 +375,7 @@ def mask(
     json_: Json = False,
 ) -> None:
     """Show where a sparse adapter's trained entries are, and how far two masks overlap."""
-    _run("mask", file=file, other=other, as_json=json_)
+    run("mask", file=file, other=other, as_json=json_)
 
 
 @app.command()
@@ -395,58 +390,18 @@ def report(
     json_: Json = False,
 ) -> None:
     """Show a study, a demonstration, a profile or a plan as one HTML page that needs no network."""
-    _run("report", path=path, output=output, profile=profile, as_json=json_)
+    run("report", path=path, output=output, profile=profile, as_json=json_)
 
 
 @app.command()
 def methods(json_: Json = False) -> None:
     """List every method: its options, its source, one line."""
-    _run("methods", as_json=json_)
+    run("methods", as_json=json_)
 
 
 def main() -> None:
     """Run the command line."""
+    # Read when PyTorch starts. Products in half precision of ever new shapes would be prepared again and again on CPUs.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "65536")
     app()
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Keep the options that the user gave."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _run(command: str, *, as_json: bool, **arguments: Any) -> None:
-    """Load a command's module, run it, and turn what goes wrong into one message and an exit code."""
-    console = Console(stderr=as_json, highlight=False)
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
-    try:
-        result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
-    except ApportionError as error:
-        _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted.", 1)
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):  # safetensors wraps the system's error
-            _fail("the disk is full; nothing half-written was left behind.\n  fix:  make room, then run it again", 1)
-        raise
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Print our own warnings as messages, and others as Python does."""
-    if issubclass(category, ApportionWarning):
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_plain(str(message))}")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    """Print one message on standard error and exit."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(message)}")
-    raise typer.Exit(code)
-
-
-def _plain(text: str) -> str:
-    """Keep Rich from reading brackets as markup."""
-    return text.replace("[", r"\[")

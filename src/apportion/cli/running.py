@@ -1,0 +1,74 @@
+"""Run a command's module, and turn what goes wrong into one message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from apportion.errors import ApportionError, ApportionWarning
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Keep the options that the user gave.
+
+    Args:
+        **options: Options, None where they were not given.
+
+    Returns:
+        The others.
+    """
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def run(command: str, *, as_json: bool, **arguments: Any) -> None:
+    """Load a command's module, run it, and turn what goes wrong into one message and an exit code.
+
+    Args:
+        command: The command's name, which is its module's.
+        as_json: Print what it returns as one JSON object on standard output, and everything else on standard error.
+        **arguments: What its module's `run` takes.
+
+    Raises:
+        Exit: with the code, after the message.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
+    except ApportionError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted.", 1)
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):  # safetensors wraps the system's error
+            _fail("the disk is full; nothing half-written was left behind.\n  fix:  make room, then run it again", 1)
+        raise
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print our own warnings as messages, and others as Python does."""
+    if issubclass(category, ApportionWarning):
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_plain(str(message))}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print one message on standard error and exit."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(message)}")
+    raise typer.Exit(code)
+
+
+def _plain(text: str) -> str:
+    """Keep Rich from reading brackets as markup."""
+    return text.replace("[", r"\[")
