@@ -93,7 +93,11 @@ class Gradients:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A term's factors, cut into its experts'; codes where a backward pass follows."""
+    """A term's factors, cut into its experts'; codes where a backward pass follows.
+
+    The rounded ones are in the type of the rows, for the products that are added to rows. Codes and the factors'
+    gradients are in the factors' own type.
+    """
 
     number: int
     planned: ExpertFactors
@@ -101,6 +105,8 @@ class _Cut:
     dtype: torch.dtype
     a: dict[int, Tensor]
     b: dict[int, Tensor]
+    a_rounded: dict[int, Tensor]
+    b_rounded: dict[int, Tensor]
     codes: dict[int, Tensor] | None
 
 
@@ -117,7 +123,6 @@ class _Direction:
         self.run = run
         self.matrices = {name: _picked(matrices, run.present) for name, matrices in run.matrices.items()}
         self.masks = run.draw_masks() if kept is None else kept.masks
-        self.room = _room(run, factors)
         self.terms: dict[str, list[_Cut]] = {name: [] for name in run.matrices}
         triples = zip(factors[::3], factors[1::3], factors[2::3], strict=True)
         for number, ((name, term), (a, b, indices)) in enumerate(zip(run.terms, triples, strict=True)):
@@ -129,8 +134,13 @@ class _Direction:
             if kept is not None:
                 rows = torch.split_with_sizes(kept.codes[number], [run.sizes[expert] for expert in present])
                 codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
-            own_b = planned.by_expert(dense, present)
-            self.terms[name].append(_Cut(number, planned, term.columns, a.dtype, own_a, own_b, codes))
+            own_b, dtype = planned.by_expert(dense, present), run.matrices[name].dtype
+            rounded = [own_a, own_b]
+            if a.dtype != dtype:
+                rounded = [planned.by_expert(factor.to(dtype), present) for factor in (a, dense)]
+            self.terms[name].append(
+                _Cut(number, planned, term.columns, a.dtype, own_a, own_b, rounded[0], rounded[1], codes)
+            )
 
         self.planned = {name: {expert for term in terms for expert in term.a} for name, terms in self.terms.items()}
 
@@ -170,7 +180,7 @@ class Forward(_Direction):
                     code = torch.mm(rows, term.a[expert].t())
                 else:
                     code = torch.mm(rows, term.a[expert].t(), out=term.codes[expert])
-                _add_product(target, code, term.b[expert], term.planned.scale_of[expert], self.room)
+                target.addmm_(code.to(target.dtype), term.b_rounded[expert], alpha=term.planned.scale_of[expert])
 
 
 class Backward(_Direction):
@@ -233,9 +243,10 @@ class Backward(_Direction):
                 code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
                 scale = term.planned.scale_of[expert]
                 if targets is not None and masks is None:
-                    _add_product(targets[place], grad_code, term.a[expert], scale, self.room)
+                    back = grad_code.to(targets[place].dtype)
+                    targets[place].addmm_(back, term.a_rounded[expert], alpha=scale)
                 elif targets is not None and masks is not None:
-                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place])
+                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place]).to(targets[place].dtype)
                     targets[place].add_(back, alpha=scale / (1 - self.run.routed.dropout))
                 if own_w is not None:
                     code, grad_code = code * own_w[place], grad_code.mul_(own_w[place])
@@ -251,24 +262,6 @@ class Backward(_Direction):
                 target.addmm_(rows, self.turned[name][expert])
             else:
                 torch.mm(rows, self.turned[name][expert], out=target)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, room: Tensor | None) -> None:
-    """Add a scaled product to a view, in the product's own type, with room for it where that is not the view's."""
-    if room is None:
-        out.addmm_(left, right, alpha=scale)
-    else:
-        product = room[: out.numel()].view(out.shape)
-        out.add_(torch.mm(left, right, out=product), alpha=scale)
-
-
-def _room(run: SortedRows, factors: Sequence[Any]) -> Tensor | None:
-    """Make room for the largest product of factors that are of another type than the rows; None where none is."""
-    matrices = list(run.matrices.values())
-    if not factors or factors[0].dtype == matrices[0].dtype:
-        return None
-    room: Tensor = factors[0].new_empty(max(run.sizes) * max(max(matrix.shape[1:]) for matrix in matrices))
-    return room
 
 
 def _picked(matrices: Tensor, experts: list[int]) -> dict[int, Tensor]:
