@@ -39,8 +39,11 @@ format: install ## Put the code in shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## Run the measurements in benchmarks/; each writes JSON to build/benchmarks
-	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: install ## Measure speed and memory beside PEFT, and refresh docs/benchmarks.md (about 30 minutes on two cores)
+	@for name in $(MEASUREMENTS); do echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
+	$(BIN)/python benchmarks/page.py
+
+MEASUREMENTS := train_step decode profiling sensitivity checkpoint real breakdown marginal_calibration
 
 # The study's folder keeps every finished run: stop it when you like, and call it again.
 STUDY := $(if $(QUICK),placement_quick,placement)

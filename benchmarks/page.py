@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from apportion.records.files import whole_file, write_text
 
 PAGE, DATA, IMAGES = Path("docs/benchmarks.md"), Path("docs/results/benchmarks"), Path("docs/images")
+README, MARKS = Path("README.md"), ("<!-- one step: written by benchmarks/page.py -->", "<!-- end -->")
 COLOURS = {"floor": "#888888", "ours": "#0072b2", "PEFT": "#d55e00", "base": "#888888", "plain": "#888888"}
 
 
@@ -69,6 +70,21 @@ def setting_of(case: dict[str, Any]) -> str:
     return f"{tokens}{case['dtype']}, {case['threads']} thread{'s' if case['threads'] > 1 else ''}"
 
 
+def step_table(case: dict[str, Any]) -> list[str]:
+    """Write one setting's table of training steps."""
+    rows = (
+        (
+            name,
+            f"{row['median_s'] * 1000:,.0f}",
+            f"{row['ratio']:.2f}",
+            megabytes(row.get("peak_above_model_bytes")),
+            f"{row['trainable_parameters']:,}",
+        )
+        for name, row in case["contenders"].items()
+    )
+    return table(("contender", "ms", "x floor", "memory, MB", "trainable parameters"), rows)
+
+
 def training(facts: dict[str, Any]) -> Iterable[str]:
     """Write the section on training steps."""
     yield from ("## One training step", "")
@@ -79,18 +95,7 @@ def training(facts: dict[str, Any]) -> Iterable[str]:
     )
     yield ""
     for case in facts["cases"]:
-        yield from (f"**{setting_of(case)}**", "")
-        rows = (
-            (
-                name,
-                f"{row['median_s'] * 1000:,.0f}",
-                f"{row['ratio']:.2f}",
-                megabytes(row.get("peak_above_model_bytes")),
-                f"{row['trainable_parameters']:,}",
-            )
-            for name, row in case["contenders"].items()
-        )
-        yield from table(("contender", "ms", "x floor", "memory, MB", "trainable parameters"), rows)
+        yield from (f"**{setting_of(case)}**", "", *step_table(case))
     groups = {setting_of(case): {n: row["ratio"] for n, row in case["contenders"].items()} for case in facts["cases"]}
     yield from (bars("One training step, against the floor", groups, "x floor", "benchmarks-step.svg"), "")
     grown = facts["growth"]
@@ -207,6 +212,9 @@ def main() -> None:
         *real(found["real"]),
     ]
     write_text(PAGE, "\n".join(lines).rstrip() + "\n")
+    before, _, rest = README.read_text().partition(MARKS[0])
+    shown = "\n".join(step_table(found["train_step"]["cases"][0]))
+    write_text(README, f"{before}{MARKS[0]}\n{shown}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
     DATA.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(FOLDER / f"{name}.json", DATA / f"{name}.json")

@@ -50,6 +50,14 @@ def test_the_readme_reports_what_the_demonstration_found() -> None:
         assert markdown_table(results) in (ROOT / page).read_text(), page
 
 
+def test_the_readme_reports_what_was_measured() -> None:
+    facts = json.loads((ROOT / "docs" / "results" / "benchmarks" / "train_step.json").read_text())
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md")]
+    for name, row in facts["cases"][0]["contenders"].items():
+        line = f"| {name} | {row['median_s'] * 1000:,.0f} | {row['ratio']:.2f} |"
+        assert all(line in page for page in pages), line
+
+
 def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text()
     commands = ("profile", "plan", "cost", "train", "eval", "merge", "report", "methods", "demo", "compare")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.adapters.cpu_product import multiply
 from apportion.adapters.factors import ExpertFactors, SparseFactor, scattered
 from apportion.adapters.routed_rows import Chunk, SortedRows
 
@@ -30,7 +31,7 @@ class Kept:
     @classmethod
     def room_for(cls, run: SortedRows, hidden: Tensor, factors: Sequence[Any]) -> Kept:
         """Make room, and draw the masks."""
-        entered = {name: hidden.new_empty(run.room, run.matrices[name].shape[2]) for name in run.form.entering}
+        entered = {name: hidden.new_empty(run.room, run.matrices[name].shape[1]) for name in run.form.entering}
         codes = []
         for (_, term), a in zip(run.terms, factors[::3], strict=True):
             num_rows = sum(run.sizes[expert] for expert in term.planned.experts)
@@ -66,7 +67,7 @@ class Gradients:
         """Make room."""
         rows = hidden.new_empty(run.room, hidden.shape[1]) if needs_hidden else None
         shapes = [
-            (sum(term.planned.ranks), len(range(run.matrices[name].shape[2])[term.columns])) for name, term in run.terms
+            (sum(term.planned.ranks), len(range(run.matrices[name].shape[1])[term.columns])) for name, term in run.terms
         ]
         return cls(
             rows=rows,
@@ -165,10 +166,7 @@ class Forward(_Direction):
         if self.run.form.has_bias:
             bias = getattr(self.run.routed.module, f"{name}_bias")
         for expert, rows, target in zip(chunk.experts, chunk.cut(x), chunk.cut(out), strict=True):
-            if bias is None:
-                torch.mm(rows, matrices[expert], out=target)
-            else:
-                torch.addmm(bias[expert], rows, matrices[expert], out=target)
+            multiply(rows, matrices[expert], target, None if bias is None else bias[expert])
         if self.planned[name].isdisjoint(chunk.experts):
             return
         own = self.own_type(name, self.dropped(name, x, chunk), chunk)
@@ -258,10 +256,10 @@ class Backward(_Direction):
     def _leave(self, name: str, grad: Tensor, chunk: Chunk, out: Tensor, *, add: bool) -> None:
         """Take a chunk's gradient back through the parameter itself."""
         for expert, rows, target in zip(chunk.experts, chunk.cut(grad), chunk.cut(out), strict=True):
+            room = torch.empty_like(target) if add else target
+            multiply(rows, self.turned[name][expert], room)
             if add:
-                target.addmm_(rows, self.turned[name][expert])
-            else:
-                torch.mm(rows, self.turned[name][expert], out=target)
+                target.add_(room)
 
 
 def _picked(matrices: Tensor, experts: list[int]) -> dict[int, Tensor]:

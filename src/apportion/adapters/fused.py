@@ -44,7 +44,7 @@ def fused_experts(routed: RoutedExperts, hidden_TD: Tensor, weights_TK: Tensor) 
     inputs = (hidden_TD, weights_TK, *factors)
     with torch.autocast(hidden_TD.device.type, enabled=False):  # the backward pass has none either
         if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
-            return _forward(SortedRows(routed, hidden_TD.dtype), hidden_TD, weights_TK, factors, None)
+            return _forward(SortedRows(routed), hidden_TD, weights_TK, factors, None)
         out: Tensor = _FusedExperts.apply(routed, *inputs)  # type: ignore[no-untyped-call]
         return out
 
@@ -55,7 +55,7 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, routed: RoutedExperts, hidden: Tensor, weights: Tensor, *factors: Any) -> Tensor:
         """Run the experts, and keep what the backward pass cannot cheaply compute again."""
-        run = SortedRows(routed, hidden.dtype)
+        run = SortedRows(routed)
         kept = Kept.room_for(run, hidden, factors)
         out = _forward(run, hidden, weights, factors, kept)
         ctx.run, ctx.num_factors = run, len(factors)
@@ -88,12 +88,12 @@ def _forward(run: SortedRows, hidden: Tensor, weights: Tensor, factors: Sequence
         Shape (T, D).
     """
     down = run.form.parameters[-1]
-    out_SD = hidden.new_empty(run.room, run.matrices[down].shape[2])
+    out_SD = hidden.new_empty(run.room, run.matrices[down].shape[1])
     forward = Forward(run, factors, kept)
     for chunk in run.chunks:
         x = hidden.index_select(0, run.tokens[chunk.window])
         if kept is None:
-            entered = {name: x.new_empty(len(x), run.matrices[name].shape[2]) for name in run.form.entering}
+            entered = {name: x.new_empty(len(x), run.matrices[name].shape[1]) for name in run.form.entering}
         else:
             entered = {name: whole[chunk.window] for name, whole in kept.entered.items()}
         for name, out in entered.items():

@@ -18,7 +18,6 @@ from apportion.expert_forms import ExpertForm
 # input and output width, R summed rank of a term's experts.
 
 _CHUNK_ROWS = 256  # rows that run together: enough to keep small operations few, few enough for the cache
-_HALF_ROWS = 4  # products in half precision take a multiple of so many rows: few shapes for oneDNN to prepare
 
 
 @dataclass(frozen=True)
@@ -89,33 +88,30 @@ class Chunk:
 class SortedRows:
     """The routed rows of one pass, sorted by expert: who has which, and which experts run together.
 
-    In half precision each expert has a whole number of blocks of rows. The rows that fill the last block are copies of
-    the first token that no output is made of and that weigh nothing, so no gradient comes from them either.
+    Each expert has a whole number of blocks of rows. The rows that fill the last block are copies of the first token
+    that no output is made of and that weigh nothing, so no gradient comes from them either.
 
     Args:
         routed: The experts, their tokens and their terms.
-        dtype: The tokens' type.
     """
 
-    def __init__(self, routed: RoutedExperts, dtype: torch.dtype) -> None:
+    def __init__(self, routed: RoutedExperts) -> None:
         self.routed, self.form = routed, routed.form
         found = {name: routed.form.matrices(routed.module, name) for name in routed.form.parameters}
-        # as (E, I, O), however they are stored
-        self.matrices = {name: matrix if turned else matrix.transpose(1, 2) for name, (matrix, turned) in found.items()}
+        # as (E, O, I), however they are stored
+        self.matrices = {name: matrix.transpose(1, 2) if turned else matrix for name, (matrix, turned) in found.items()}
         self.terms = [(name, term) for name, terms in routed.terms.items() for term in terms]
         self.masked = [name for name, terms in routed.terms.items() if terms and routed.dropout]
         ids_S, self.order_S = routed.ids_TK.reshape(-1).sort(stable=True)
         experts = torch.arange(routed.form.num_experts)
         ends_E = torch.searchsorted(ids_S, experts, right=True)
         sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        block = _HALF_ROWS if dtype.itemsize == 2 else 1
-        room_E = (sizes_E + (block - 1)).div(block, rounding_mode="floor") * block
-        self.sizes: list[int] = room_E.tolist()
+        self.sizes = [_whole_blocks(size) for size in sizes_E.tolist()]
         self.present = [expert for expert, size in enumerate(self.sizes) if size]
         self.room = sum(self.sizes)
         # where each sorted row lies: past the rows that fill the blocks of the experts before its own
-        filling_E = (room_E - sizes_E).cumsum(0) - (room_E - sizes_E)
-        self.place_S = torch.arange(len(ids_S)) + filling_E[ids_S]
+        filling_E = torch.tensor(self.sizes) - sizes_E
+        self.place_S = torch.arange(len(ids_S)) + (filling_E.cumsum(0) - filling_E)[ids_S]
         tokens_S = self.order_S.div(routed.ids_TK.shape[1], rounding_mode="floor")
         self.tokens = tokens_S.new_zeros(self.room).index_copy_(0, self.place_S, tokens_S)
         self.chunks: list[Chunk] = []
@@ -140,7 +136,7 @@ class SortedRows:
     def draw_masks(self) -> dict[str, Tensor]:
         """Draw where dropout leaves the terms' inputs."""
         return {
-            name: torch.empty(self.room, self.matrices[name].shape[1], dtype=torch.bool).bernoulli_(
+            name: torch.empty(self.room, self.matrices[name].shape[2], dtype=torch.bool).bernoulli_(
                 1 - self.routed.dropout
             )
             for name in self.masked
@@ -153,3 +149,14 @@ class SortedRows:
         if weights is None or weights.dtype == rows_SD.dtype:
             return functional.embedding_bag(place_TK, rows_SD, mode="sum", per_sample_weights=weights)
         return (rows_SD[place_TK] * weights.unsqueeze(2)).sum(1).to(rows_SD.dtype)
+
+
+def _whole_blocks(size: int) -> int:
+    """Round a number of rows up, by a sixteenth at most from 64 on, so that oneDNN prepares products of few shapes.
+
+    Example:
+        >>> [_whole_blocks(size) for size in (0, 1, 3, 5, 65, 129, 1000)]
+        [0, 1, 3, 8, 68, 136, 1024]
+    """
+    block = 1 if size < 4 else max(4, 1 << max(size.bit_length() - 5, 0))
+    return -(-size // block) * block
