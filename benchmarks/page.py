@@ -1,6 +1,6 @@
 """Write docs/benchmarks.md, its plots and the measurements beside it, from the JSON in build/benchmarks.
 
-    python benchmarks/page.py
+python benchmarks/page.py
 """
 
 from __future__ import annotations

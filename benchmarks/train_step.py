@@ -5,7 +5,7 @@
 The floor is attention-only LoRA with transformers' own experts: the same passes through frozen experts. All contenders
 start from one model and run alternately; ratios are medians over rounds. Each setting has a process of its own, as has
 each peak of memory. Last, the number of experts grows at a fixed number of experts a token. Written to
-build/benchmarks/train_step.json; about 20 minutes on two cores, 3 with --quick.
+build/benchmarks/train_step.json; about 20 minutes on two cores, 6 with --quick.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="512 tokens and two threads alone, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="512 tokens alone, fewer rounds")
     parser.add_argument("--one", help="measure one setting, given as JSON, and print JSON")
     args = parser.parse_args()
     if args.one:
@@ -92,7 +92,7 @@ def main() -> None:
     one = partial(in_fresh_process, __file__, "--one")
     cases: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
-        for tokens, threads in [(512, 2)] if args.quick else [(512, 2), (512, 1), (2048, 2)]:
+        for tokens, threads in [(512, 2), (512, 1)] if args.quick else [(512, 2), (512, 1), (2048, 2)]:
             rounds = repeats if tokens == 512 else max(3, repeats // 2)
             setting = {"measure": "times", "dtype": dtype, "tokens": tokens, "repeats": rounds}
             rows = one(json.dumps(setting), threads=threads)
@@ -112,7 +112,7 @@ def main() -> None:
                 },
             )
     grown = {}
-    for experts in (16, 64) if args.quick else (16, 64, 256):
+    for experts in (16, 64, 256):
         grown[experts] = one(json.dumps({"measure": "growth", "experts": experts, "repeats": repeats}))
         show(f"{experts} experts", grown[experts], {"median ms": lambda r: f"{r['median_s'] * 1000:,.0f}"})
     save(
