@@ -35,7 +35,14 @@ from common import (
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::_grouped_mm"),
+    "products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::addmm_",
+        "aten::bmm",
+        "aten::_grouped_mm",
+        "mkldnn::_linear_pointwise",
+    ),
     "attention": ("flash_attention",),
     "gathers and scatters": ("index", "embedding_bag", "gather", "scatter", "sort", "bincount", "histc"),
     "elementwise": ("silu", "aten::mul", "aten::add", "aten::sum", "aten::div", "vecdot", "softmax", "pow", "rsqrt"),

@@ -50,13 +50,16 @@ def bars(title: str, groups: dict[str, dict[str, float]], unit: str, name: str) 
     for setting, group in groups.items():
         ticks.append((place + (len(group) - 1) / 2, setting))
         for contender, value in group.items():
-            axes.barh(place, value, color=COLOURS[contender.split()[0].rstrip(":")], height=0.85)
+            axes.barh(place, value, color=COLOURS.get(contender.split()[0].rstrip(":"), COLOURS["ours"]), height=0.85)
             axes.text(value, place, f" {value:.2f}  {contender}", va="center", fontsize=8)
             place += 1
         place += 1
     axes.set_yticks([position for position, _ in ticks], [label for _, label in ticks], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max(value for group in groups.values() for value in group.values()))
+    largest = max(value for group in groups.values() for value in group.values())
+    if largest > 10:
+        axes.set_xscale("log")
+    axes.set_xlim(0.5 if largest > 10 else 0, (8 if largest > 10 else 1.35) * largest)
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
