@@ -54,10 +54,11 @@ def times(dtype: str, tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def peak(dtype: str, tokens: int, contender: str) -> int:
-    """Tell how far one contender's first counted step rises above its model, gradients of factors included."""
+    """Tell how far a later step of one contender rises above its model, gradients of factors included."""
     model = adapt(build(getattr(torch, dtype)), contender)
     model.train()
-    step(model, token_ids(1, 8))  # what the first pass of any kind allocates for good
+    for _ in range(2):  # what the first passes allocate for good is no step's own
+        step(model, token_ids(4, tokens // 4))
     return peak_above(lambda: step(model, token_ids(4, tokens // 4)))
 
 
