@@ -154,6 +154,12 @@ class SortedRows:
 def _whole_blocks(size: int) -> int:
     """Round a number of rows up, by a sixteenth at most from 64 on, so that oneDNN prepares products of few shapes.
 
+    Args:
+        size: The rows of an expert.
+
+    Returns:
+        At least as many.
+
     Example:
         >>> [_whole_blocks(size) for size in (0, 1, 3, 5, 65, 129, 1000)]
         [0, 1, 3, 8, 68, 136, 1024]
