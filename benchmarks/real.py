@@ -84,13 +84,12 @@ def plain_peft(name: str, rows: Any, held_out: Any, settings: dict[str, Any]) ->
             gradient_checkpointing=False,
         )
         trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=config)
-        result = trainer.train()
+        trainer.train()
     trained = time.perf_counter()
     trainer.model.config.output_router_logits = False  # left on, no padded batch can be generated from
     score = evaluate(trainer.model, tokenizer, held_out)
     return {
         "train_s": trained - start,
-        "tokens_per_s": trainer.state.num_input_tokens_seen / result.metrics["train_runtime"] or None,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "loss_after": score.loss,
     }

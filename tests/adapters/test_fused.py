@@ -93,6 +93,19 @@ def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str,
         assert torch.allclose(layer(hidden, ids, weights), expected, atol=tolerance)
 
 
+def test_what_fills_a_block_touches_nothing() -> None:
+    """A token too large for an expert that it is not routed to must not reach that expert's gradients."""
+    layer = _lora("olmoe", torch.float32, every=True)
+    hidden, _, weights = _inputs(layer, tokens=6, dtype=torch.float32)
+    ids = torch.tensor([[1, 2]] + [[3, 4]] * 5)
+    with torch.no_grad():
+        hidden[0] = float("inf")
+    for side, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
+        for name, planned in layer.factors["default"].items():
+            grad = _gradients(layer(hidden, ids, weights)[1:], [parameters["default"][name]])[0]
+            assert planned.by_expert(grad)[3].isfinite().all(), (side, name)
+
+
 def test_dropout_leaves_the_experts_alone_and_has_right_gradients() -> None:
     layer = _lora("olmoe", dropout=0.5)
     hidden, ids, weights = _inputs(layer, tokens=5)

@@ -166,6 +166,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return grad_x, torch.ops.apportion.grouped_outer(x, grad, ends) if needs_weight else None, None
 
 
-_grouped_mm.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[2]))  # noqa: ARG005
+_grouped_mm.register_fake(lambda x, weight, _: x.new_empty(len(x), weight.shape[2]))
 _grouped_outer.register_fake(lambda x, grad, ends: x.new_empty(len(ends), x.shape[1], grad.shape[1]))
 _grouped_mm.register_autograd(_backward, setup_context=_save)

@@ -88,8 +88,8 @@ class Chunk:
 class SortedRows:
     """The routed rows of one pass, sorted by expert: who has which, and which experts run together.
 
-    Each expert has a whole number of blocks of rows. The rows that fill the last block are copies of the first token
-    that no output is made of and that weigh nothing, so no gradient comes from them either.
+    Each expert has a whole number of blocks of rows. The rows that fill the last block are copies of its first row, finite
+    where that is; no output is made of them and they weigh nothing, so no gradient comes from them either.
 
     Args:
         routed: The experts, their tokens and their terms.
@@ -113,7 +113,11 @@ class SortedRows:
         filling_E = torch.tensor(self.sizes) - sizes_E
         self.place_S = torch.arange(len(ids_S)) + (filling_E.cumsum(0) - filling_E)[ids_S]
         tokens_S = self.order_S.div(routed.ids_TK.shape[1], rounding_mode="floor")
-        self.tokens = tokens_S.new_zeros(self.room).index_copy_(0, self.place_S, tokens_S)
+        first_tokens = tokens_S[(ends_E - sizes_E)[self.present]]
+        self.tokens = first_tokens.repeat_interleave(
+            torch.tensor([self.sizes[expert] for expert in self.present]).long()
+        )
+        self.tokens.index_copy_(0, self.place_S, tokens_S)
         self.chunks: list[Chunk] = []
         end = 0
         for expert in self.present:
