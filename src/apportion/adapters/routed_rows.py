@@ -88,8 +88,8 @@ class Chunk:
 class SortedRows:
     """The routed rows of one pass, sorted by expert: who has which, and which experts run together.
 
-    Each expert has a whole number of blocks of rows. The rows that fill the last block are copies of its first row, finite
-    where that is; no output is made of them and they weigh nothing, so no gradient comes from them either.
+    Each expert has a whole number of blocks of rows. The rows that fill the last block are copies of its first one,
+    finite where that is; no output is made of them and they weigh nothing, so no gradient comes from them either.
 
     Args:
         routed: The experts, their tokens and their terms.

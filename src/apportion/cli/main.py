@@ -313,13 +313,8 @@ def compare(
     options = given(
         models=model, unrelated=unrelated, contenders=method, reference=reference, budgets=budgets, unit=unit,
         seeds=seeds, eval_rows=eval_rows,
-    ) | {
-        f"{table}.{name}": value
-        for table, name, value in (
-            ("training", "steps", steps), ("training", "batch_size", batch_size), ("tuning", "trials", trials)
-        )
-        if value is not None
-    }  # fmt: skip
+        **{"training.steps": steps, "training.batch_size": batch_size, "tuning.trials": trials},
+    )  # fmt: skip
     run(
         "compare", study=study, output=output, options=options, data=data, jobs=jobs, page=page,
         keep_adapters=keep_adapters, dry_run=dry_run, as_json=json_,
