@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apportion.adapters.experts import ExpertLora, run_experts
 from apportion.adapters.factors import ExpertFactors
+from apportion.adapters.routed_rows import joined
 from apportion.discovery import find_sites
 from apportion.expert_forms import known_form
 from architectures import build
@@ -18,8 +19,10 @@ FORMS = ["olmoe", "gpt_oss", "openai_privacy_filter", "nemotron_h", "dbrx"]
 TOP_K = 2
 
 
-def _lora(name: str, dtype: torch.dtype = torch.float64, *, every: bool = False, dropout: float = 0.0) -> ExpertLora:
-    """Adapt some experts of a tiny model's last layer, other ones and other ranks in every projection."""
+def _lora(
+    name: str, dtype: torch.dtype = torch.float64, *, every: bool = False, alike: bool = False, dropout: float = 0.0
+) -> ExpertLora:
+    """Adapt some experts of a tiny model's last layer, other ones and other ranks in every projection, unless alike."""
     model = build(name)
     base = model.get_submodule(find_sites(model).blocks[-1].name).to(dtype).requires_grad_(False)
     layer = ExpertLora(base)
@@ -29,6 +32,8 @@ def _lora(name: str, dtype: torch.dtype = torch.float64, *, every: bool = False,
         experts = tuple(range(form.num_experts)) if every else tuple(range(number % 2, form.num_experts, 2))
         ranks = tuple(1 + (expert + number) % 3 for expert in experts)
         planned[projection] = ExpertFactors(experts, ranks, tuple(0.5 + expert for expert in experts))
+        if alike:
+            planned[projection] = ExpertFactors((1, 3), (2, 2), (0.5, 2.0))
     torch.manual_seed(0)
     layer.add_adapter("default", planned, dropout)
     layer.set_adapter("default")
@@ -73,12 +78,12 @@ def _gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((output * direction).sum(), inputs)
 
 
-@pytest.mark.parametrize("every", [False, True], ids=["some", "every"])
+@pytest.mark.parametrize("planned", [{}, {"every": True}, {"alike": True}], ids=["some", "every", "alike"])
 @pytest.mark.parametrize("path", ["fused", "composed"])
 @pytest.mark.parametrize("name", FORMS)
-def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str, every: bool) -> None:
-    layer = _lora(name, every=every)
-    hidden, ids, weights = _inputs(layer)
+def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str, planned: dict[str, bool]) -> None:
+    layer = _lora(name, **planned)
+    hidden, ids, weights = _inputs(layer, tokens=20)
     trained = [*layer.lora_A.parameters(), *layer.lora_B.parameters(), hidden, weights]
     if path == "fused":
         found = layer(hidden, ids, weights)
@@ -91,6 +96,12 @@ def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str,
         assert torch.allclose(one, other, atol=tolerance)
     with torch.no_grad():
         assert torch.allclose(layer(hidden, ids, weights), expected, atol=tolerance)
+
+
+def test_gate_and_up_run_as_one_where_they_are_planned_alike() -> None:
+    for alike, terms in ((True, 1), (False, 2)):
+        layer = _lora("olmoe", alike=alike)
+        assert len(joined(layer._terms("default", "gate_up_proj"))) == terms
 
 
 def test_what_fills_a_block_touches_nothing() -> None:
@@ -156,7 +167,7 @@ def test_the_path_of_a_gpu_never_waits_for_it(every: bool) -> None:
     found.sum().backward()
     assert hidden.grad.shape == found.shape == hidden.shape
     assert all(p.grad is not None for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TypeError):
         layer(hidden, ids, weights)  # the path of a CPU reads sizes
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from apportion.adapters.cpu_product import multiply
 from apportion.adapters.factors import ExpertFactors, SparseFactor, scattered
 from apportion.adapters.routed_rows import Chunk, SortedRows
+
+_FEW_ROWS = 128  # up to here, a product in the factors' own type beats rounding them
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Kept:
         entered = {name: hidden.new_empty(run.room, run.matrices[name].shape[1]) for name in run.form.entering}
         codes = []
         for (_, term), a in zip(run.terms, factors[::3], strict=True):
-            num_rows = sum(run.sizes[expert] for expert in term.planned.experts)
+            num_rows = sum(run.sizes[expert] for expert in run.present if expert in term.planned.places)
             codes.append(a.new_empty(num_rows, max(term.planned.ranks)))
         return cls(entered, codes, run.draw_masks())
 
@@ -96,8 +98,8 @@ class Gradients:
 class _Cut:
     """A term's factors, cut into its experts'; codes where a backward pass follows.
 
-    The rounded ones are in the type of the rows, for the products that are added to rows. Codes and the factors'
-    gradients are in the factors' own type.
+    The rounded ones are in the type of the rows, for the products that are added to rows; where rows are few, they are
+    left as they are. Codes and the factors' gradients are in the factors' own type.
     """
 
     number: int
@@ -137,13 +139,17 @@ class _Direction:
                 codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
             own_b, dtype = planned.by_expert(dense, present), run.matrices[name].dtype
             rounded = [own_a, own_b]
-            if a.dtype != dtype:
+            if a.dtype != dtype and run.room > _FEW_ROWS:
                 rounded = [planned.by_expert(factor.to(dtype), present) for factor in (a, dense)]
             self.terms[name].append(
                 _Cut(number, planned, term.columns, a.dtype, own_a, own_b, rounded[0], rounded[1], codes)
             )
 
         self.planned = {name: {expert for term in terms for expert in term.a} for name, terms in self.terms.items()}
+
+    def plans_none(self, names: Iterable[str], chunk: Chunk) -> bool:
+        """Tell whether no term of these parameters stands on an expert of a chunk."""
+        return all(self.planned[name].isdisjoint(chunk.experts) for name in names)
 
     def own_type(self, name: str, rows: Tensor, chunk: Chunk) -> list[Tensor]:
         """Give each planned expert's rows in the type of its factors, and the other experts' as they are."""
@@ -178,7 +184,7 @@ class Forward(_Direction):
                     code = torch.mm(rows, term.a[expert].t())
                 else:
                     code = torch.mm(rows, term.a[expert].t(), out=term.codes[expert])
-                target.addmm_(code.to(target.dtype), term.b_rounded[expert], alpha=term.planned.scale_of[expert])
+                _add_product(target, code, term.b_rounded[expert], term.planned.scale_of[expert])
 
 
 class Backward(_Direction):
@@ -210,7 +216,7 @@ class Backward(_Direction):
         self,
         name: str,
         grad: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         chunk: Chunk,
         out: Tensor | None,
         *,
@@ -219,12 +225,12 @@ class Backward(_Direction):
     ) -> None:
         """Take a chunk's gradient back through one parameter and its terms, into `out`.
 
-        Where the rows' weights are given, the gradient is that before weighting: so it leaves by `out`, and the
-        factors' gradients are weighted.
+        The inputs may be missing where no term stands on any of the chunk's experts. Where the rows' weights are
+        given, the gradient is that before weighting: so it leaves by `out`, and the factors' gradients are weighted.
         """
         if out is not None:
             self._leave(name, grad, chunk, out, add=add)
-        if self.planned[name].isdisjoint(chunk.experts):
+        if x is None or self.planned[name].isdisjoint(chunk.experts):
             return
         mask = self.masks.get(name)
         sources = self.own_type(name, self.dropped(name, x, chunk), chunk)
@@ -241,8 +247,7 @@ class Backward(_Direction):
                 code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
                 scale = term.planned.scale_of[expert]
                 if targets is not None and masks is None:
-                    back = grad_code.to(targets[place].dtype)
-                    targets[place].addmm_(back, term.a_rounded[expert], alpha=scale)
+                    _add_product(targets[place], grad_code, term.a_rounded[expert], scale)
                 elif targets is not None and masks is not None:
                     back = torch.mm(grad_code, term.a[expert]).mul_(masks[place]).to(targets[place].dtype)
                     targets[place].add_(back, alpha=scale / (1 - self.run.routed.dropout))
@@ -260,6 +265,14 @@ class Backward(_Direction):
             multiply(rows, self.turned[name][expert], room)
             if add:
                 target.add_(room)
+
+
+def _add_product(target: Tensor, code: Tensor, factor: Tensor, scale: float) -> None:
+    """Add a product of codes, in the type of the factor."""
+    if factor.dtype == target.dtype:
+        target.addmm_(code.to(target.dtype), factor, alpha=scale)
+    else:
+        target.add_(torch.mm(code, factor), alpha=scale)
 
 
 def _picked(matrices: Tensor, experts: list[int]) -> dict[int, Tensor]:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.fused import fused_experts
 from apportion.adapters.grouped import constant, grouped_linear, grouped_low_rank, reorder_rows
-from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts
+from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts, joined
 from apportion.adapters.wrapped import WrappedModule
 from apportion.expert_forms import ExpertForm, known_form
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
+
+_MANY_ROWS = 2  # an expert; from here on it pays to join gate's factors and up's
 
 Product = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -205,12 +207,17 @@ class ExpertLora(WrappedModule):
         composed = hidden_states.is_cuda or torch.compiler.is_compiling() or len(active) > 1 or form.norm
         if composed or top_k_index is None or top_k_weights is None:
             return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
+        terms: dict[str, Sequence[LowRankTerm]] = {
+            parameter: self._terms(active[0], parameter) for parameter in form.parameters
+        }
+        if torch.is_grad_enabled() and top_k_index.numel() >= _MANY_ROWS * form.num_experts:
+            terms = {parameter: joined(own) for parameter, own in terms.items()}
         dropout = self.lora_dropout[active[0]]
         routed = RoutedExperts(
             module=self.base_layer,
             form=form,
             ids_TK=top_k_index,
-            terms={parameter: self._terms(active[0], parameter) for parameter in form.parameters},
+            terms=terms,
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -7,6 +7,7 @@ the same work moves every row through memory a dozen times and keeps most of the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +43,8 @@ def fused_experts(routed: RoutedExperts, hidden_TD: Tensor, weights_TK: Tensor) 
         b = term.b_RO
         factors += [term.a_RI, b.values, b.indices] if isinstance(b, SparseFactor) else [term.a_RI, b, None]
     inputs = (hidden_TD, weights_TK, *factors)
-    with torch.autocast(hidden_TD.device.type, enabled=False):  # the backward pass has none either
+    autocast = torch.is_autocast_enabled("cpu")  # the backward pass has none either
+    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
         if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
             return _forward(SortedRows(routed), hidden_TD, weights_TK, factors, None)
         out: Tensor = _FusedExperts.apply(routed, *inputs)  # type: ignore[no-untyped-call]
@@ -143,7 +145,7 @@ def _backward(
             for expert, rows, found in own:
                 found.add_(rows @ bias[expert])
         inner = torch.autograd.grad(activated, list(entered.values()), grad_h.mul_(w))
-        x = hidden.index_select(0, tokens)
+        x = None if backward.plans_none(run.form.entering, chunk) else hidden.index_select(0, tokens)
         target = None if grads.rows is None else grads.rows[chunk.window]
         for number, (name, own_grad) in enumerate(zip(entered, inner, strict=True)):
             backward.multiply(name, own_grad, x, chunk, target, add=number > 0)

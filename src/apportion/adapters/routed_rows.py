@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,8 +15,9 @@ from torch.nn import functional
 from apportion.adapters.factors import ExpertFactors, SparseFactor
 from apportion.expert_forms import ExpertForm
 
-# Shapes: T tokens, K experts a token, S = T·K rows sorted by expert, E experts, D model width, I and O a parameter's
-# input and output width, R summed rank of a term's experts.
+# Shapes: T tokens, K experts a token, S = T·K rows sorted by expert, E experts, P of them with rows,
+# H of them planned, N terms of one parameter, D model width, I and O a parameter's input and output width, r rank of an
+# expert, R summed rank of a term's experts.
 
 _CHUNK_ROWS = 256  # rows that run together: enough to keep small operations few, few enough for the cache
 
@@ -35,6 +37,31 @@ class LowRankTerm:
     b_RO: Tensor | SparseFactor
     planned: ExpertFactors
     columns: slice
+
+
+def joined(terms: Sequence[LowRankTerm]) -> Sequence[LowRankTerm]:
+    """Join the terms of one parameter, so that every expert has one pair of products where it had two.
+
+    Each expert's A go one under the other, and its B into the columns that they have in the output, zeros beside them.
+
+    Args:
+        terms: All that stand on the parameter.
+
+    Returns:
+        One term where all plan the same experts with one rank and dense factors; else those that were given.
+    """
+    if len(terms) < 2 or len({(term.planned.experts, term.planned.ranks, term.planned.scales) for term in terms}) > 1:
+        return terms
+    first, dense = terms[0].planned, [term.b_RO for term in terms if isinstance(term.b_RO, Tensor)]
+    if len(set(first.ranks)) > 1 or len(dense) < len(terms):
+        return terms
+    num_experts, rank = len(first.experts), first.ranks[0]
+    a_HNrI = torch.stack([term.a_RI.view(num_experts, rank, -1) for term in terms], 1)
+    b_HNrO = a_HNrI.new_zeros((num_experts, len(terms), rank, sum(b_RO.shape[1] for b_RO in dense)))
+    for number, (term, b_RO) in enumerate(zip(terms, dense, strict=True)):
+        b_HNrO[:, number, :, term.columns] = b_RO.view(num_experts, rank, -1)
+    planned = replace(first, ranks=(len(terms) * rank,) * num_experts)
+    return [LowRankTerm(a_HNrI.flatten(0, 2), b_HNrO.flatten(0, 2), planned, slice(None))]
 
 
 @dataclass(frozen=True)
@@ -102,22 +129,25 @@ class SortedRows:
         self.matrices = {name: matrix.transpose(1, 2) if turned else matrix for name, (matrix, turned) in found.items()}
         self.terms = [(name, term) for name, terms in routed.terms.items() for term in terms]
         self.masked = [name for name, terms in routed.terms.items() if terms and routed.dropout]
-        ids_S, self.order_S = routed.ids_TK.reshape(-1).sort(stable=True)
-        experts = torch.arange(routed.form.num_experts)
-        ends_E = torch.searchsorted(ids_S, experts, right=True)
-        sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        self.sizes = [_whole_blocks(size) for size in sizes_E.tolist()]
-        self.present = [expert for expert, size in enumerate(self.sizes) if size]
-        self.room = sum(self.sizes)
+        ids_S = routed.ids_TK.reshape(-1).numpy()
+        sizes_E = numpy.bincount(ids_S, minlength=routed.form.num_experts)
+        experts_P = sizes_E.nonzero()[0]
+        sizes_P = sizes_E[experts_P]
+        rooms_P = numpy.array([_whole_blocks(size) for size in sizes_P.tolist()], dtype=numpy.int64)
+        self.present: list[int] = experts_P.tolist()
+        self.sizes: dict[int, int] = dict(zip(self.present, rooms_P.tolist(), strict=True))
+        self.room = int(rooms_P.sum())
+        order_S = ids_S.astype(numpy.int16).argsort(kind="stable")
         # where each sorted row lies: past the rows that fill the blocks of the experts before its own
-        filling_E = torch.tensor(self.sizes) - sizes_E
-        self.place_S = torch.arange(len(ids_S)) + (filling_E.cumsum(0) - filling_E)[ids_S]
-        tokens_S = self.order_S.div(routed.ids_TK.shape[1], rounding_mode="floor")
-        first_tokens = tokens_S[(ends_E - sizes_E)[self.present]]
-        self.tokens = first_tokens.repeat_interleave(
-            torch.tensor([self.sizes[expert] for expert in self.present]).long()
-        )
-        self.tokens.index_copy_(0, self.place_S, tokens_S)
+        filling_P = rooms_P - sizes_P
+        place_S = numpy.arange(len(ids_S)) + (filling_P.cumsum() - filling_P).repeat(sizes_P)
+        tokens_S = order_S // routed.ids_TK.shape[1]
+        tokens = tokens_S[sizes_P.cumsum() - sizes_P].repeat(rooms_P)
+        tokens[place_S] = tokens_S
+        self.tokens = torch.from_numpy(tokens)
+        slot_places_S = numpy.empty_like(place_S)
+        slot_places_S[order_S] = place_S
+        self.place_TK = torch.from_numpy(slot_places_S).view(routed.ids_TK.shape)
         self.chunks: list[Chunk] = []
         end = 0
         for expert in self.present:
@@ -129,13 +159,11 @@ class SortedRows:
 
     def by_row(self, slots_TK: Tensor) -> Tensor:
         """Bring a number of each slot to its row; rows that fill a block get 0."""
-        sorted_S = slots_TK.reshape(-1).index_select(0, self.order_S)
-        return sorted_S.new_zeros(self.room).index_copy_(0, self.place_S, sorted_S)
+        return slots_TK.new_zeros(self.room).index_copy_(0, self.place_TK.view(-1), slots_TK.reshape(-1))
 
     def by_slot(self, rows: Tensor) -> Tensor:
         """Bring a number of each row back to its slot, shape (T, K)."""
-        sorted_S = rows.index_select(0, self.place_S)
-        return torch.empty_like(sorted_S).index_copy_(0, self.order_S, sorted_S).view(self.routed.ids_TK.shape)
+        return rows.index_select(0, self.place_TK.view(-1)).view(self.place_TK.shape)
 
     def draw_masks(self) -> dict[str, Tensor]:
         """Draw where dropout leaves the terms' inputs."""
@@ -148,11 +176,9 @@ class SortedRows:
 
     def sum_over_experts(self, rows_SD: Tensor, weights: Tensor | None) -> Tensor:
         """Sum, for every token, the rows of its experts, weighted where weights are given."""
-        place_S = torch.empty_like(self.order_S).index_copy_(0, self.order_S, self.place_S)
-        place_TK = place_S.view(self.routed.ids_TK.shape)
         if weights is None or weights.dtype == rows_SD.dtype:
-            return functional.embedding_bag(place_TK, rows_SD, mode="sum", per_sample_weights=weights)
-        return (rows_SD[place_TK] * weights.unsqueeze(2)).sum(1).to(rows_SD.dtype)
+            return functional.embedding_bag(self.place_TK, rows_SD, mode="sum", per_sample_weights=weights)
+        return (rows_SD[self.place_TK] * weights.unsqueeze(2)).sum(1).to(rows_SD.dtype)
 
 
 def _whole_blocks(size: int) -> int:
