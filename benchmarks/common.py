@@ -44,13 +44,18 @@ FLOOR, ALL, QUARTER, EIGHTH, PEFT = (
 FOLDER = Path("build/benchmarks")
 
 
-def build(dtype: torch.dtype = torch.float32, experts: int = 64, layers: int = LAYERS) -> OlmoeForCausalLM:
+def build(
+    dtype: torch.dtype = torch.float32,
+    experts: int = 64,
+    layers: int = LAYERS,
+    widths: tuple[int, int] = (WIDTH, EXPERT_WIDTH),
+) -> OlmoeForCausalLM:
     """Make the model that every contender starts from; its weights are random, which no time depends on."""
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=EXPERT_WIDTH,
+        hidden_size=widths[0],
+        intermediate_size=widths[1],
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,

@@ -2,19 +2,22 @@
 
     python benchmarks/decode.py [--tokens 32] [--repeats 5]
 
-Written to build/benchmarks/decode.json.
+Beside the small model of the other measurements, two layers as wide as OLMoE-1B-7B's: there a product takes longer than
+the call of it. Written to build/benchmarks/decode.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from functools import partial
 from typing import Any
 
 import torch
-from common import ALL, EIGHTH, PEFT, adapt, alternate, build, in_fresh_process, save, show, summed_up, token_ids
+from common import ALL, EIGHTH, FLOOR, PEFT, adapt, alternate, build, in_fresh_process, save, show, summed_up, token_ids
 from torch import nn
 
+OLMOE_WIDTHS, OLMOE_LAYERS = (2048, 1024), 2
 BASE, MERGED, PEFT_MERGED = "base model", "ours: an eighth, merged", "PEFT: all experts, merged"
 
 
@@ -31,14 +34,16 @@ def decode(model: nn.Module, num_tokens: int) -> None:
     )
 
 
-def measure(dtype: str, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Time all contenders in this process."""
+def measure(dtype: str, num_tokens: int, repeats: int, *, wide: bool) -> dict[str, Any]:
+    """Time all contenders in this process; those that fit beside each other, where the model is wide."""
     kind = getattr(torch, dtype)
-    models: dict[str, Any] = {BASE: build(kind)}
-    for name in (ALL, EIGHTH, PEFT):
-        models[name] = adapt(build(kind), name)
-    models[MERGED] = adapt(build(kind), EIGHTH).merge_and_unload()
-    models[PEFT_MERGED] = adapt(build(kind), PEFT).merge_and_unload()
+    make = partial(build, kind, layers=OLMOE_LAYERS, widths=OLMOE_WIDTHS) if wide else partial(build, kind)
+    models: dict[str, Any] = {BASE: make()}
+    for name in (FLOOR, EIGHTH) if wide else (FLOOR, ALL, EIGHTH, PEFT):
+        models[name] = adapt(make(), name)
+    if not wide:
+        models[MERGED] = adapt(make(), EIGHTH).merge_and_unload()
+        models[PEFT_MERGED] = adapt(make(), PEFT).merge_and_unload()
     runs = {name: partial(decode, model.eval(), num_tokens) for name, model in models.items()}
     rows = summed_up(alternate(runs, repeats), BASE)
     for row in rows.values():
@@ -52,24 +57,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--one", choices=["float32", "bfloat16"], help="measure one type, and print JSON")
+    parser.add_argument("--wide", action="store_true", help="with --one: the wide model")
     args = parser.parse_args()
     if args.one:
         import json
 
-        print(json.dumps(measure(args.one, args.tokens, args.repeats)))
+        print(json.dumps(measure(args.one, args.tokens, args.repeats, wide=args.wide)))
         return
     cases = []
-    for dtype in ("float32", "bfloat16"):
-        for threads in (1, 2):
-            rows = in_fresh_process(
-                __file__, "--one", dtype, "--tokens", args.tokens, "--repeats", args.repeats, threads=threads
-            )
-            cases.append({"dtype": dtype, "threads": threads, "contenders": rows})
-            show(
-                f"decoding, {dtype}, threads: {threads}",
-                rows,
-                {"tokens a second": lambda r: f"{r['tokens_per_s']:,.1f}", "x base": lambda r: f"{r['ratio']:.2f}"},
-            )
+    for dtype, threads, wide in [*itertools.product(("float32", "bfloat16"), (1, 2), (False,)), ("bfloat16", 2, True)]:
+        own = ["--one", dtype, "--tokens", args.tokens, "--repeats", args.repeats, *["--wide"] * wide]
+        rows = in_fresh_process(__file__, *own, threads=threads)
+        cases.append({"dtype": dtype, "threads": threads, "wide": wide, "contenders": rows})
+        show(
+            f"decoding, {dtype}, threads: {threads}" + (", as wide as OLMoE-1B-7B" if wide else ""),
+            rows,
+            {"tokens a second": lambda r: f"{r['tokens_per_s']:,.1f}", "x base": lambda r: f"{r['ratio']:.2f}"},
+        )
     save("decode", {"tokens": args.tokens, "cases": cases})
 
 

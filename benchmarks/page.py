@@ -70,7 +70,8 @@ def bars(title: str, groups: dict[str, dict[str, float]], unit: str, name: str) 
 def setting_of(case: dict[str, Any]) -> str:
     """Name a case."""
     tokens = f"{case['tokens']} tokens, " if "tokens" in case else ""
-    return f"{tokens}{case['dtype']}, {case['threads']} thread{'s' if case['threads'] > 1 else ''}"
+    wide = ", OLMoE-1B-7B's widths" if case.get("wide") else ""
+    return f"{tokens}{case['dtype']}, {case['threads']} thread{'s' if case['threads'] > 1 else ''}{wide}"
 
 
 def step_table(case: dict[str, Any]) -> list[str]:
@@ -196,7 +197,8 @@ def main() -> None:
         *training(found["train_step"]),
         *ratios(
             "Decoding",
-            f"One sequence, {found['decode']['tokens']} tokens, one at a time with a cache.",
+            f"One sequence, {found['decode']['tokens']} tokens, one at a time with a cache. The small model's experts are so quick "
+            "that calls weigh as much as products; the last setting has two layers as wide as OLMoE-1B-7B's.",
             found["decode"],
             "base",
             "benchmarks-decode.svg",

@@ -80,7 +80,7 @@ def growth(experts: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="rounds; 7, or 3 with --quick")
     parser.add_argument("--quick", action="store_true", help="512 tokens alone, fewer rounds")
     parser.add_argument("--one", help="measure one setting, given as JSON, and print JSON")
     args = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> None:
         run = {"times": times, "peak": peak, "growth": growth}[setting.pop("measure")]
         print(json.dumps(run(**setting)))
         return
-    repeats = 3 if args.quick else args.repeats
+    repeats = args.repeats or (3 if args.quick else 7)
     one = partial(in_fresh_process, __file__, "--one")
     cases: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
