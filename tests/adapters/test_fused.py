@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apportion.adapters.experts import ExpertLora, run_experts
 from apportion.adapters.factors import ExpertFactors
+from apportion.adapters.grouped import grouped_low_rank
 from apportion.adapters.routed_rows import joined
 from apportion.discovery import find_sites
 from apportion.expert_forms import known_form
@@ -169,6 +170,22 @@ def test_the_path_of_a_gpu_never_waits_for_it(every: bool) -> None:
     assert all(p.grad is not None for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
     with pytest.raises(TypeError):
         layer(hidden, ids, weights)  # the path of a CPU reads sizes
+
+
+def test_factors_kept_in_float32_multiply_rows_in_the_rows_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's grouped product takes bfloat16; in float32 it would wait for every expert's rows."""
+    layer = _lora("olmoe", torch.bfloat16)
+    layer.lora_A.float(), layer.lora_B.float()
+    seen: list[torch.dtype] = []
+
+    def product(x: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        seen.extend((x.dtype, a.dtype, b.dtype))
+        return grouped_low_rank(x, a, b, ends)
+
+    monkeypatch.setattr("apportion.adapters.experts.grouped_low_rank", product)
+    run_experts(layer.base_layer, *_inputs(layer, dtype=torch.bfloat16), layer.adapted_product).sum().backward()
+    assert set(seen) == {torch.bfloat16}
+    assert all(p.grad.dtype == torch.float32 for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
 
 
 def test_compiles_with_the_graph_breaks_of_the_base() -> None:

@@ -13,8 +13,6 @@ from apportion.adapters.cpu_product import multiply
 from apportion.adapters.factors import ExpertFactors, SparseFactor, scattered
 from apportion.adapters.routed_rows import Chunk, SortedRows
 
-_FEW_ROWS = 128  # up to here, a product in the factors' own type beats rounding them
-
 
 @dataclass
 class Kept:
@@ -96,20 +94,13 @@ class Gradients:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A term's factors, cut into its experts'; codes where a backward pass follows.
-
-    The rounded ones are in the type of the rows, for the products that are added to rows; where rows are few, they are
-    left as they are. Codes and the factors' gradients are in the factors' own type.
-    """
+    """A term's factors, cut into its experts'; codes where a backward pass follows."""
 
     number: int
     planned: ExpertFactors
     columns: slice
-    dtype: torch.dtype
     a: dict[int, Tensor]
     b: dict[int, Tensor]
-    a_rounded: dict[int, Tensor]
-    b_rounded: dict[int, Tensor]
     codes: dict[int, Tensor] | None
 
 
@@ -137,25 +128,13 @@ class _Direction:
             if kept is not None:
                 rows = torch.split_with_sizes(kept.codes[number], [run.sizes[expert] for expert in present])
                 codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
-            own_b, dtype = planned.by_expert(dense, present), run.matrices[name].dtype
-            rounded = [own_a, own_b]
-            if a.dtype != dtype and run.room > _FEW_ROWS:
-                rounded = [planned.by_expert(factor.to(dtype), present) for factor in (a, dense)]
-            self.terms[name].append(
-                _Cut(number, planned, term.columns, a.dtype, own_a, own_b, rounded[0], rounded[1], codes)
-            )
-
+            own_b = planned.by_expert(dense, present)
+            self.terms[name].append(_Cut(number, planned, term.columns, own_a, own_b, codes))
         self.planned = {name: {expert for term in terms for expert in term.a} for name, terms in self.terms.items()}
 
     def plans_none(self, names: Iterable[str], chunk: Chunk) -> bool:
         """Tell whether no term of these parameters stands on an expert of a chunk."""
         return all(self.planned[name].isdisjoint(chunk.experts) for name in names)
-
-    def own_type(self, name: str, rows: Tensor, chunk: Chunk) -> list[Tensor]:
-        """Give each planned expert's rows in the type of its factors, and the other experts' as they are."""
-        planned, dtype = self.planned[name], self.terms[name][0].dtype
-        parts = zip(chunk.experts, chunk.cut(rows), strict=True)
-        return [part.to(dtype) if expert in planned else part for expert, part in parts]
 
     def dropped(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
         """Give what the terms of a parameter multiply."""
@@ -175,16 +154,17 @@ class Forward(_Direction):
             multiply(rows, matrices[expert], target, None if bias is None else bias[expert])
         if self.planned[name].isdisjoint(chunk.experts):
             return
-        own = self.own_type(name, self.dropped(name, x, chunk), chunk)
+        x = self.dropped(name, x, chunk)
         for term in self.terms[name]:
-            for expert, rows, target in zip(chunk.experts, own, chunk.cut(out[:, term.columns]), strict=True):
+            for expert, rows, target in zip(chunk.experts, chunk.cut(x), chunk.cut(out[:, term.columns]), strict=True):
                 if expert not in term.a:
                     continue
-                if term.codes is None:
-                    code = torch.mm(rows, term.a[expert].t())
-                else:
-                    code = torch.mm(rows, term.a[expert].t(), out=term.codes[expert])
-                _add_product(target, code, term.b_rounded[expert], term.planned.scale_of[expert])
+                a, b, scale = term.a[expert], term.b[expert], term.planned.scale_of[expert]
+                if a.dtype != target.dtype:  # where nothing is kept
+                    target.add_(torch.mm(torch.mm(rows.to(a.dtype), a.t()), b), alpha=scale)
+                    continue
+                code = torch.mm(rows, a.t(), out=None if term.codes is None else term.codes[expert])
+                target.addmm_(code, b, alpha=scale)
 
 
 class Backward(_Direction):
@@ -233,12 +213,12 @@ class Backward(_Direction):
         if x is None or self.planned[name].isdisjoint(chunk.experts):
             return
         mask = self.masks.get(name)
-        sources = self.own_type(name, self.dropped(name, x, chunk), chunk)
-        own_grads = self.own_type(name, grad, chunk)
+        sources = chunk.cut(self.dropped(name, x, chunk))
+        own_grads = chunk.cut(grad)
+        own_w = None if weights is None else chunk.cut(weights.to(grad.dtype))
         targets = None if out is None else chunk.cut(out)
         masks = None if mask is None else chunk.cut(mask[chunk.window])
         for term in self.terms[name]:
-            own_w = None if weights is None else chunk.cut(weights.to(term.dtype))
             grad_a, grad_b = self.grad_a[term.number], self.grad_b[term.number]
             for place, expert in enumerate(chunk.experts):
                 if expert not in term.a or term.codes is None:
@@ -247,9 +227,9 @@ class Backward(_Direction):
                 code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
                 scale = term.planned.scale_of[expert]
                 if targets is not None and masks is None:
-                    _add_product(targets[place], grad_code, term.a_rounded[expert], scale)
+                    targets[place].addmm_(grad_code, term.a[expert], alpha=scale)
                 elif targets is not None and masks is not None:
-                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place]).to(targets[place].dtype)
+                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place])
                     targets[place].add_(back, alpha=scale / (1 - self.run.routed.dropout))
                 if own_w is not None:
                     code, grad_code = code * own_w[place], grad_code.mul_(own_w[place])
@@ -265,14 +245,6 @@ class Backward(_Direction):
             multiply(rows, self.turned[name][expert], room)
             if add:
                 target.add_(room)
-
-
-def _add_product(target: Tensor, code: Tensor, factor: Tensor, scale: float) -> None:
-    """Add a product of codes, in the type of the factor."""
-    if factor.dtype == target.dtype:
-        target.addmm_(code.to(target.dtype), factor, alpha=scale)
-    else:
-        target.add_(torch.mm(code, factor), alpha=scale)
 
 
 def _picked(matrices: Tensor, experts: list[int]) -> dict[int, Tensor]:

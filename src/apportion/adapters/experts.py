@@ -24,7 +24,7 @@ from apportion.expert_forms import ExpertForm, known_form
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
 
-_MANY_ROWS = 2  # an expert; from here on it pays to join gate's factors and up's
+_FEW_ROWS = 128  # up to here, rounding and joining factors costs more than it saves
 
 Product = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -207,11 +207,10 @@ class ExpertLora(WrappedModule):
         composed = hidden_states.is_cuda or torch.compiler.is_compiling() or len(active) > 1 or form.norm
         if composed or top_k_index is None or top_k_weights is None:
             return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
-        terms: dict[str, Sequence[LowRankTerm]] = {
-            parameter: self._terms(active[0], parameter) for parameter in form.parameters
-        }
-        if torch.is_grad_enabled() and top_k_index.numel() >= _MANY_ROWS * form.num_experts:
-            terms = {parameter: joined(own) for parameter, own in terms.items()}
+        dtype = form.weights(self.base_layer, "down_proj").dtype
+        terms = {parameter: self._terms(active[0], parameter) for parameter in form.parameters}
+        if torch.is_grad_enabled() or top_k_index.numel() > _FEW_ROWS:
+            terms = {parameter: joined([term.to(dtype) for term in own]) for parameter, own in terms.items()}
         dropout = self.lora_dropout[active[0]]
         routed = RoutedExperts(
             module=self.base_layer,
@@ -221,10 +220,9 @@ class ExpertLora(WrappedModule):
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        dtype = form.weights(self.base_layer, "down_proj").dtype
         return fused_experts(routed, hidden_TD.to(dtype), top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
-    def _terms(self, adapter: str, parameter: str) -> list[LowRankTerm]:
+    def _terms(self, adapter: str, parameter: str) -> Sequence[LowRankTerm]:
         """Give what an adapter adds to the product of one stacked parameter."""
         terms = []
         for name, stacked in self.form.projections_in(parameter).items():
@@ -276,8 +274,8 @@ class ExpertLora(WrappedModule):
         """
         factors = self.factors[adapter][name]
         a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), matrix_of(self.lora_B[adapter][name])
-        a_HRI, b_HRO = factors.padded(a_RI * factors.scale(a_RI)), factors.padded(b_RO)
-        x_SI = x_SI.to(a_RI.dtype)
+        scaled_RI, b_RO = (a_RI * factors.scale(a_RI)).to(x_SI.dtype), b_RO.to(x_SI.dtype)
+        a_HRI, b_HRO = factors.padded(scaled_RI), factors.padded(b_RO)
         if len(factors.experts) == len(ends_E):
             return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
         planned_H = constant(factors.experts, x_SI.device)

@@ -40,8 +40,8 @@ def fused_experts(routed: RoutedExperts, hidden_TD: Tensor, weights_TK: Tensor) 
     """
     factors: list[Tensor | None] = []
     for term in itertools.chain.from_iterable(routed.terms.values()):
-        b = term.b_RO
-        factors += [term.a_RI, b.values, b.indices] if isinstance(b, SparseFactor) else [term.a_RI, b, None]
+        a, b = term.a_RI, term.b_RO
+        factors += [a, b.values.to(a.dtype), b.indices] if isinstance(b, SparseFactor) else [a, b, None]
     inputs = (hidden_TD, weights_TK, *factors)
     autocast = torch.is_autocast_enabled("cpu")  # the backward pass has none either
     with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():

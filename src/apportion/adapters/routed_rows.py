@@ -38,6 +38,11 @@ class LowRankTerm:
     planned: ExpertFactors
     columns: slice
 
+    def to(self, dtype: torch.dtype) -> LowRankTerm:
+        """Round the factors, as mixed precision does, gradients passing; the values of a sparse B follow A."""
+        b_RO = self.b_RO.to(dtype) if isinstance(self.b_RO, Tensor) else self.b_RO
+        return replace(self, a_RI=self.a_RI.to(dtype), b_RO=b_RO)
+
 
 def joined(terms: Sequence[LowRankTerm]) -> Sequence[LowRankTerm]:
     """Join the terms of one parameter, so that every expert has one pair of products where it had two.
