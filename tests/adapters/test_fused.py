@@ -102,7 +102,7 @@ def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str,
 def test_gate_and_up_run_as_one_where_they_are_planned_alike() -> None:
     for alike, terms in ((True, 1), (False, 2)):
         layer = _lora("olmoe", alike=alike)
-        assert len(joined(layer._terms("default", "gate_up_proj"))) == terms
+        assert len(joined(list(layer._terms("default", "gate_up_proj").values()))) == terms
 
 
 def test_what_fills_a_block_touches_nothing() -> None:
@@ -188,8 +188,9 @@ def test_factors_kept_in_float32_multiply_rows_in_the_rows_type(monkeypatch: pyt
     assert all(p.grad.dtype == torch.float32 for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
 
 
-def test_compiles_with_the_graph_breaks_of_the_base() -> None:
-    layer = _lora("olmoe", torch.float32)
+@pytest.mark.parametrize("alike", [False, True])
+def test_compiles_with_the_graph_breaks_of_the_base(alike: bool) -> None:
+    layer = _lora("olmoe", torch.float32, alike=alike)
     hidden, ids, weights = _inputs(layer, dtype=torch.float32)
     breaks = [
         torch._dynamo.explain(module)(hidden, ids, weights).graph_break_count for module in (layer.base_layer, layer)

@@ -117,6 +117,27 @@ def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, ends_E: Tensor, produ
     return normed
 
 
+def _low_rank(term: LowRankTerm, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+    """Give what a term adds to sorted rows; nothing here waits for a GPU.
+
+    The rows of the planned experts come first, in their order, and the products stop behind them.
+    """
+    factors, b_RO = term.planned, matrix_of(term.b_RO).to(x_SI.dtype)
+    a_HRI, b_HRO = factors.padded(term.a_RI * factors.scale(term.a_RI)), factors.padded(b_RO)
+    if len(factors.experts) == len(ends_E):
+        return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
+    planned_H = constant(factors.experts, x_SI.device)
+    is_planned_E = torch.zeros_like(ends_E, dtype=torch.bool).index_fill(0, planned_H, value=True)
+    unplanned_S = ~is_planned_E[_expert_of_rows(x_SI, ends_E)]
+    order_S = unplanned_S.to(torch.uint8).sort(stable=True).indices
+    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    ends_H = ends_E.diff(prepend=ends_E.new_zeros(1))[planned_H].cumsum(0).to(torch.int32)
+    behind_S1 = (torch.arange(len(order_S), device=order_S.device) >= ends_H[-1]).unsqueeze(1)
+    first_SI = reorder_rows(x_SI, order_S, place_S).masked_fill(behind_S1, 0)
+    delta_SO = grouped_low_rank(first_SI, a_HRI, b_HRO, ends_H).masked_fill(behind_S1, 0)
+    return reorder_rows(delta_SO, place_S, order_S)
+
+
 class ExpertLora(WrappedModule):
     """A module of stacked experts, with LoRA on the planned experts' projections.
 
@@ -208,7 +229,9 @@ class ExpertLora(WrappedModule):
         if composed or top_k_index is None or top_k_weights is None:
             return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
         dtype = form.weights(self.base_layer, "down_proj").dtype
-        terms = {parameter: self._terms(active[0], parameter) for parameter in form.parameters}
+        terms: dict[str, Sequence[LowRankTerm]] = {
+            parameter: list(self._terms(active[0], parameter).values()) for parameter in form.parameters
+        }
         if torch.is_grad_enabled() or top_k_index.numel() > _FEW_ROWS:
             terms = {parameter: joined([term.to(dtype) for term in own]) for parameter, own in terms.items()}
         dropout = self.lora_dropout[active[0]]
@@ -222,14 +245,14 @@ class ExpertLora(WrappedModule):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         return fused_experts(routed, hidden_TD.to(dtype), top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
-    def _terms(self, adapter: str, parameter: str) -> Sequence[LowRankTerm]:
-        """Give what an adapter adds to the product of one stacked parameter."""
-        terms = []
+    def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
+        """Give what an adapter adds to the product of one stacked parameter, by projection."""
+        terms = {}
         for name, stacked in self.form.projections_in(parameter).items():
             planned = self.factors[adapter].get(name)
             if planned is not None:
                 a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
-                terms.append(LowRankTerm(a_RI, b_RO, planned, stacked.rows))
+                terms[name] = LowRankTerm(a_RI, b_RO, planned, stacked.rows)
         return terms
 
     def adapted_product(self, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
@@ -257,37 +280,18 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        form, active = self.form, self.adapters_to_run()
-        if not any(name in self.factors[adapter] for adapter in active for name in form.projections_in(parameter)):
-            return out_SO
-        parts = form.split(parameter, out_SO)
-        for adapter in active:
-            x = self.lora_dropout[adapter](x_SI)
-            for name in filter(self.factors[adapter].__contains__, parts):
-                parts[name] = parts[name] + self._low_rank(adapter, name, x, ends_E).to(out_SO.dtype)
-        return form.join(parameter, parts)
-
-    def _low_rank(self, adapter: str, name: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-        """Give what an adapter adds to the rows of one projection; nothing here waits for a GPU.
-
-        The rows of the planned experts come first, in their order, and the products stop behind them.
-        """
-        factors = self.factors[adapter][name]
-        a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), matrix_of(self.lora_B[adapter][name])
-        scaled_RI, b_RO = (a_RI * factors.scale(a_RI)).to(x_SI.dtype), b_RO.to(x_SI.dtype)
-        a_HRI, b_HRO = factors.padded(scaled_RI), factors.padded(b_RO)
-        if len(factors.experts) == len(ends_E):
-            return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
-        planned_H = constant(factors.experts, x_SI.device)
-        is_planned_E = torch.zeros_like(ends_E, dtype=torch.bool).index_fill(0, planned_H, value=True)
-        unplanned_S = ~is_planned_E[_expert_of_rows(x_SI, ends_E)]
-        order_S = unplanned_S.to(torch.uint8).sort(stable=True).indices
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        ends_H = ends_E.diff(prepend=ends_E.new_zeros(1))[planned_H].cumsum(0).to(torch.int32)
-        behind_S1 = (torch.arange(len(order_S), device=order_S.device) >= ends_H[-1]).unsqueeze(1)
-        first_SI = reorder_rows(x_SI, order_S, place_S).masked_fill(behind_S1, 0)
-        delta_SO = grouped_low_rank(first_SI, a_HRI, b_HRO, ends_H).masked_fill(behind_S1, 0)
-        return reorder_rows(delta_SO, place_S, order_S)
+        for adapter in self.adapters_to_run():
+            named = self._terms(adapter, parameter)
+            terms = joined([term.to(x_SI.dtype) for term in named.values()])
+            x = self.lora_dropout[adapter](x_SI) if terms else x_SI
+            if len(terms) < len(named):
+                out_SO = out_SO + _low_rank(terms[0], x, ends_E).to(out_SO.dtype)
+                continue
+            parts = self.form.split(parameter, out_SO)
+            for name, term in zip(named, terms, strict=True):
+                parts[name] = parts[name] + _low_rank(term, x, ends_E).to(out_SO.dtype)
+            out_SO = self.form.join(parameter, parts) if terms else out_SO
+        return out_SO
 
     @torch.no_grad()
     def delta(self, adapter_name: str, name: str) -> Tensor:
