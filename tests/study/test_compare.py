@@ -167,8 +167,7 @@ def test_a_dry_run_plans_and_trains_nothing(study_file: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert "6 runs, after 6 shorter ones" in done.output
     assert "plans take" in done.output
-    assert list(tmp_path.glob("out/plans/*.json"))
-    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out").exists()  # so that a changed study may take the folder
 
 
 def test_the_page_holds_the_summary_and_nothing_else(finished: Path, tmp_path: Path) -> None:

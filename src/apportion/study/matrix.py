@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ def run_study(
         commands: What to type to get all this again.
         processes: Runs at once.
         keep_adapters: Keep every run's adapter in ``adapters/``.
-        dry_run: Measure and plan, and train nothing.
+        dry_run: Measure and plan, and train nothing; a folder that the study did not begin in stays as it is.
         say: Told, in words, what is being done.
         prepare: Called once in every further process, to keep other libraries quiet.
 
@@ -80,7 +81,10 @@ def run_study(
         OutputExistsError: the folder holds something else.
         TrainingError: runs failed; all others are done.
     """
-    folder = open_study(folder, settings, versions(settings))
+    if not open_study(folder, settings, versions(settings), begin=not dry_run):
+        with tempfile.TemporaryDirectory() as elsewhere:
+            open_study(elsewhere, settings, versions(settings))
+            return run_study(Path(elsewhere), settings, dry_run=True, say=say)
     shutil.rmtree(folder / WORK, ignore_errors=True)  # of runs that were killed
 
     @cache

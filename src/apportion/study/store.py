@@ -97,16 +97,19 @@ def load_study(folder: str | os.PathLike[str]) -> StoredStudy:
     )
 
 
-def open_study(folder: str | os.PathLike[str], settings: StudySettings, versions: dict[str, str]) -> Path:
+def open_study(
+    folder: str | os.PathLike[str], settings: StudySettings, versions: dict[str, str], *, begin: bool = True
+) -> bool:
     """Take an empty folder, or one that the same study began in.
 
     Args:
         folder: The folder.
         settings: The study's settings.
         versions: Versions of what computes it: others would give other numbers.
+        begin: Begin the study in an empty folder.
 
     Returns:
-        The folder.
+        Whether the folder holds the study now.
 
     Raises:
         OutputExistsError: the folder holds something else, or another study.
@@ -118,10 +121,12 @@ def open_study(folder: str | os.PathLike[str], settings: StudySettings, versions
             raise OutputExistsError(
                 f"{path} already holds something else than a study.\n  fix:  choose another folder with -o"
             )
+        if not begin:
+            return False
         identity = {"schema_version": SCHEMA_VERSION, "digest": settings.digest, "versions": versions}
         full = identity | {"settings": settings.model_dump(mode="json")}
         write_text(path / STUDY_FILE, json.dumps(full, indent=1) + "\n")
-        return path
+        return True
     if note["digest"] != settings.digest:
         told = settings.model_dump(mode="json")
         differing = [key for key in told if note["settings"].get(key) != told[key]]
@@ -138,7 +143,7 @@ def open_study(folder: str | os.PathLike[str], settings: StudySettings, versions
             f"{path} was begun with other versions, which give other numbers.\n  found:  {', '.join(found)}\n"
             "  fix:    install those, or choose another folder with -o"
         )
-    return path
+    return True
 
 
 def read_record(path: Path, kind: type[R]) -> R:

@@ -15,7 +15,7 @@ from apportion.study.verdict import verdicts
 
 
 def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
-    """Sum up a study's finished runs; while some are missing, pairs that are whole are compared and nothing is claimed.
+    """Sum up a study's finished runs; nothing is compared while some are missing.
 
     Args:
         study: The study's folder, as read.
@@ -26,7 +26,7 @@ def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
     """
     settings, runs = study.settings, study.runs
     planned = planned_runs(settings)
-    comparisons = _compare_all(settings, runs, claim=len(runs) == planned)
+    comparisons = _compare_all(settings, runs) if len(runs) == planned else []
     cells = [
         _cell(settings, list(part))
         for _, part in itertools.groupby(runs, key=lambda run: (run.model, run.task, run.contender, run.budget))
@@ -83,7 +83,7 @@ def _cell(settings: StudySettings, runs: Sequence[Run]) -> CellSummary:
     )
 
 
-def _compare_all(settings: StudySettings, runs: Sequence[Run], *, claim: bool) -> list[Comparison]:
+def _compare_all(settings: StudySettings, runs: Sequence[Run]) -> list[Comparison]:
     """Compare every contender with the reference, at each of the reference's budgets; then correct for their number."""
     table = {(run.model, run.contender, run.budget, run.task, run.seed): run for run in runs}
     places = []
@@ -101,25 +101,16 @@ def _compare_all(settings: StudySettings, runs: Sequence[Run], *, claim: bool) -
         own = [run.budget for run in runs if run.contender == contender.name and run.model == model]
         at = own[0] if contender.method == FULL and own else budget
         for task in settings.tasks:
-            pairs = [
-                (
-                    table.get((model, contender.name, at, task, seed)),
-                    table.get((model, settings.reference, budget, task, seed)),
-                )
-                for seed in range(settings.seeds)
-            ]
-            whole = [(a, b) for a, b in pairs if a and b]
-            mine.append([a for a, _ in whole])
-            other.append([b for _, b in whole])
-        if all(mine):
-            test = compare(
-                [_scores(task, settings.metric) for task in mine],
-                [_scores(task, settings.metric) for task in other],
-                level=settings.level,
-                comparisons=len(places),
-                resamples=settings.resamples,
-            )
-            found.append((model, budget, contender.name, sum(map(len, mine)), test))
+            mine.append([table[model, contender.name, at, task, seed] for seed in range(settings.seeds)])
+            other.append([table[model, settings.reference, budget, task, seed] for seed in range(settings.seeds)])
+        test = compare(
+            [_scores(task, settings.metric) for task in mine],
+            [_scores(task, settings.metric) for task in other],
+            level=settings.level,
+            comparisons=len(places),
+            resamples=settings.resamples,
+        )
+        found.append((model, budget, contender.name, sum(map(len, mine)), test))
     p_corrected = corrected([test.p for *_, test in found])
     return [
         Comparison(
@@ -134,7 +125,7 @@ def _compare_all(settings: StudySettings, runs: Sequence[Run], *, claim: bool) -
             p=test.p,
             p_corrected=p,
             smallest_effect=test.smallest_effect,
-            differs=claim and p <= settings.level,
+            differs=p <= settings.level,
         )
         for (model, budget, contender, num_runs, test), p in zip(found, p_corrected, strict=True)
     ]

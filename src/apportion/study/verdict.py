@@ -16,8 +16,10 @@ def verdicts(settings: StudySettings, comparisons: list[Comparison], finished: i
         planned: Runs that the study has.
 
     Returns:
-        Sentences: first the study's, then one a comparison.
+        Sentences: first the study's, then one a comparison where there is more than one seed.
     """
+    if settings.seeds == 1:
+        return (_overall(settings, comparisons, finished, planned),)
     sentences = tuple(_sentence(one, settings) for one in comparisons)
     return (_overall(settings, comparisons, finished, planned), *sentences)
 
