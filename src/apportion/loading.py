@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.errors import MissingDependencyError, ModelLoadError
@@ -80,7 +81,7 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if offload is None:
-        model = model.to("cuda" if on_gpu else "cpu")
+        model = model.to(PartialState().device if on_gpu else "cpu")  # each of several processes has a GPU of its own
     return model.eval(), tokenizer
 
 

@@ -225,7 +225,7 @@ class ExpertLora(WrappedModule):
             routing = () if top_k_index is None else (top_k_index, top_k_weights)
             output: Tensor = self.base_layer(hidden_states, *routing)
             return output
-        composed = hidden_states.is_cuda or torch.compiler.is_compiling() or len(active) > 1 or form.norm
+        composed = not hidden_states.is_cpu or torch.compiler.is_compiling() or len(active) > 1 or form.norm
         if composed or top_k_index is None or top_k_weights is None:
             return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
         dtype = form.weights(self.base_layer, "down_proj").dtype

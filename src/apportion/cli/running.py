@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -38,7 +39,8 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
     Raises:
         Exit: with the code, after the message.
     """
-    console = Console(stderr=as_json, highlight=False)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    console = Console(stderr=as_json, highlight=False, quiet=not first)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
@@ -51,7 +53,7 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
         if full or "No space left on device" in str(error):  # safetensors wraps the system's error
             _fail("the disk is full; nothing half-written was left behind.\n  fix:  make room, then run it again", 1)
         raise
-    if as_json:
+    if as_json and first:
         sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -17,6 +17,7 @@ from apportion.peft.attach import merge_below
 from apportion.records.files import require_empty
 from apportion.records.mask import load_mask
 from apportion.records.plan import load_plan
+from apportion.training.processes import on_first
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 
@@ -42,7 +43,7 @@ def run(
     checked = TrainSettings(**settings, bf16=dtype == "bfloat16")
     checked.check()
     if not resume:
-        require_empty(output)
+        on_first(lambda: require_empty(output))
     name = model or chosen.base_model
     if name is None:
         raise ConfigurationError("the plan does not say which model it is for.\n  fix:  give --model")

@@ -77,11 +77,12 @@ def _lines(study: StoredStudy, summary: Summary, page: Path) -> Iterable[str]:
     if summary.comparisons:
         yield from ("", "## Comparisons", "", *_comparison_table(summary.comparisons), "")
         yield (
-            "Differences are paired by task and seed, the contender's minus the reference's, and averaged over tasks. The "
-            "interval is the wider one of a bootstrap over runs and one over items; *p* is the larger one of a permutation "
-            "test over runs and one over items, so that a difference has to hold over both; *corrected* is after Benjamini "
-            f"and Hochberg over all {len(summary.comparisons)} comparisons; *smallest* is the difference that this design "
-            "sees with a power of 80 % after a correction for all comparisons. Learning rates are taken as chosen."
+            "Differences are paired by task and seed, the contender's minus the reference's, and averaged over tasks. "
+            "The interval is the wider one of a bootstrap over runs and one over items; *p* is the larger one of a "
+            "permutation test over runs and one over items, so that a difference has to hold over both; *corrected* "
+            f"is after Benjamini and Hochberg over all {len(summary.comparisons)} comparisons; *smallest* is the "
+            "difference that this design sees with a power of 80 % after a correction for all comparisons. Learning "
+            "rates are taken as chosen."
         )
     for budget in sorted({cell.budget for cell in summary.cells if not _is_full(study, cell.contender)}):
         cells = [cell for cell in summary.cells if cell.budget == budget or _is_full(study, cell.contender)]

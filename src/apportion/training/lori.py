@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from apportion.records.files import write_text
 from apportion.records.mask import Mask, load_mask
 from apportion.records.plan import Plan
 from apportion.training.phase import run_phase
+from apportion.training.processes import num_processes, on_first
 from apportion.training.runs import RUN_FILE, open_run, run_identity
 from apportion.training.settings import TrainSettings
 from apportion.training.trainer import TrainResult
@@ -71,13 +73,13 @@ def train_sparse(
         one for the second phase, as the release does); the first phase has a tenth of the second's steps by default.
     """
     identity = run_identity(plan, rows, settings, facts, mask)
-    open_run(folder, identity, resume=resume)
+    on_first(lambda: open_run(folder, identity, resume=resume))
     check_attachable(model, plan, mask=mask, seed=settings.seed)
     unused = [name for name in settings.of_sparse_plans() if name != "store_a"]
     if mask is not None and unused:
         raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.\n  fix:  leave them out")
     run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
-    write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+    on_first(lambda: write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n"))
     common: dict[str, Any] = {"resume": True, "progress": progress, "facts": facts}
     below = {"on_top_of": (facts or {}).get("on_top_of")}
     base: Any = model
@@ -94,10 +96,10 @@ def train_sparse(
         found = extract_mask(dense.model, "default", plan, settings.mask_granularity)
         if settings.redraw_a:
             found = replace(found, a_checksum=None)
-        found.save(folder / MASK_FILE)
+        on_first(partial(found.save, folder / MASK_FILE))
         base = dense.model.unload()
     elif mask is not None:
-        mask.save(folder / MASK_FILE)
+        on_first(partial(mask.save, folder / MASK_FILE))
     attach = {"mask": load_mask(folder / MASK_FILE), "store_a": settings.store_a, **below}
     return run_phase(base, tokenizer, plan, rows, folder, settings, identity=identity, attach=attach, **common)
 
@@ -113,7 +115,7 @@ def dense_settings(settings: TrainSettings, num_rows: int) -> TrainSettings:
         A tenth of the steps, at least 2 since the first one warms up, and a tenth of the learning rate, where nothing
         else was asked for.
     """
-    batches = math.ceil(num_rows / (settings.batch_size * settings.gradient_accumulation))
+    batches = math.ceil(num_rows / (settings.batch_size * settings.gradient_accumulation * num_processes()))
     steps = settings.steps or math.ceil(settings.epochs * batches)
     return replace(
         settings,

@@ -17,6 +17,7 @@ from apportion.data.sources import Row
 from apportion.peft.attach import apply
 from apportion.records.files import use_default_mode, write_text
 from apportion.records.plan import Plan
+from apportion.training.processes import on_first
 from apportion.training.runs import RUN_FILE, open_run
 from apportion.training.settings import TrainSettings
 from apportion.training.trainer import TrainResult, check_rows, fit
@@ -62,17 +63,16 @@ def run_phase(
         PlanMismatchError: the plan is for another model.
         TrainingError: the loss is not a number.
     """
-    last = open_run(folder, identity, resume=resume)
+    last = on_first(lambda: open_run(folder, identity, resume=resume))
     truncated = check_rows(rows, tokenizer, settings.max_length)
     peft_model = apply(model, plan, **{"seed": settings.seed, "dropout": settings.dropout} | (attach or {}))
     run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
-    write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+    on_first(lambda: write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n"))
     result = fit(peft_model, tokenizer, rows, folder, settings, truncated=truncated, checkpoint=last, progress=progress)
     if not result.interrupted:
-        save_adapter(peft_model, folder)
-        write_text(
-            folder / RESULT_FILE, json.dumps({**result.as_dict(), "loss_curve": result.loss_curve}, indent=1) + "\n"
-        )
+        facts_of_run = json.dumps({**result.as_dict(), "loss_curve": result.loss_curve}, indent=1) + "\n"
+        on_first(lambda: save_adapter(peft_model, folder))
+        on_first(lambda: write_text(folder / RESULT_FILE, facts_of_run))
     return result
 
 

@@ -34,6 +34,7 @@ from apportion.data.batches import encode
 from apportion.data.sources import Row
 from apportion.errors import DataError, TrainingError
 from apportion.training.balance import BalanceLoss
+from apportion.training.processes import on_any
 from apportion.training.runs import CHECKPOINTS, last_checkpoint
 from apportion.training.settings import TrainSettings
 
@@ -249,7 +250,8 @@ class _StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and stop after the step in which the signal came."""
+        """Save and stop after the step in which the signal came, to whichever process."""
+        self.asked = on_any(said=self.asked)
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
@@ -281,6 +283,7 @@ def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTC
         save_total_limit=2,
         include_num_input_tokens_seen="non_padding",
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),
         disable_tqdm=not progress,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
