@@ -91,6 +91,17 @@ def test_finished_runs_are_not_repeated(study_file: Path, finished: Path, monkey
     assert _numbers(finished) == before
 
 
+def test_more_seeds_go_on_with_a_finished_study(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    _copy(finished, folder)
+    kept = {path: path.stat().st_mtime_ns for path in [*folder.glob("runs/*.json"), *folder.glob("tuning/*.json")]}
+    done = _compare(study_file, "-o", folder, "--seeds", 3, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["finished_runs"] == 15
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert load_study(folder).settings.seeds == 3
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_study_goes_on_with_the_same_numbers(
     study_file: Path, finished: Path, tmp_path: Path, jobs: int

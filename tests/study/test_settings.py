@@ -88,7 +88,8 @@ def test_the_command_line_refuses_what_it_cannot_run(study_file: Path, finished:
 
 
 def test_another_studys_folder_is_not_touched(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    assert "another study. differs in: seeds" in _output(study_file, "-o", finished, "--seeds", 3)
+    assert "another study. differs in: eval_rows" in _output(study_file, "-o", finished, "--eval-rows", 9)
+    assert "another study. differs in: seeds" in _output(study_file, "-o", finished, "--seeds", 1)
     (tmp_path / "file").write_text("mine")
     assert "something else than a study" in _output(study_file, "-o", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

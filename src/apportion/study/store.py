@@ -100,7 +100,7 @@ def load_study(folder: str | os.PathLike[str]) -> StoredStudy:
 def open_study(
     folder: str | os.PathLike[str], settings: StudySettings, versions: dict[str, str], *, begin: bool = True
 ) -> bool:
-    """Take an empty folder, or one that the same study began in.
+    """Take an empty folder, or one that the same study began in, perhaps with fewer seeds.
 
     Args:
         folder: The folder.
@@ -121,15 +121,13 @@ def open_study(
             raise OutputExistsError(
                 f"{path} already holds something else than a study.\n  fix:  choose another folder with -o"
             )
-        if not begin:
-            return False
-        identity = {"schema_version": SCHEMA_VERSION, "digest": settings.digest, "versions": versions}
-        full = identity | {"settings": settings.model_dump(mode="json")}
-        write_text(path / STUDY_FILE, json.dumps(full, indent=1) + "\n")
-        return True
-    if note["digest"] != settings.digest:
-        told = settings.model_dump(mode="json")
-        differing = [key for key in told if note["settings"].get(key) != told[key]]
+        if begin:
+            _write_note(path, settings, versions)
+        return begin
+    told = settings.model_dump(mode="json")
+    differing = [key for key in told if note["settings"].get(key) != told[key]]
+    grows = differing == ["seeds"] and settings.seeds > note["settings"]["seeds"]
+    if note["digest"] != settings.digest and not grows:
         raise OutputExistsError(
             f"{path} holds the results of another study.\n  differs in:  {', '.join(differing)}\n"
             "  fix:         choose another folder with -o, or remove this one"
@@ -143,6 +141,9 @@ def open_study(
             f"{path} was begun with other versions, which give other numbers.\n  found:  {', '.join(found)}\n"
             "  fix:    install those, or choose another folder with -o"
         )
+    if grows and begin:
+        (path / SUMMARY_FILE).unlink(missing_ok=True)  # of fewer runs
+        _write_note(path, settings, versions)
     return True
 
 
@@ -185,6 +186,13 @@ def base_path(folder: Path, model: str) -> Path:
 def file_name(text: str) -> str:
     """Turn a name into one that every file system takes."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
+def _write_note(path: Path, settings: StudySettings, versions: dict[str, str]) -> None:
+    """Write what a folder says about its study."""
+    identity = {"schema_version": SCHEMA_VERSION, "digest": settings.digest, "versions": versions}
+    full = identity | {"settings": settings.model_dump(mode="json")}
+    write_text(path / STUDY_FILE, json.dumps(full, indent=1) + "\n")
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:
