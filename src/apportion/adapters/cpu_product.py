@@ -12,18 +12,18 @@ from torch import Tensor
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def multiply(rows_NI: Tensor, matrix_OI: Tensor, out_NO: Tensor, bias_O: Tensor | None = None) -> None:
+def multiply(rows_NI: Tensor, matrix_IO: Tensor, out_NO: Tensor, bias_O: Tensor | None = None) -> None:
     """Write the product of rows and a matrix, with its bias, where it belongs.
 
     Args:
         rows_NI: The rows.
-        matrix_OI: The matrix, row by row or column by column.
+        matrix_IO: The matrix, row by row or column by column.
         out_NO: Where the product goes.
         bias_O: What is added to each row.
     """
     if _ONEDNN is not None and rows_NI.dtype == torch.float32 and torch.backends.mkldnn.enabled:
-        out_NO.copy_(_ONEDNN(rows_NI, matrix_OI, bias_O, "none", [], ""))
+        out_NO.copy_(_ONEDNN(rows_NI, matrix_IO.t(), bias_O, "none", [], ""))
     elif bias_O is None:
-        torch.mm(rows_NI, matrix_OI.t(), out=out_NO)
+        torch.mm(rows_NI, matrix_IO, out=out_NO)
     else:
-        torch.addmm(bias_O, rows_NI, matrix_OI.t(), out=out_NO)
+        torch.addmm(bias_O, rows_NI, matrix_IO, out=out_NO)

@@ -113,9 +113,10 @@ class _Direction:
         kept: What the backward pass needs; None where there is none.
     """
 
+    matrices: dict[str, dict[int, Tensor]]
+
     def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept | None) -> None:
         self.run = run
-        self.matrices = {name: _picked(matrices, run.present) for name, matrices in run.matrices.items()}
         self.masks = run.draw_masks() if kept is None else kept.masks
         self.terms: dict[str, list[_Cut]] = {name: [] for name in run.matrices}
         triples = zip(factors[::3], factors[1::3], factors[2::3], strict=True)
@@ -143,7 +144,18 @@ class _Direction:
 
 
 class Forward(_Direction):
-    """Products from inputs to outputs."""
+    """Products from inputs to outputs.
+
+    Args:
+        run: The pass.
+        factors: A, B or its values, and its indices of every term.
+        kept: What the backward pass needs; None where there is none.
+    """
+
+    def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept | None) -> None:
+        super().__init__(run, factors, kept)
+        turned = {name: matrices.transpose(1, 2) for name, matrices in run.matrices.items()}
+        self.matrices = {name: _picked(matrices, run.present) for name, matrices in turned.items()}
 
     def multiply(self, name: str, x: Tensor, chunk: Chunk, out: Tensor) -> None:
         """Multiply a chunk's rows by one parameter, with its bias and its terms, into `out`."""
@@ -179,10 +191,7 @@ class Backward(_Direction):
 
     def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept, grads: Gradients) -> None:
         super().__init__(run, factors, kept)
-        self.turned = {
-            name: {expert: matrix.t() for expert, matrix in matrices.items()}
-            for name, matrices in self.matrices.items()
-        }
+        self.matrices = {name: _picked(matrices, run.present) for name, matrices in run.matrices.items()}
         self.grad_a = [
             None if grad is None else term.planned.by_expert(grad)
             for (_, term), grad in zip(run.terms, grads.a, strict=True)
@@ -242,7 +251,7 @@ class Backward(_Direction):
         """Take a chunk's gradient back through the parameter itself."""
         for expert, rows, target in zip(chunk.experts, chunk.cut(grad), chunk.cut(out), strict=True):
             room = torch.empty_like(target) if add else target
-            multiply(rows, self.turned[name][expert], room)
+            multiply(rows, self.matrices[name][expert], room)
             if add:
                 target.add_(room)
 
