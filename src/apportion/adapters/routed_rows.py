@@ -19,7 +19,7 @@ from apportion.expert_forms import ExpertForm
 # H of them planned, N terms of one parameter, D model width, I and O a parameter's input and output width, r rank of an
 # expert, R summed rank of a term's experts.
 
-_CHUNK_ROWS = 256  # rows that run together: enough to keep small operations few, few enough for the cache
+_CHUNK_ROWS = 1024  # rows that run together: enough to keep small operations few, few enough for the cache
 
 
 @dataclass(frozen=True)
