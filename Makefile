@@ -49,7 +49,7 @@ MEASUREMENTS := train_step decode profiling sensitivity checkpoint real breakdow
 STUDY := $(if $(QUICK),placement_quick,placement)
 JOBS  ?= 2
 
-study: install ## Compare placements at equal budgets (about an hour on two cores; QUICK=1: 6 minutes)
+study: install ## Compare placements at equal budgets (about an hour on two cores; QUICK=1: 3 minutes)
 	$(BIN)/apportion compare recipes/$(STUDY).toml -o build/$(STUDY) --jobs $(JOBS)
 	$(BIN)/apportion report build/$(STUDY) -o build/$(STUDY)/report.html
 	$(BIN)/apportion compare build/$(STUDY) --page $(if $(QUICK),build/$(STUDY)/page.md,docs/results/placement.md)
