@@ -282,15 +282,17 @@ class ExpertLora(WrappedModule):
         """
         for adapter in self.adapters_to_run():
             named = self._terms(adapter, parameter)
+            if not named:
+                continue
+            x = self.lora_dropout[adapter](x_SI)
             terms = joined([term.to(x_SI.dtype) for term in named.values()])
-            x = self.lora_dropout[adapter](x_SI) if terms else x_SI
             if len(terms) < len(named):
                 out_SO = out_SO + _low_rank(terms[0], x, ends_E).to(out_SO.dtype)
                 continue
             parts = self.form.split(parameter, out_SO)
             for name, term in zip(named, terms, strict=True):
                 parts[name] = parts[name] + _low_rank(term, x, ends_E).to(out_SO.dtype)
-            out_SO = self.form.join(parameter, parts) if terms else out_SO
+            out_SO = self.form.join(parameter, parts)
         return out_SO
 
     @torch.no_grad()
