@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apportion.adapters.cpu_product import multiply
-from apportion.adapters.factors import ExpertFactors, SparseFactor, scattered
+from apportion.adapters.factors import SparseFactor, scattered
 from apportion.adapters.routed_rows import Chunk, SortedRows
 
 
@@ -20,40 +20,39 @@ class Kept:
 
     Args:
         entered: What enters the activation, by parameter.
-        codes: x Aᵀ of every term, the rows of its planned experts one under the other.
         masks: Where dropout leaves a parameter's inputs, by parameter.
+        codes: x Aᵀ of a chunk by a term, by the chunk's first row and the term's number.
     """
 
     entered: dict[str, Tensor]
-    codes: list[Tensor]
     masks: dict[str, Tensor]
+    codes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def room_for(cls, run: SortedRows, hidden: Tensor, factors: Sequence[Any]) -> Kept:
+    def room_for(cls, run: SortedRows, hidden: Tensor) -> Kept:
         """Make room, and draw the masks."""
         entered = {name: hidden.new_empty(run.room, run.matrices[name].shape[1]) for name in run.form.entering}
-        codes = []
-        for (_, term), a in zip(run.terms, factors[::3], strict=True):
-            num_rows = sum(run.sizes[expert] for expert in run.present if expert in term.planned.places)
-            codes.append(a.new_empty(num_rows, max(term.planned.ranks)))
-        return cls(entered, codes, run.draw_masks())
+        return cls(entered, run.draw_masks())
 
     def tensors(self) -> list[Tensor]:
         """Give everything as a list, as `of` takes it."""
-        return [*self.entered.values(), *self.codes, *self.masks.values()]
+        return [*self.entered.values(), *self.masks.values(), *self.codes.values()]
 
     @classmethod
-    def of(cls, run: SortedRows, tensors: Sequence[Tensor]) -> Kept:
-        """Sort a list again."""
+    def of(cls, run: SortedRows, tensors: Sequence[Tensor], codes: Iterable[tuple[int, int]]) -> Kept:
+        """Sort a list again, the codes by their keys."""
         left = iter(tensors)
         entered = {name: next(left) for name in run.form.entering}
-        codes = [next(left) for _ in run.terms]
-        return cls(entered, codes, {name: next(left) for name in run.masked})
+        masks = {name: next(left) for name in run.masked}
+        return cls(entered, masks, {key: next(left) for key in codes})
 
 
 @dataclass
 class Gradients:
-    """The gradients that a backward pass fills in; those of factors are None where nobody needs them."""
+    """The gradients that a backward pass fills in; those of factors expert by expert, in the order of the rows.
+
+    Factors whose gradients nobody needs have None.
+    """
 
     rows: Tensor | None
     weights: Tensor
@@ -65,47 +64,43 @@ class Gradients:
         cls, run: SortedRows, hidden: Tensor, factors: Sequence[Any], needs: Sequence[bool], *, needs_hidden: bool
     ) -> Gradients:
         """Make room."""
-        rows = hidden.new_empty(run.room, hidden.shape[1]) if needs_hidden else None
-        shapes = [
-            (sum(term.planned.ranks), len(range(run.matrices[name].shape[1])[term.columns])) for name, term in run.terms
-        ]
-        return cls(
-            rows=rows,
+        grads = cls(
+            rows=hidden.new_empty(run.room, hidden.shape[1]) if needs_hidden else None,
             weights=hidden.new_empty(run.room),
-            a=[torch.zeros_like(a) if needed else None for a, needed in zip(factors[::3], needs[::3], strict=True)],
-            b=[
-                b.new_zeros(shape) if needed else None
-                for b, shape, needed in zip(factors[1::3], shapes, needs[1::3], strict=True)
-            ],
+            a=[],
+            b=[],
         )
+        for number, (name, term) in enumerate(run.terms):
+            a, b = factors[3 * number : 3 * number + 2]
+            width = len(range(run.matrices[name].shape[1])[term.columns])
+            num_experts, rank = len(run.orders[number]), max(term.planned.ranks)
+            grads.a.append(a.new_empty(num_experts, rank, a.shape[1]) if needs[3 * number] else None)
+            grads.b.append(b.new_empty(num_experts, rank, width) if needs[3 * number + 1] else None)
+        return grads
 
     def of_inputs(self, run: SortedRows, weights: Tensor, factors: Sequence[Any]) -> list[Tensor | None]:
         """Give the gradients of tokens, weights and factors, in this order."""
         hidden = None if self.rows is None else run.sum_over_experts(self.rows, None)
         grads: list[Tensor | None] = [hidden, run.by_slot(self.weights).to(weights.dtype)]
-        for (_, term), a, b, indices in zip(run.terms, self.a, self.b, factors[2::3], strict=True):
-            for grad in (a, b):
-                if grad is not None:
-                    grad.mul_(term.planned.scale(grad))
+        for number, (_, term) in enumerate(run.terms):
+            order, indices = run.orders[number], factors[3 * number + 2]
+            a, b = (
+                None
+                if own is None
+                else term.planned.unpadded(
+                    own.new_zeros(len(term.planned.experts), *own.shape[1:]).index_copy_(0, order, own)
+                )
+                for own in (self.a[number], self.b[number])
+            )
+            if b is not None:
+                b.mul_(term.planned.scale(b))
             kept = b if b is None or indices is None else b.view(-1).index_select(0, indices.long())
             grads += [a, kept, None]
         return grads
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A term's factors, cut into its experts'; codes where a backward pass follows."""
-
-    number: int
-    planned: ExpertFactors
-    columns: slice
-    a: dict[int, Tensor]
-    b: dict[int, Tensor]
-    codes: dict[int, Tensor] | None
-
-
 class _Direction:
-    """What both directions of a pass have: matrices and factors cut into the experts' own.
+    """What both directions of a pass have: matrices, and the factors of the experts that have rows.
 
     Args:
         run: The pass.
@@ -116,26 +111,23 @@ class _Direction:
     matrices: dict[str, dict[int, Tensor]]
 
     def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept | None) -> None:
-        self.run = run
+        self.run, self.kept = run, kept
         self.masks = run.draw_masks() if kept is None else kept.masks
-        self.terms: dict[str, list[_Cut]] = {name: [] for name in run.matrices}
+        self.a: list[Tensor] = []
+        self.b: list[Tensor] = []  # times the scale
         triples = zip(factors[::3], factors[1::3], factors[2::3], strict=True)
-        for number, ((name, term), (a, b, indices)) in enumerate(zip(run.terms, triples, strict=True)):
+        for order, (_, term), (a, b, indices) in zip(run.orders, run.terms, triples, strict=True):
             dense, planned = b, term.planned
             if indices is not None and isinstance(term.b_RO, SparseFactor):
                 dense = scattered(b, indices, term.b_RO.shape)  # for as long as this lives
-            present = [expert for expert in run.present if expert in planned.places]
-            own_a, codes = planned.by_expert(a, present), None
-            if kept is not None:
-                rows = torch.split_with_sizes(kept.codes[number], [run.sizes[expert] for expert in present])
-                codes = {e: code[:, : own_a[e].shape[0]] for e, code in zip(present, rows, strict=True)}
-            own_b = planned.by_expert(dense, present)
-            self.terms[name].append(_Cut(number, planned, term.columns, own_a, own_b, codes))
-        self.planned = {name: {expert for term in terms for expert in term.a} for name, terms in self.terms.items()}
+            scaled = planned.padded(dense * planned.scale(dense))
+            self.a.append(planned.padded(a).index_select(0, order))
+            self.b.append(scaled.index_select(0, order))
 
-    def plans_none(self, names: Iterable[str], chunk: Chunk) -> bool:
-        """Tell whether no term of these parameters stands on an expert of a chunk."""
-        return all(self.planned[name].isdisjoint(chunk.experts) for name in names)
+    def terms(self, name: str, chunk: Chunk) -> list[tuple[int, slice, slice]]:
+        """Give the terms of a parameter that stand on a chunk: number, columns and the experts' places."""
+        found = ((number, *self.run.terms[number], places) for number, places in chunk.terms.items())
+        return [(number, term.columns, places) for number, parameter, term, places in found if parameter == name]
 
     def dropped(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
         """Give what the terms of a parameter multiply."""
@@ -164,19 +156,19 @@ class Forward(_Direction):
             bias = getattr(self.run.routed.module, f"{name}_bias")
         for expert, rows, target in zip(chunk.experts, chunk.cut(x), chunk.cut(out), strict=True):
             multiply(rows, matrices[expert], target, None if bias is None else bias[expert])
-        if self.planned[name].isdisjoint(chunk.experts):
+        terms = self.terms(name, chunk)
+        if not terms:
             return
-        x = self.dropped(name, x, chunk)
-        for term in self.terms[name]:
-            for expert, rows, target in zip(chunk.experts, chunk.cut(x), chunk.cut(out[:, term.columns]), strict=True):
-                if expert not in term.a:
-                    continue
-                a, b, scale = term.a[expert], term.b[expert], term.planned.scale_of[expert]
-                if a.dtype != target.dtype:  # where nothing is kept
-                    target.add_(torch.mm(torch.mm(rows.to(a.dtype), a.t()), b), alpha=scale)
-                    continue
-                code = torch.mm(rows, a.t(), out=None if term.codes is None else term.codes[expert])
-                target.addmm_(code, b, alpha=scale)
+        rows, target = chunk.batch(self.dropped(name, x, chunk)), chunk.batch(out)
+        for number, columns, places in terms:
+            a, b = self.a[number][places], self.b[number][places]
+            if a.dtype != rows.dtype:  # where nothing is kept
+                target[..., columns].add_(torch.bmm(torch.bmm(rows.to(a.dtype), a.transpose(1, 2)), b))
+                continue
+            code = torch.bmm(rows, a.transpose(1, 2))
+            target[..., columns].baddbmm_(code, b)
+            if self.kept is not None:
+                self.kept.codes[chunk.start, number] = code
 
 
 class Backward(_Direction):
@@ -192,14 +184,7 @@ class Backward(_Direction):
     def __init__(self, run: SortedRows, factors: Sequence[Any], kept: Kept, grads: Gradients) -> None:
         super().__init__(run, factors, kept)
         self.matrices = {name: _picked(matrices, run.present) for name, matrices in run.matrices.items()}
-        self.grad_a = [
-            None if grad is None else term.planned.by_expert(grad)
-            for (_, term), grad in zip(run.terms, grads.a, strict=True)
-        ]
-        self.grad_b = [
-            None if grad is None else term.planned.by_expert(grad)
-            for (_, term), grad in zip(run.terms, grads.b, strict=True)
-        ]
+        self.codes, self.grads = kept.codes, grads
 
     def multiply(
         self,
@@ -214,38 +199,33 @@ class Backward(_Direction):
     ) -> None:
         """Take a chunk's gradient back through one parameter and its terms, into `out`.
 
-        The inputs may be missing where no term stands on any of the chunk's experts. Where the rows' weights are
-        given, the gradient is that before weighting: so it leaves by `out`, and the factors' gradients are weighted.
+        The inputs may be missing where no term stands on the chunk. Where the rows' weights are given, the gradient is
+        that before weighting: so it leaves by `out`, and the factors' gradients are weighted.
         """
         if out is not None:
             self._leave(name, grad, chunk, out, add=add)
-        if x is None or self.planned[name].isdisjoint(chunk.experts):
+        terms = self.terms(name, chunk)
+        if x is None or not terms:
             return
         mask = self.masks.get(name)
-        sources = chunk.cut(self.dropped(name, x, chunk))
-        own_grads = chunk.cut(grad)
-        own_w = None if weights is None else chunk.cut(weights.to(grad.dtype))
-        targets = None if out is None else chunk.cut(out)
-        masks = None if mask is None else chunk.cut(mask[chunk.window])
-        for term in self.terms[name]:
-            grad_a, grad_b = self.grad_a[term.number], self.grad_b[term.number]
-            for place, expert in enumerate(chunk.experts):
-                if expert not in term.a or term.codes is None:
-                    continue
-                own = own_grads[place][:, term.columns]
-                code, grad_code = term.codes[expert], torch.mm(own, term.b[expert].t())
-                scale = term.planned.scale_of[expert]
-                if targets is not None and masks is None:
-                    targets[place].addmm_(grad_code, term.a[expert], alpha=scale)
-                elif targets is not None and masks is not None:
-                    back = torch.mm(grad_code, term.a[expert]).mul_(masks[place])
-                    targets[place].add_(back, alpha=scale / (1 - self.run.routed.dropout))
-                if own_w is not None:
-                    code, grad_code = code * own_w[place], grad_code.mul_(own_w[place])
-                if grad_b is not None:
-                    torch.mm(code.t(), own, out=grad_b[expert])
-                if grad_a is not None:
-                    torch.mm(grad_code.t(), sources[place], out=grad_a[expert])
+        rows, grad_out = chunk.batch(self.dropped(name, x, chunk)), chunk.batch(grad)
+        target = None if out is None else chunk.batch(out)
+        own_w = None if weights is None else chunk.batch(weights.to(grad.dtype))
+        for number, columns, places in terms:
+            own, a, code = grad_out[..., columns], self.a[number][places], self.codes[chunk.start, number]
+            grad_code = torch.bmm(own, self.b[number][places].transpose(1, 2))
+            if target is not None and mask is None:
+                target.baddbmm_(grad_code, a)
+            elif target is not None and mask is not None:
+                back = torch.bmm(grad_code, a).mul_(chunk.batch(mask[chunk.window]))
+                target.add_(back, alpha=1 / (1 - self.run.routed.dropout))
+            if own_w is not None:
+                code, grad_code = code * own_w, grad_code.mul_(own_w)
+            grad_a, grad_b = self.grads.a[number], self.grads.b[number]
+            if grad_b is not None:
+                torch.bmm(code.transpose(1, 2), own, out=grad_b[places])
+            if grad_a is not None:
+                torch.bmm(grad_code.transpose(1, 2), rows, out=grad_a[places])
 
     def _leave(self, name: str, grad: Tensor, chunk: Chunk, out: Tensor, *, add: bool) -> None:
         """Take a chunk's gradient back through the parameter itself."""

@@ -24,6 +24,7 @@ from apportion.expert_forms import ExpertForm, known_form
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
 
+_RANK_BLOCK = 8  # PyTorch's grouped product wants ranks that are multiples of it
 _FEW_ROWS = 128  # up to here, rounding and joining factors costs more than it saves
 
 Product = Callable[[str, Tensor, Tensor], Tensor]
@@ -123,7 +124,8 @@ def _low_rank(term: LowRankTerm, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     The rows of the planned experts come first, in their order, and the products stop behind them.
     """
     factors, b_RO = term.planned, matrix_of(term.b_RO).to(x_SI.dtype)
-    a_HRI, b_HRO = factors.padded(term.a_RI * factors.scale(term.a_RI)), factors.padded(b_RO)
+    a_HRI = factors.padded(term.a_RI * factors.scale(term.a_RI), _RANK_BLOCK)
+    b_HRO = factors.padded(b_RO, _RANK_BLOCK)
     if len(factors.experts) == len(ends_E):
         return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
     planned_H = constant(factors.experts, x_SI.device)
@@ -308,8 +310,7 @@ class ExpertLora(WrappedModule):
         """
         factors = self.factors[adapter_name][name]
         a_RI, b_RO = matrix_of(self.lora_A[adapter_name][name]), matrix_of(self.lora_B[adapter_name][name])
-        ranks = list(factors.ranks)
-        parts = zip(torch.split(a_RI, ranks), torch.split(b_RO, ranks), factors.scales, strict=True)
+        parts = zip(factors.by_expert(a_RI).values(), factors.by_expert(b_RO).values(), factors.scales, strict=True)
         return torch.stack([(b.t() @ a) * scale for a, b, scale in parts])
 
     def is_finite(self, adapter_name: str) -> bool:

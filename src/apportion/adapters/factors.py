@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +12,6 @@ from torch.nn import functional
 from apportion.adapters.grouped import constant
 
 # Shapes: k kept entries of a matrix; H planned experts, R their summed rank.
-
-_RANK_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -43,48 +38,45 @@ class ExpertFactors:
         rows = tuple(scale for rank, scale in pairs for _ in range(rank))
         return constant(rows, like.device).to(like.dtype).unsqueeze(1)
 
-    def by_expert(self, stacked: Tensor, chosen: Collection[int] | None = None) -> dict[int, Tensor]:
-        """Cut a tensor of R rows into the experts' own.
+    def by_expert(self, stacked: Tensor) -> dict[int, Tensor]:
+        """Cut a tensor of R rows into the experts' own, as views."""
+        return dict(zip(self.experts, torch.split_with_sizes(stacked, self.ranks), strict=True))
 
-        Args:
-            stacked: The tensor.
-            chosen: The experts that are wanted; all planned ones where not given.
-
-        Returns:
-            Views by expert.
-        """
-        if chosen is None or 4 * len(chosen) > len(self.experts):  # one call for all beats a call for each
-            return dict(zip(self.experts, torch.split_with_sizes(stacked, self.ranks), strict=True))
-        return {expert: stacked[self.places[expert]] for expert in chosen if expert in self.places}
-
-    @cached_property
-    def places(self) -> dict[int, slice]:
-        """The rows of each expert among the R."""
-        ends = itertools.accumulate(self.ranks)
-        parts = zip(self.experts, self.ranks, ends, strict=True)
-        return {expert: slice(end - rank, end) for expert, rank, end in parts}
-
-    @cached_property
-    def scale_of(self) -> dict[int, float]:
-        """The scale of each expert."""
-        return dict(zip(self.experts, self.scales, strict=True))
-
-    def padded(self, stacked: Tensor) -> Tensor:
+    def padded(self, stacked: Tensor, block: int = 1) -> Tensor:
         """Give the planned experts as many rows each of a stacked factor, with zeros where an expert has fewer.
 
         Args:
             stacked: Shape (R, width).
+            block: What the number of rows is a multiple of.
 
         Returns:
-            Shape (H, rows, width), the rows a multiple of 8, as PyTorch's grouped product wants them.
+            Shape (H, rows, width).
         """
-        rows = -(-max(self.ranks) // _RANK_BLOCK) * _RANK_BLOCK
+        rows = -(-max(self.ranks) // block) * block
         shape = (len(self.ranks), rows, stacked.shape[1])
         if set(self.ranks) == {rows}:
             return stacked.view(shape)
-        places = tuple(number * rows + row for number, rank in enumerate(self.ranks) for row in range(rank))
         padded = stacked.new_zeros(shape[0] * rows, shape[2])
-        return padded.index_copy(0, constant(places, stacked.device), stacked).view(shape)
+        return padded.index_copy(0, self._places(rows, stacked.device), stacked).view(shape)
+
+    def unpadded(self, padded: Tensor) -> Tensor:
+        """Take the experts' own rows out of what `padded` gives.
+
+        Args:
+            padded: Shape (H, rows, width).
+
+        Returns:
+            Shape (R, width).
+        """
+        _, rows, width = padded.shape
+        stacked = padded.view(-1, width)
+        return stacked if set(self.ranks) == {rows} else stacked.index_select(0, self._places(rows, padded.device))
+
+    def _places(self, rows: int, device: torch.device) -> Tensor:
+        """Tell where the R rows are, where every expert has as many."""
+        return constant(
+            tuple(number * rows + row for number, rank in enumerate(self.ranks) for row in range(rank)), device
+        )
 
     def stacked_indices(self, width_out: int) -> Tensor:
         """Give the kept entries' positions in the stacked factor of shape (R, O).

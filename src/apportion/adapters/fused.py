@@ -58,9 +58,9 @@ class _FusedExperts(torch.autograd.Function):
     def forward(ctx: Any, routed: RoutedExperts, hidden: Tensor, weights: Tensor, *factors: Any) -> Tensor:
         """Run the experts, and keep what the backward pass cannot cheaply compute again."""
         run = SortedRows(routed)
-        kept = Kept.room_for(run, hidden, factors)
+        kept = Kept.room_for(run, hidden)
         out = _forward(run, hidden, weights, factors, kept)
-        ctx.run, ctx.num_factors = run, len(factors)
+        ctx.run, ctx.num_factors, ctx.codes = run, len(factors), list(kept.codes)
         ctx.save_for_backward(hidden, weights, *factors, *kept.tensors(), *run.matrices.values())
         return out
 
@@ -69,7 +69,7 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of tokens, weights and factors."""
         hidden, weights, *rest = ctx.saved_tensors  # raises where one was changed since
-        factors, kept = rest[: ctx.num_factors], Kept.of(ctx.run, rest[ctx.num_factors :])
+        factors, kept = rest[: ctx.num_factors], Kept.of(ctx.run, rest[ctx.num_factors :], ctx.codes)
         needs_hidden, _, *needs_factors = ctx.needs_input_grad[1:]
         grads = Gradients.room_for(ctx.run, hidden, factors, needs_factors, needs_hidden=needs_hidden)
         _backward(ctx.run, grad.contiguous(), hidden, weights, factors, kept, grads)
@@ -145,7 +145,7 @@ def _backward(
             for expert, rows, found in own:
                 found.add_(rows @ bias[expert])
         inner = torch.autograd.grad(activated, list(entered.values()), grad_h.mul_(w))
-        x = None if backward.plans_none(run.form.entering, chunk) else hidden.index_select(0, tokens)
+        x = hidden.index_select(0, tokens) if any(backward.terms(name, chunk) for name in entered) else None
         target = None if grads.rows is None else grads.rows[chunk.window]
         for number, (name, own_grad) in enumerate(zip(entered, inner, strict=True)):
             backward.multiply(name, own_grad, x, chunk, target, add=number > 0)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy
 import torch
@@ -20,6 +21,7 @@ from apportion.expert_forms import ExpertForm
 # expert, R summed rank of a term's experts.
 
 _CHUNK_ROWS = 1024  # rows that run together: enough to keep small operations few, few enough for the cache
+_SPARE_ROWS = 16  # as many may fill the room of an expert in a batch, or an eighth of it
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,36 @@ class RoutedExperts:
 
 @dataclass
 class Chunk:
-    """Consecutive experts that run together.
+    """Experts that run together: some without any term, or some with the same terms and as many rows each.
 
     Args:
         start: The first one's first row.
-        experts: Ids of those that have rows.
+        pattern: Which terms stand on them: bit n for the pass's term n.
+        room: Rows of each; None where each has its own number.
+        experts: Ids.
         ends: Where each one's rows end.
+        terms: For each term that stands on them, where they are among its experts in this pass.
     """
 
     start: int
+    pattern: int
+    room: int | None
     experts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+    terms: dict[int, slice] = field(default_factory=dict)
+
+    def takes(self, size: int, pattern: int) -> bool:
+        """Tell whether an expert with so many rows and such terms belongs here too."""
+        if pattern != self.pattern or (self.ends and self.ends[-1] - self.start >= _CHUNK_ROWS):
+            return False
+        return self.room is None or self.room - size <= max(_SPARE_ROWS, self.room // 8)
+
+    def add(self, expert: int, size: int) -> int:
+        """Give an expert its rows, and tell how many they are."""
+        room = _whole_blocks(size) if self.room is None else self.room
+        self.experts.append(expert)
+        self.ends.append((self.ends[-1] if self.ends else self.start) + room)
+        return room
 
     @cached_property
     def window(self) -> slice:
@@ -116,12 +137,18 @@ class Chunk:
         """Cut the rows of the chunk's window into its experts'."""
         return torch.split_with_sizes(rows, self.sizes)
 
+    def batch(self, rows: Tensor) -> Tensor:
+        """Give the rows of the chunk's window as a batch of experts, each with its rows."""
+        return rows.view(len(self.experts), -1, rows.shape[-1])
+
 
 class SortedRows:
     """The routed rows of one pass, sorted by expert: who has which, and which experts run together.
 
-    Each expert has a whole number of blocks of rows. The rows that fill the last block are copies of its first one,
-    finite where that is; no output is made of them and they weigh nothing, so no gradient comes from them either.
+    Experts with terms come last, those with the same terms together and by falling number of rows, so that the
+    products of several run as one batch. An expert's room is a whole number of blocks, or the largest of its batch. The
+    rows that fill it are copies of its first one, finite where that is; no output is made of them and they weigh
+    nothing, so no gradient comes from them either.
 
     Args:
         routed: The experts, their tokens and their terms.
@@ -136,14 +163,31 @@ class SortedRows:
         self.masked = [name for name, terms in routed.terms.items() if terms and routed.dropout]
         ids_S = routed.ids_TK.reshape(-1).numpy()
         sizes_E = numpy.bincount(ids_S, minlength=routed.form.num_experts)
+        patterns_E = numpy.zeros(len(sizes_E), dtype=numpy.int64)
+        for number, (_, term) in enumerate(self.terms):
+            patterns_E[list(term.planned.experts)] |= 1 << number
         experts_P = sizes_E.nonzero()[0]
-        sizes_P = sizes_E[experts_P]
-        rooms_P = numpy.array([_whole_blocks(size) for size in sizes_P.tolist()], dtype=numpy.int64)
+        sizes_P, patterns_P = sizes_E[experts_P], patterns_E[experts_P]
+        order_P = numpy.lexsort((-sizes_P * (patterns_P > 0), patterns_P))
+        experts_P, sizes_P, patterns_P = experts_P[order_P], sizes_P[order_P], patterns_P[order_P]
         self.present: list[int] = experts_P.tolist()
-        self.sizes: dict[int, int] = dict(zip(self.present, rooms_P.tolist(), strict=True))
-        self.room = int(rooms_P.sum())
-        order_S = ids_S.astype(numpy.int16).argsort(kind="stable")
-        # where each sorted row lies: past the rows that fill the blocks of the experts before its own
+        self.chunks: list[Chunk] = []
+        rooms_P = numpy.empty_like(sizes_P)
+        end = 0
+        for place, (expert, size, pattern) in enumerate(
+            zip(self.present, sizes_P.tolist(), patterns_P.tolist(), strict=True)
+        ):
+            if not self.chunks or not self.chunks[-1].takes(size, pattern):
+                self.chunks.append(Chunk(end, pattern, _whole_blocks(size) if pattern else None))
+            rooms_P[place] = room = self.chunks[-1].add(expert, size)
+            end += room
+        self.room = end
+        # of each term's experts: those that have rows, by their places among all that it plans
+        self.orders = [self._order(number, term, experts_P, patterns_P) for number, (_, term) in enumerate(self.terms)]
+        rank_E = numpy.empty(len(sizes_E), dtype=numpy.int16)
+        rank_E[experts_P] = numpy.arange(len(experts_P))
+        order_S = rank_E[ids_S].argsort(kind="stable")
+        # where each sorted row lies: past the rows that fill the rooms of the experts before its own
         filling_P = rooms_P - sizes_P
         place_S = numpy.arange(len(ids_S)) + (filling_P.cumsum() - filling_P).repeat(sizes_P)
         tokens_S = order_S // routed.ids_TK.shape[1]
@@ -153,14 +197,17 @@ class SortedRows:
         slot_places_S = numpy.empty_like(place_S)
         slot_places_S[order_S] = place_S
         self.place_TK = torch.from_numpy(slot_places_S).view(routed.ids_TK.shape)
-        self.chunks: list[Chunk] = []
+
+    def _order(self, number: int, term: LowRankTerm, experts_P: Any, patterns_P: Any) -> Tensor:
+        """Tell the chunks where a term's experts are, and give the places of all that have rows."""
         end = 0
-        for expert in self.present:
-            if not self.chunks or end - self.chunks[-1].start >= _CHUNK_ROWS:
-                self.chunks.append(Chunk(end))
-            end += self.sizes[expert]
-            self.chunks[-1].experts.append(expert)
-            self.chunks[-1].ends.append(end)
+        for chunk in self.chunks:
+            if chunk.pattern >> number & 1:
+                chunk.terms[number] = slice(end, end + len(chunk.experts))
+                end += len(chunk.experts)
+        places_E = numpy.empty(self.form.num_experts, dtype=numpy.int64)
+        places_E[list(term.planned.experts)] = numpy.arange(len(term.planned.experts))
+        return torch.from_numpy(places_E[experts_P[(patterns_P >> number & 1) == 1]])
 
     def by_row(self, slots_TK: Tensor) -> Tensor:
         """Bring a number of each slot to its row; rows that fill a block get 0."""
