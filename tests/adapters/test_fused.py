@@ -11,7 +11,7 @@ from torch import Tensor
 from apportion.adapters.experts import ExpertLora, run_experts
 from apportion.adapters.factors import ExpertFactors
 from apportion.adapters.grouped import grouped_low_rank
-from apportion.adapters.routed_rows import joined
+from apportion.adapters.routed_rows import RoutedExperts, SortedRows, joined
 from apportion.discovery import find_sites
 from apportion.expert_forms import known_form
 from architectures import build
@@ -97,6 +97,38 @@ def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str,
         assert torch.allclose(one, other, atol=tolerance)
     with torch.no_grad():
         assert torch.allclose(layer(hidden, ids, weights), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("planned", [{}, {"every": True}, {"alike": True}], ids=["some", "every", "alike"])
+@pytest.mark.parametrize("name", FORMS)
+def test_one_token_alone_equals_merged_weights_too(name: str, planned: dict[str, bool]) -> None:
+    layer = _lora(name, **planned)
+    tolerance = 1e-4 if name == "openai_privacy_filter" else 1e-9
+    for _ in range(4):  # other experts every time
+        hidden, ids, weights = (tensor.detach() for tensor in _inputs(layer, tokens=1))
+        with torch.no_grad():
+            assert torch.allclose(layer(hidden, ids, weights), _merged(layer, hidden, ids, weights), atol=tolerance)
+
+
+def test_experts_with_the_same_terms_run_as_one_batch() -> None:
+    """However rows are spread, every row of an expert finds its place, and rooms in a batch are equal."""
+    layer = _lora("olmoe")
+    _, ids, _ = _inputs(layer, tokens=200)
+    terms = {name: list(layer._terms("default", name).values()) for name in layer.form.parameters}
+    run = SortedRows(RoutedExperts(module=layer.base_layer, form=layer.form, ids_TK=ids, terms=terms))
+    assert len(run.chunks) > 1
+    for chunk in run.chunks:
+        planned = {
+            number for number, (_, term) in enumerate(run.terms) if set(chunk.experts) & set(term.planned.experts)
+        }
+        assert planned == set(chunk.terms)
+        assert not planned or set(chunk.sizes) == {chunk.room}
+        for expert, start, end in zip(chunk.experts, [chunk.start, *chunk.ends], chunk.ends, strict=False):
+            own = run.tokens[start:end]
+            assert set(own.tolist()) == set((ids == expert).any(1).nonzero()[:, 0].tolist())
+            places = run.place_TK[ids == expert]
+            assert len(set(places.tolist())) == len(places)
+            assert ((places >= start) & (places < end)).all()
 
 
 def test_gate_and_up_run_as_one_where_they_are_planned_alike() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.fused import fused_experts
 from apportion.adapters.grouped import constant, grouped_linear, grouped_low_rank, reorder_rows
+from apportion.adapters.one_token import run_one_token
 from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts, joined
 from apportion.adapters.wrapped import WrappedModule
 from apportion.expert_forms import ExpertForm, known_form
@@ -245,7 +246,8 @@ class ExpertLora(WrappedModule):
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return fused_experts(routed, hidden_TD.to(dtype), top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
+        run = run_one_token if len(hidden_TD) == 1 and not torch.is_grad_enabled() else fused_experts
+        return run(routed, hidden_TD.to(dtype), top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
 
     def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
         """Give what an adapter adds to the product of one stacked parameter, by projection."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +43,13 @@ class ExpertFactors:
     def by_expert(self, stacked: Tensor) -> dict[int, Tensor]:
         """Cut a tensor of R rows into the experts' own, as views."""
         return dict(zip(self.experts, torch.split_with_sizes(stacked, self.ranks), strict=True))
+
+    @cached_property
+    def places(self) -> dict[int, tuple[slice, float]]:
+        """The rows of each expert among the R, and its scale."""
+        ends = itertools.accumulate(self.ranks)
+        columns = zip(self.experts, self.ranks, ends, self.scales, strict=True)
+        return {expert: (slice(end - rank, end), scale) for expert, rank, end, scale in columns}
 
     def padded(self, stacked: Tensor, block: int = 1) -> Tensor:
         """Give the planned experts as many rows each of a stacked factor, with zeros where an expert has fewer.
