@@ -6,6 +6,7 @@ of their own. The merged weight is never built, and no gradient of a frozen weig
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -246,8 +247,12 @@ class ExpertLora(WrappedModule):
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        run = run_one_token if len(hidden_TD) == 1 and not torch.is_grad_enabled() else fused_experts
-        return run(routed, hidden_TD.to(dtype), top_k_weights).to(hidden_states.dtype).view_as(hidden_states)
+        plain = len(hidden_TD) == 1 and not routed.dropout and not torch.is_grad_enabled()
+        run = run_one_token if plain else fused_experts
+        autocast = torch.is_autocast_enabled("cpu")  # the backward pass has none either
+        with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+            out_TD = run(routed, hidden_TD.to(dtype), top_k_weights)
+        return out_TD.to(hidden_states.dtype).view_as(hidden_states)
 
     def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
         """Give what an adapter adds to the product of one stacked parameter, by projection."""

@@ -7,7 +7,6 @@ the same work moves every row through memory a dozen times and keeps most of the
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -43,12 +42,10 @@ def fused_experts(routed: RoutedExperts, hidden_TD: Tensor, weights_TK: Tensor) 
         a, b = term.a_RI, term.b_RO
         factors += [a, b.values.to(a.dtype), b.indices] if isinstance(b, SparseFactor) else [a, b, None]
     inputs = (hidden_TD, weights_TK, *factors)
-    autocast = torch.is_autocast_enabled("cpu")  # the backward pass has none either
-    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-        if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
-            return _forward(SortedRows(routed), hidden_TD, weights_TK, factors, None)
-        out: Tensor = _FusedExperts.apply(routed, *inputs)  # type: ignore[no-untyped-call]
-        return out
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return _forward(SortedRows(routed), hidden_TD, weights_TK, factors, None)
+    out: Tensor = _FusedExperts.apply(routed, *inputs)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _FusedExperts(torch.autograd.Function):

@@ -16,7 +16,7 @@ def run_one_token(routed: RoutedExperts, hidden_1D: Tensor, weights_1K: Tensor) 
     """Run a token's experts with their low-rank terms, without gradients.
 
     Args:
-        routed: The experts, the token's ids and the terms; dropout does not apply.
+        routed: The experts, the token's ids and the terms, without dropout.
         hidden_1D: The token, in the type of the experts' parameters.
         weights_1K: Routing weights.
 
