@@ -22,7 +22,7 @@ from torch import nn
 import apportion
 from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
-from apportion.errors import ConfigurationError, DataError, OutputExistsError, TrainingError
+from apportion.errors import ApportionWarning, ConfigurationError, DataError, OutputExistsError, TrainingError
 from apportion.records.plan import Plan
 from apportion.training.runs import last_checkpoint
 from apportion.training.settings import TrainSettings
@@ -269,3 +269,16 @@ def test_a_run_is_not_resumed_on_another_base(embedded_model: tuple[Any, Any], p
     _train(embedded_model, plan, tmp_path / "run", settings, facts={"model": "one"})
     with pytest.raises(ConfigurationError, match="other model"):
         _train(embedded_model, plan, tmp_path / "run", settings, facts={"model": "two"}, resume=True)
+
+
+def test_bfloat16_on_a_cpu_names_the_settings_that_keep_it_fast(
+    embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "65536")
+    settings = replace(SETTINGS, steps=1, bf16=True)
+    with pytest.warns(ApportionWarning, match="set ONEDNN_PRIMITIVE_CACHE_CAPACITY=65536 before"):
+        _train(embedded_model, plan, tmp_path / "warned", settings)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
+    assert _train(embedded_model, plan, tmp_path / "silent", settings).steps == 1

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,11 +33,16 @@ from trl import SFTConfig, SFTTrainer
 
 from apportion.data.batches import encode
 from apportion.data.sources import Row
-from apportion.errors import DataError, TrainingError
+from apportion.errors import ApportionWarning, DataError, TrainingError
 from apportion.training.balance import BalanceLoss
 from apportion.training.processes import on_any
 from apportion.training.runs import CHECKPOINTS, last_checkpoint
 from apportion.training.settings import TrainSettings
+
+_CACHES = (
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "LRU_CACHE_CAPACITY",
+)  # oneDNN's and PyTorch's own, read when torch starts
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def fit(
     Raises:
         TrainingError: the loss is not a number.
     """
+    _warn_of_small_caches(model, settings)
     balance = BalanceLoss(model) if settings.balance_loss else None
     interrupt = _StopOnInterrupt()
     with _config_restored(model), _quiet(tokenizer), _deterministic():
@@ -287,6 +294,19 @@ def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTC
         disable_tqdm=not progress,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _warn_of_small_caches(model: PreTrainedModel | PeftModel, settings: TrainSettings) -> None:
+    """Say so where PyTorch started with room for fewer prepared products than batches of many lengths need."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    missing = [name for name in _CACHES if name not in os.environ]
+    if missing and not torch.cuda.is_available() and (settings.bf16 or base.dtype == torch.bfloat16):
+        warnings.warn(
+            "bfloat16 on a CPU prepares products of every new shape, and forgets them where many come. For speed, set "
+            f"{' and '.join(f'{name}=65536' for name in missing)} before Python starts.",
+            ApportionWarning,
+            stacklevel=3,
+        )
 
 
 def _without_answer(row: Row) -> Row:
