@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import use_experts_implementation
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ExpertForm:
             not routed there.
         has_bias: Whether every parameter has a bias, under its name with ``_bias``.
         norm: Name of a module that runs after each expert.
+        is_swiglu: Whether `activate` is the SiLU of a product's first half times the second half, and nothing else.
     """
 
     num_experts: int
@@ -53,6 +56,7 @@ class ExpertForm:
     called: Literal["routed", "stacked"] = "routed"
     has_bias: bool = False
     norm: str | None = None
+    is_swiglu: bool = False
 
     @property
     def entering(self) -> tuple[str, ...]:
@@ -197,6 +201,7 @@ def _marked(module: Any) -> ExpertForm | None:
         activate=activate,
         has_bias=module.has_bias,
         norm="post_expert_norm" if module.has_post_expert_norm else None,
+        is_swiglu=module.has_gate and _has_default_gate(module) and isinstance(module.act_fn, nn.SiLU | SiLUActivation),
     )
 
 
@@ -238,6 +243,12 @@ def _rows_of_all_experts(module: Any) -> ExpertForm | None:
 def _interleaved() -> tuple[slice, slice]:
     """Give the rows of gate and up where they alternate."""
     return slice(0, None, 2), slice(1, None, 2)
+
+
+def _has_default_gate(module: Any) -> bool:
+    """Tell whether a marked module's gating is the one that transformers' decorator adds: halves, gate first."""
+    gate = type(module)._apply_gate  # noqa: SLF001 - transformers' hook for this
+    return bool(gate.__module__ == use_experts_implementation.__module__)
 
 
 def _own_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,18 @@ def test_experts_with_the_same_terms_run_as_one_batch() -> None:
             places = run.place_TK[ids == expert]
             assert len(set(places.tolist())) == len(places)
             assert ((places >= start) & (places < end)).all()
+
+
+def test_swiglu_in_closed_form_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _lora("olmoe", torch.float32)
+    assert layer.form.is_swiglu
+    assert not _lora("gpt_oss").form.is_swiglu
+    inputs = _inputs(layer, tokens=20, dtype=torch.float32)
+    trained = [*layer.lora_A.parameters(), *layer.lora_B.parameters(), inputs[0], inputs[2]]
+    closed = _gradients(layer(*inputs), trained)
+    monkeypatch.setattr(layer, "form", replace(layer.form, is_swiglu=False))
+    for one, other in zip(closed, _gradients(layer(*inputs), trained), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gate_and_up_run_as_one_where_they_are_planned_alike() -> None:

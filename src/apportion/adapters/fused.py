@@ -8,16 +8,19 @@ the same work moves every row through memory a dozen times and keeps most of the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from apportion.adapters.expert_products import Backward, Forward, Gradients, Kept
 from apportion.adapters.factors import SparseFactor
 from apportion.adapters.routed_rows import RoutedExperts, SortedRows
+
+_Back = Callable[[Tensor], Sequence[Tensor]]  # from the gradient of the activated to those of what entered
 
 # Shapes: T tokens, K experts a token, S = T·K rows sorted by expert, n rows of a term's experts, D model width,
 # I and O a parameter's input and output width.
@@ -128,10 +131,8 @@ def _backward(
     for chunk in run.chunks:
         tokens = run.tokens[chunk.window]
         g, w = grad.index_select(0, tokens), rows_w[chunk.window].unsqueeze(1)
-        with torch.enable_grad():
-            entered = {name: whole[chunk.window].detach().requires_grad_() for name, whole in kept.entered.items()}
-            activated = run.form.activate(run.routed.module, entered)
-        h = activated.detach()
+        entered = {name: whole[chunk.window] for name, whole in kept.entered.items()}
+        h, back = _swiglu(entered) if run.form.is_swiglu else _activation(run, entered)
         grad_h = torch.empty_like(h)
         backward.multiply(down, g, h, chunk, grad_h, weights=w)
         # <y, g> of a row, which its weight's gradient is, equals <h, W g>: the outputs need not be kept
@@ -141,8 +142,33 @@ def _backward(
             own = zip(chunk.experts, chunk.cut(g), chunk.cut(grads.weights[chunk.window]), strict=True)
             for expert, rows, found in own:
                 found.add_(rows @ bias[expert])
-        inner = torch.autograd.grad(activated, list(entered.values()), grad_h.mul_(w))
+        inner = back(grad_h.mul_(w))
         x = hidden.index_select(0, tokens) if any(backward.terms(name, chunk) for name in entered) else None
         target = None if grads.rows is None else grads.rows[chunk.window]
         for number, (name, own_grad) in enumerate(zip(entered, inner, strict=True)):
             backward.multiply(name, own_grad, x, chunk, target, add=number > 0)
+
+
+def _activation(run: SortedRows, entered: Mapping[str, Tensor]) -> tuple[Tensor, _Back]:
+    """Activate again, and give the way back."""
+    with torch.enable_grad():
+        leaves = {name: product.detach().requires_grad_() for name, product in entered.items()}
+        activated = run.form.activate(run.routed.module, leaves)
+    return activated.detach(), lambda grad: torch.autograd.grad(activated, list(leaves.values()), grad)
+
+
+def _swiglu(entered: Mapping[str, Tensor]) -> tuple[Tensor, _Back]:
+    """Do what `_activation` does, without autograd's copies, for the form that most models have."""
+    (product,) = entered.values()
+    gate, up = product.chunk(2, dim=1)
+    opened = functional.silu(gate)
+
+    def back(grad: Tensor) -> Sequence[Tensor]:
+        """Give the product's gradient; the one that is given is used up."""
+        grad_product = torch.empty_like(product)
+        grad_gate, grad_up = grad_product.chunk(2, dim=1)
+        torch.mul(grad, opened, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+        return (grad_product,)
+
+    return opened * up, back
