@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
 from apportion.adapters.cpu_product import multiply
 from apportion.adapters.factors import matrix_of
 from apportion.adapters.routed_rows import RoutedExperts
 
-# Shapes: K experts of the token, D model width, I and O a parameter's input and output width.
+# Shapes: K experts of the token, D model width, I and O a parameter's input and output width, R summed rank of a term,
+# r rank of one expert.
 
 
 def run_one_token(routed: RoutedExperts, hidden_1D: Tensor, weights_1K: Tensor) -> Tensor:
@@ -35,18 +35,13 @@ def _product(routed: RoutedExperts, name: str, ids: list[int], x_KI: Tensor) -> 
     matrices_EIO = matrices if transposed else matrices.transpose(1, 2)
     biases = getattr(routed.module, f"{name}_bias") if routed.form.has_bias else None
     out_KO = x_KI.new_empty(len(ids), matrices_EIO.shape[2])
-    for expert, row, out in zip(ids, _each(x_KI), _each(out_KO), strict=True):
+    for expert, row, out in zip(ids, x_KI.unsqueeze(1).unbind(), out_KO.unsqueeze(1).unbind(), strict=True):
         multiply(row, matrices_EIO[expert], out, None if biases is None else biases[expert])
     for term in routed.terms[name]:
         a_RI, b_RO, places = term.a_RI, matrix_of(term.b_RO), term.planned.places
-        rows, outs = _each(x_KI.to(a_RI.dtype)), _each(out_KO[:, term.columns])
-        for expert, row, out in zip(ids, rows, outs, strict=True):
+        for slot, expert in enumerate(ids):
             if expert in places:
                 place, scale = places[expert]
-                out.add_(functional.linear(row, a_RI[place]) @ b_RO[place], alpha=scale)
+                code_r = a_RI[place].mv(x_KI[slot].to(a_RI.dtype))
+                out_KO[slot, term.columns].add_(code_r @ b_RO[place], alpha=scale)
     return out_KO
-
-
-def _each(rows: Tensor) -> tuple[Tensor, ...]:
-    """Give every row by itself, shape (1, width)."""
-    return rows.unsqueeze(1).unbind()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from apportion.adapters.factors import FrozenFactor, SparseFactor
 from apportion.adapters.wrapped import WrappedModule
@@ -91,7 +90,12 @@ class WeightLora(WrappedModule):
         weight = self.base_layer.weight
         for adapter in active:
             weight = weight + self.delta(adapter).to(weight.dtype)
-        return functional_call(self.base_layer, {"weight": weight}, args, kwargs)
+        parameters = self.base_layer._parameters
+        own, parameters["weight"] = parameters["weight"], weight
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            parameters["weight"] = own
 
     def is_finite(self, adapter_name: str) -> bool:
         """Tell whether all that an adapter would add to the weight is finite."""
