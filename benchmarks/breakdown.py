@@ -39,6 +39,7 @@ KINDS = {
         "aten::mm",
         "aten::addmm",
         "aten::addmm_",
+        "aten::baddbmm_",
         "aten::bmm",
         "aten::_grouped_mm",
         "mkldnn::_linear_pointwise",
