@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from functools import partial
 from typing import Any
 
@@ -37,10 +38,11 @@ from common import (
     summed_up,
     token_ids,
 )
+from torch import nn
 
 EVERY = (FLOOR, EIGHTH, QUARTER, ALL, PEFT)
-GROWING = ("base model", FLOOR, EIGHTH, PEFT)
-GROWN_LAYERS = 2
+BASE, GROWING = "base model", (FLOOR, EIGHTH, PEFT)
+GROWN_LAYERS, GROWN_EXPERTS = 2, (16, 64, 256)
 
 
 def times(dtype: str, tokens: int, repeats: int) -> dict[str, Any]:
@@ -62,19 +64,31 @@ def peak(dtype: str, tokens: int, contender: str) -> int:
     return peak_above(lambda: step(model, token_ids(4, tokens // 4)))
 
 
-def growth(experts: int, repeats: int) -> dict[str, Any]:
-    """Time a step of a shallow model with a given number of experts; the base model's forward pass is the reference."""
-    base = build(experts=experts, layers=GROWN_LAYERS)
-    models = copies(base, GROWING[1:])
+def growth(repeats: int) -> dict[int, dict[str, Any]]:
+    """Time a step of shallow models with more and more experts, all in turn, beside the base model's forward pass."""
     ids = token_ids(4, 128)
 
-    def forward() -> None:
+    def forward(base: nn.Module) -> None:
         with torch.no_grad():
             base(input_ids=ids)
 
-    runs: dict[str, Any] = {"base model": forward}
-    runs |= {name: partial(step, model, ids) for name, model in models.items()}
-    return summed_up(alternate(runs, repeats), FLOOR)
+    runs: dict[tuple[int, str], Any] = {}
+    for experts in GROWN_EXPERTS:
+        base = build(experts=experts, layers=GROWN_LAYERS)
+        runs[experts, BASE] = partial(forward, base)
+        models = copies(base, GROWING)
+        runs |= {(experts, name): partial(step, model, ids) for name, model in models.items()}
+    times = alternate(runs, repeats)
+    grown: dict[int, dict[str, Any]] = {experts: {} for experts in GROWN_EXPERTS}
+    for (experts, name), own in times.items():
+        first = times[GROWN_EXPERTS[0], name]
+        growths = [one / other for one, other in zip(own, first, strict=True)]
+        grown[experts][name] = {
+            "median_s": statistics.median(own),
+            "growth": statistics.median(growths),
+            "all_s": own,
+        }
+    return grown
 
 
 def main() -> None:
@@ -112,10 +126,13 @@ def main() -> None:
                     "trainable": lambda r: f"{r['trainable_parameters']:,}",
                 },
             )
-    grown = {}
-    for experts in (16, 64, 256):
-        grown[experts] = one(json.dumps({"measure": "growth", "experts": experts, "repeats": repeats}))
-        show(f"{experts} experts", grown[experts], {"median ms": lambda r: f"{r['median_s'] * 1000:,.0f}"})
+    grown = one(json.dumps({"measure": "growth", "repeats": repeats}))
+    for experts, rows in grown.items():
+        columns = {
+            "median ms": lambda r: f"{r['median_s'] * 1000:,.0f}",
+            f"x {GROWN_EXPERTS[0]} experts": lambda r: f"{r['growth']:.2f}",
+        }
+        show(f"{experts} experts", rows, columns)
     save(
         "train_step",
         {
