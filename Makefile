@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(CONSTRAINTS) -e '.[dev]'
 	@touch $(STAMP)
 
-demo: install ## Profile, plan, train and compare on the embedded model (about 8 minutes on two cores)
+demo: install ## Profile, plan, train and compare on the embedded model (about 7 minutes on two cores)
 	$(BIN)/apportion demo -o apportion-demo
 
 test: install ## Run all tests
