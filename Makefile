@@ -39,7 +39,7 @@ format: install ## Put the code in shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## Measure speed and memory beside PEFT, and refresh docs/benchmarks.md (about 30 minutes on two cores)
+bench: install ## Measure speed and memory beside PEFT, and refresh docs/benchmarks.md (about 45 minutes on two cores)
 	@for name in $(MEASUREMENTS); do echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
 	$(BIN)/python benchmarks/page.py
 

@@ -5,7 +5,7 @@
 The floor is attention-only LoRA with transformers' own experts: the same passes through frozen experts. All contenders
 start from one model and run alternately; ratios are medians over rounds. Each setting has a process of its own, as has
 each peak of memory. Last, the number of experts grows at a fixed number of experts a token. Written to
-build/benchmarks/train_step.json; about 20 minutes on two cores, 6 with --quick.
+build/benchmarks/train_step.json; about 13 minutes on two cores, 6 with --quick.
 """
 
 from __future__ import annotations

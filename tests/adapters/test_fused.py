@@ -118,6 +118,7 @@ def test_experts_with_the_same_terms_run_as_one_batch() -> None:
     terms = {name: list(layer._terms("default", name).values()) for name in layer.form.parameters}
     run = SortedRows(RoutedExperts(module=layer.base_layer, form=layer.form, ids_TK=ids, terms=terms))
     assert len(run.chunks) > 1
+    assert all(len(chunk.experts) > 1 for chunk in run.chunks)
     for chunk in run.chunks:
         planned = {
             number for number, (_, term) in enumerate(run.terms) if set(chunk.experts) & set(term.planned.experts)

@@ -90,7 +90,7 @@ class WeightLora(WrappedModule):
         weight = self.base_layer.weight
         for adapter in active:
             weight = weight + self.delta(adapter).to(weight.dtype)
-        parameters = self.base_layer._parameters
+        parameters = self.base_layer._parameters  # functional_call does the same; decoding feels its overhead
         own, parameters["weight"] = parameters["weight"], weight
         try:
             return self.base_layer(*args, **kwargs)

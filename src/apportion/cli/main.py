@@ -35,6 +35,7 @@ from apportion.cli.options import (
     TopK,
 )
 from apportion.cli.running import given, run
+from apportion.cpu_caches import CPU_CACHES
 
 app = typer.Typer(
     help="Spend a fine-tuning budget where a model uses it: measure, then apportion.",
@@ -396,7 +397,5 @@ def methods(json_: Json = False) -> None:
 
 def main() -> None:
     """Run the command line."""
-    # Read when PyTorch starts. Products in half precision of ever new shapes would be prepared again and again on CPUs.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "65536")
+    os.environ.update(CPU_CACHES | os.environ)  # before PyTorch starts; what is set stays
     app()

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from apportion.cpu_caches import CPU_CACHES
 from apportion.data.batches import encode
 from apportion.data.sources import Row
 from apportion.errors import ApportionWarning, DataError, TrainingError
@@ -38,11 +39,6 @@ from apportion.training.balance import BalanceLoss
 from apportion.training.processes import on_any
 from apportion.training.runs import CHECKPOINTS, last_checkpoint
 from apportion.training.settings import TrainSettings
-
-_CACHES = (
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-    "LRU_CACHE_CAPACITY",
-)  # oneDNN's and PyTorch's own, read when torch starts
 
 
 @dataclass(frozen=True)
@@ -299,11 +295,11 @@ def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTC
 def _warn_of_small_caches(model: PreTrainedModel | PeftModel, settings: TrainSettings) -> None:
     """Say so where PyTorch started with room for fewer prepared products than batches of many lengths need."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    missing = [name for name in _CACHES if name not in os.environ]
+    missing = [f"{name}={value}" for name, value in CPU_CACHES.items() if name not in os.environ]
     if missing and not torch.cuda.is_available() and (settings.bf16 or base.dtype == torch.bfloat16):
         warnings.warn(
             "bfloat16 on a CPU prepares products of every new shape, and forgets them where many come. For speed, set "
-            f"{' and '.join(f'{name}=65536' for name in missing)} before Python starts.",
+            f"{' and '.join(missing)} before Python starts.",
             ApportionWarning,
             stacklevel=3,
         )
