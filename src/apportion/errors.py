@@ -35,6 +35,10 @@ class OutputExistsError(ApportionError, FileExistsError):
     """An output is already there and would be overwritten."""
 
 
+class FolderInUseError(ApportionError, BlockingIOError):
+    """Another process writes to a folder."""
+
+
 class TrainingError(ApportionError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.errors import OutputExistsError
+from apportion.records.locks import LOCK_FILES
 
 
 @contextmanager
@@ -75,8 +76,8 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if path.is_file():
         raise OutputExistsError(f"{path} is a file; a folder was expected.\n  fix:  choose another output folder")
-    if path.is_dir() and any(path.iterdir()):
-        names = sorted(entry.name for entry in path.iterdir())
+    names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
+    if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise OutputExistsError(
             f"the output folder {path} already has something in it.\n  found:  {shown}\n"
