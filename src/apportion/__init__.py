@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from apportion.errors import ApportionError
     from apportion.loading import embedded
     from apportion.methods.planning import plan
-    from apportion.peft.attach import Receipt, apply, load
+    from apportion.peft.attach import Receipt, apply
+    from apportion.peft.load import load
     from apportion.profiling.run import profile
     from apportion.records.cost import Cost
     from apportion.records.plan import Placement, Plan, load_plan
@@ -51,7 +52,7 @@ _HOMES = {
     "apply": "apportion.peft.attach",
     "cost": "apportion.accounting",
     "embedded": "apportion.loading",
-    "load": "apportion.peft.attach",
+    "load": "apportion.peft.load",
     "load_plan": "apportion.records.plan",
     "load_profile": "apportion.records.profile",
     "plan": "apportion.methods.planning",

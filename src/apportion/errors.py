@@ -27,6 +27,10 @@ class PlanMismatchError(PlanError):
     """A plan, a profile or an adapter belongs to another model."""
 
 
+class AdapterError(ApportionError, ValueError):
+    """An adapter's file is damaged, incomplete or was changed, or holds numbers that no model can use."""
+
+
 class DataError(ApportionError, ValueError):
     """A data set cannot be found, read or used."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str,
     if path == "fused":
         found = layer(hidden, ids, weights)
     else:
-        found = run_experts(layer.base_layer, hidden, ids, weights, layer.adapted_product)
+        found = run_experts(layer.base_layer, hidden, ids, weights, partial(layer.adapted_product, ["default"]))
     expected = _merged(layer, hidden, ids, weights)
     tolerance = 1e-4 if name == "openai_privacy_filter" else 1e-9  # its own forward pass is in float32, whatever comes
     assert torch.allclose(found, expected, atol=tolerance)
@@ -227,7 +228,9 @@ def test_factors_kept_in_float32_multiply_rows_in_the_rows_type(monkeypatch: pyt
         return grouped_low_rank(x, a, b, ends)
 
     monkeypatch.setattr("apportion.adapters.experts.grouped_low_rank", product)
-    run_experts(layer.base_layer, *_inputs(layer, dtype=torch.bfloat16), layer.adapted_product).sum().backward()
+    run_experts(
+        layer.base_layer, *_inputs(layer, dtype=torch.bfloat16), partial(layer.adapted_product, ["default"])
+    ).sum().backward()
     assert set(seen) == {torch.bfloat16}
     assert all(p.grad.dtype == torch.float32 for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
 

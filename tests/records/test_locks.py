@@ -12,7 +12,14 @@ from apportion.errors import FolderInUseError
 from apportion.records.files import require_empty
 from apportion.records.locks import locked
 
-HOLD = "import sys, time; from apportion.records.locks import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from apportion.records.locks import locked
+
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.fused import fused_experts
 from apportion.adapters.grouped import constant, grouped_linear, grouped_low_rank, reorder_rows
+from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
 from apportion.adapters.one_token import run_one_token
 from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts, joined
 from apportion.adapters.wrapped import WrappedModule
@@ -211,12 +213,17 @@ class ExpertLora(WrappedModule):
         sparse = self.lora_B[adapter_name][name]
         sparse.keep(factors.stacked_indices(sparse.shape[1]))
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    def run(
+        self,
+        active: Sequence[str],
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
     ) -> Tensor:
-        """Run the experts, with the active adapters.
+        """Run the experts with the named adapters.
 
         Args:
+            active: Adapters that this module has.
             hidden_states: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
             top_k_index: Expert ids, shape (T, K).
             top_k_weights: Routing weights, shape (T, K).
@@ -224,14 +231,16 @@ class ExpertLora(WrappedModule):
         Returns:
             The shape of `hidden_states`.
         """
-        active, form = self.adapters_to_run(), self.form
+        form = self.form
         if not active:
             routing = () if top_k_index is None else (top_k_index, top_k_weights)
             output: Tensor = self.base_layer(hidden_states, *routing)
             return output
         composed = not hidden_states.is_cpu or torch.compiler.is_compiling() or len(active) > 1 or form.norm
         if composed or top_k_index is None or top_k_weights is None:
-            return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self.adapted_product)
+            return run_experts(
+                self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
+            )
         dtype = form.weights(self.base_layer, "down_proj").dtype
         terms: dict[str, Sequence[LowRankTerm]] = {
             parameter: list(self._terms(active[0], parameter).values()) for parameter in form.parameters
@@ -254,6 +263,20 @@ class ExpertLora(WrappedModule):
             out_TD = run(routed, hidden_TD.to(dtype), top_k_weights)
         return out_TD.to(hidden_states.dtype).view_as(hidden_states)
 
+    def _run_mixed(self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run each adapter on the rows that name it; a module that is called with copies has them expert by expert."""
+        if self.form.called == "routed":
+            mixed: Tensor = super()._run_mixed(adapter_names, args, kwargs)
+            return mixed
+        hidden_TED = args[0].view(self.form.num_experts, -1, args[0].shape[-1]).transpose(0, 1)
+        parts = []
+        for name, rows in rows_by_name(adapter_names):
+            selected = select_rows(hidden_TED, rows, len(adapter_names)).transpose(0, 1)
+            out = self.run([name] if name in self.lora_A else [], selected.flatten(0, 1))
+            parts.append((rows, out.view_as(selected).transpose(0, 1)))
+        out_TED: Tensor = assemble_rows(parts)
+        return out_TED.transpose(0, 1).reshape_as(args[0])
+
     def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
         """Give what an adapter adds to the product of one stacked parameter, by projection."""
         terms = {}
@@ -264,10 +287,11 @@ class ExpertLora(WrappedModule):
                 terms[name] = LowRankTerm(a_RI, b_RO, planned, stacked.rows)
         return terms
 
-    def adapted_product(self, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-        """Multiply sorted rows by one stacked base parameter and add the active adapters; `run_experts` calls this.
+    def adapted_product(self, active: Sequence[str], parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply sorted rows by one stacked base parameter and add adapters; `run_experts` calls this.
 
         Args:
+            active: Adapters that this module has.
             parameter: The parameter's path in the experts module.
             x_SI: Its input, rows sorted by expert.
             ends_E: Where each expert's rows end, int32.
@@ -275,12 +299,16 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        return self.after_product(parameter, x_SI, base_product(self.base_layer, parameter, x_SI, ends_E), ends_E)
+        out_SO = base_product(self.base_layer, parameter, x_SI, ends_E)
+        return self.after_product(active, parameter, x_SI, out_SO, ends_E)
 
-    def after_product(self, parameter: str, x_SI: Tensor, out_SO: Tensor, ends_E: Tensor) -> Tensor:
-        """Add the active adapters to the output of one stacked base parameter.
+    def after_product(
+        self, active: Sequence[str], parameter: str, x_SI: Tensor, out_SO: Tensor, ends_E: Tensor
+    ) -> Tensor:
+        """Add adapters to the output of one stacked base parameter.
 
         Args:
+            active: Adapters that this module has.
             parameter: The parameter's path in the experts module.
             x_SI: Its input, rows sorted by expert.
             out_SO: Its output.
@@ -289,7 +317,7 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        for adapter in self.adapters_to_run():
+        for adapter in active:
             named = self._terms(adapter, parameter)
             if not named:
                 continue
@@ -319,6 +347,10 @@ class ExpertLora(WrappedModule):
         a_RI, b_RO = matrix_of(self.lora_A[adapter_name][name]), matrix_of(self.lora_B[adapter_name][name])
         parts = zip(factors.by_expert(a_RI).values(), factors.by_expert(b_RO).values(), factors.scales, strict=True)
         return torch.stack([(b.t() @ a) * scale for a, b, scale in parts])
+
+    def merged_parameters(self) -> tuple[str, ...]:
+        """Name the stacked parameters that merging adds to."""
+        return self.form.parameters
 
     def is_finite(self, adapter_name: str) -> bool:
         """Tell whether all that an adapter would add to the weights is finite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,20 +98,20 @@ class LinearLora(WrappedModule):
             self.scaling[name] = layer.scaling[name]
             self.num_experts[name] = self.top_k[name] = 1
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the layer, with the active adapters.
+    def run(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer with the named adapters.
 
         Args:
-            x: Shape (..., I).
-            *args: As the layer takes them.
+            active: Adapters that this layer has.
+            *args: As the layer takes them; first the input, shape (..., I).
             **kwargs: As the layer takes them.
 
         Returns:
             Shape (..., O), in the layer's own type.
         """
-        out: Tensor = self.base_layer(x, *args, **kwargs)
-        for adapter in self.adapters_to_run():
-            out = out + self.delta(adapter, x).to(out.dtype)
+        out: Tensor = self.base_layer(*args, **kwargs)
+        for adapter in active:
+            out = out + self.delta(adapter, args[0]).to(out.dtype)
         return out
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:

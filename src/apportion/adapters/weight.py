@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,28 +77,23 @@ class WeightLora(WrappedModule):
         delta: Tensor = (b @ a) * self.scaling[adapter_name]
         return delta
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module, with the active adapters.
+    def run(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Run the module with the named adapters.
 
         Args:
+            active: Adapters that this module has.
             *args: As the module takes them.
             **kwargs: As the module takes them.
 
         Returns:
             What the module returns.
         """
-        active = self.adapters_to_run()
         if not active:
             return self.base_layer(*args, **kwargs)
         weight = self.base_layer.weight
         for adapter in active:
             weight = weight + self.delta(adapter).to(weight.dtype)
-        parameters = self.base_layer._parameters  # functional_call does the same; decoding feels its overhead
-        own, parameters["weight"] = parameters["weight"], weight
-        try:
-            return self.base_layer(*args, **kwargs)
-        finally:
-            parameters["weight"] = own
+        return _twin_with_weight(self.base_layer, weight)(*args, **kwargs)
 
     def is_finite(self, adapter_name: str) -> bool:
         """Tell whether all that an adapter would add to the weight is finite."""
@@ -106,3 +104,20 @@ class WeightLora(WrappedModule):
         """Add an adapter's delta, times the sign, to the weight."""
         weight = self.base_layer.weight
         weight.data += sign * self.delta(adapter_name).to(weight.dtype)
+
+
+def _twin_with_weight(base: Any, weight: Tensor) -> Any:
+    """Make a copy of a module that shares everything with it but its weight; the module itself stays as it is.
+
+    Other threads may run the module meanwhile. `torch.func.functional_call` would swap the weight in place.
+    """
+    twin = object.__new__(type(base))
+    own = vars(twin)
+    own.update(vars(base))
+    own["_parameters"] = {**base._parameters, "weight": weight}
+    own["_compiled_call_impl"] = None  # compiled for the module's own weight
+    own.pop("weight", None)  # FSDP1 keeps its view of the weight here
+    if "forward" in own:  # accelerate's hooks replace the method by one that is bound to the module
+        own["_old_forward"] = MethodType(base._old_forward.__func__, twin)
+        own["forward"] = functools.partial(base.forward.func, twin)
+    return twin

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+
+from apportion.adapters.merging import obstacle
+from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
 
 
 class WrappedModule(nn.Module, BaseTunerLayer):
@@ -50,6 +54,51 @@ class WrappedModule(nn.Module, BaseTunerLayer):
             return []
         return [] if self.merged else [name for name in self.active_adapters if name in self.lora_A]
 
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the module, with the active adapters, or with one adapter per row of the batch.
+
+        Args:
+            *args: As the wrapped module takes them.
+            adapter_names: One name per row of the batch, ``__base__`` for no adapter; the module's inputs hold the
+                rows' tokens one row after the other.
+            **kwargs: As the wrapped module takes them.
+
+        Returns:
+            What the wrapped module returns.
+        """
+        if adapter_names is None:
+            return self.run(self.adapters_to_run(), *args, **kwargs)
+        if self.disable_adapters:
+            return self.run([], *args, **kwargs)
+        if self.merged:
+            raise ValueError(
+                "rows cannot use different adapters while adapters are merged.\n  fix:  call unmerge_adapter first"
+            )
+        return self._run_mixed(adapter_names, args, kwargs)
+
+    @abstractmethod
+    def run(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Run the module with the named adapters.
+
+        Args:
+            active: Adapters that this module has; none to run the wrapped module alone.
+            *args: As the wrapped module takes them.
+            **kwargs: As the wrapped module takes them.
+
+        Returns:
+            What the wrapped module returns.
+        """
+
+    def _run_mixed(self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run each adapter on the rows that name it, and put the outputs back in the rows' order."""
+        parts = []
+        for name, rows in rows_by_name(adapter_names):
+            active = [name] if name in self.lora_A else []
+            selected = [select_rows(value, rows, len(adapter_names)) for value in args]
+            selected_kwargs = {key: select_rows(value, rows, len(adapter_names)) for key, value in kwargs.items()}
+            parts.append((rows, self.run(active, *selected, **selected_kwargs)))
+        return assemble_rows(parts)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weights.
 
@@ -58,13 +107,16 @@ class WrappedModule(nn.Module, BaseTunerLayer):
             adapter_names: The adapters; the active ones where not given.
 
         Raises:
-            ValueError: `safe_merge`, and an adapter holds NaN or infinity.
+            ValueError: `safe_merge`, and an adapter holds NaN or infinity; or the base weights cannot be added to.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_A:
                 continue
             if safe_merge and not self.is_finite(adapter):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            for parameter in self.merged_parameters():
+                if reason := obstacle(self.base_layer, parameter):
+                    raise ValueError(f"{adapter!r} cannot be merged: {parameter} {reason}.")
             self.add_to_weights(adapter, 1.0)
             self.merged_adapters.append(adapter)
 
@@ -72,6 +124,10 @@ class WrappedModule(nn.Module, BaseTunerLayer):
         """Take merged adapters out of the base weights again."""
         while self.merged_adapters:
             self.add_to_weights(self.merged_adapters.pop(), -1.0)
+
+    def merged_parameters(self) -> tuple[str, ...]:
+        """Name the base layer's parameters that merging adds to, by their paths in it."""
+        return ("weight",)
 
     @abstractmethod
     def is_finite(self, adapter_name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apportion.errors import ConfigurationError
-from apportion.peft.attach import read_adapter_plan
+from apportion.peft.load import read_adapter_plan
 
 
 def base_of(adapter: Path, model: str | None) -> str:

@@ -12,7 +12,7 @@ from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.loading import load_model
-from apportion.peft.attach import load, read_adapter_config, read_adapter_plan
+from apportion.peft.load import load, read_adapter_config, read_adapter_plan
 from apportion.records.files import require_empty
 from apportion.training.phase import save_adapter
 

@@ -12,7 +12,7 @@ from apportion.cli.quiet import quiet
 from apportion.data.sources import named_sources, read_rows
 from apportion.evaluation import evaluate_tasks
 from apportion.loading import load_model
-from apportion.peft.attach import load
+from apportion.peft.load import load
 
 
 def run(

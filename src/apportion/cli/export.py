@@ -10,8 +10,8 @@ from rich.console import Console
 from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
 from apportion.loading import load_model
-from apportion.peft.attach import load
 from apportion.peft.export import export_lora
+from apportion.peft.load import load
 from apportion.records.files import require_empty
 
 

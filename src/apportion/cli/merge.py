@@ -12,7 +12,7 @@ from rich.console import Console
 from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
 from apportion.loading import load_model
-from apportion.peft.attach import check_mergeable, load, read_adapter_plan
+from apportion.peft.load import check_mergeable, load, read_adapter_plan
 from apportion.records.files import require_empty
 
 

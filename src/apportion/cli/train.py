@@ -13,7 +13,7 @@ from apportion.data.mixture import mix, parse_weights
 from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
-from apportion.peft.attach import merge_below
+from apportion.peft.load import merge_below
 from apportion.records.files import require_empty
 from apportion.records.mask import load_mask
 from apportion.records.plan import load_plan

@@ -1,17 +1,14 @@
-"""`apply` and `load`: put a plan's adapters on a model, all of them or none."""
+"""`apply`: put a plan's adapters on a model, all of them or none."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanMismatchError
@@ -120,92 +117,6 @@ def apply(
     return peft_model
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
-    """Load a saved adapter: `PeftModel.from_pretrained` with this package's method registered.
-
-    An adapter that was trained on top of another one gets that one merged into the model first.
-
-    Args:
-        model: The base model.
-        path: The folder that `save_pretrained` wrote.
-        **kwargs: As `PeftModel.from_pretrained` takes them, ``is_trainable`` for one.
-
-    Returns:
-        The model with the adapter.
-
-    Raises:
-        PlanMismatchError: the adapter belongs to another architecture.
-        ConfigurationError: there is no adapter in the folder.
-    """
-    plan = read_adapter_plan(path)
-    _check_architecture(find_sites(model), plan)
-    if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
-        raise ConfigurationError(
-            "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.\n  fix:  leave it out"
-        )
-    if not Path(path, "adapter_model.safetensors").is_file():
-        raise ConfigurationError(f"the adapter in {os.fspath(path)} has no adapter_model.safetensors.")
-    return PeftModel.from_pretrained(_with_adapter_below(model, path), os.fspath(path), **kwargs)
-
-
-def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read the plan that a saved adapter was made from.
-
-    Args:
-        path: The adapter's folder.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ConfigurationError: there is no adapter of this package in the folder.
-        PlanError: the plan in the folder was changed.
-    """
-    return read_adapter_config(path).read_plan()
-
-
-def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
-    """Read a saved adapter's configuration.
-
-    Args:
-        path: The adapter's folder.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigurationError: there is no adapter of this package in the folder.
-    """
-    folder = os.fspath(path)
-    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        raise ConfigurationError(f"there is no adapter in {folder}.\n  fix:  give a folder with adapter_config.json")
-    config = ApportionConfig.from_pretrained(folder)
-    if not isinstance(config, ApportionConfig):
-        raise ConfigurationError(
-            f"the adapter in {folder} was not made by apportion.\n  fix:  load it with peft itself"
-        )
-    return config
-
-
-def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
-    """Refuse an adapter that no weight equals.
-
-    Args:
-        plan: The adapter's plan.
-        path: Its folder, for the message.
-
-    Raises:
-        ConfigurationError: a gate depends on the input.
-    """
-    routed = next((placement for placement in plan.placements if placement.is_routed), None)
-    if routed is not None:
-        raise ConfigurationError(
-            f"the adapter in {path} cannot be merged: its gates depend on the input.\n"
-            f"  place:  {routed.site} has {routed.num_experts} LoRA experts\n"
-            "  fix:    use the model with the adapter attached"
-        )
-
-
 def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, dropout: float) -> None:
     """Refuse, before anything changes, what could not be attached whole."""
     if adapter_name in getattr(model, "peft_config", {}):
@@ -216,21 +127,48 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         raise ConfigurationError(f"{adapter_name!r} is no name for an adapter.\n  fix:  choose a name without dots")
     if not 0 <= dropout < 1:
         raise ConfigurationError(f"dropout={dropout} is no share.\n  fix:  give a number from 0 to below 1")
-    _check_architecture(layout, plan)
+    check_architecture(layout, plan)
     for placement in plan.placements:
         routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
         if routed:
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
-    experts = {path: own for path, _, own in walk_modules(model)}
-    for block in layout.blocks:
-        if getattr(experts[block.name], "_is_expert_parallel", False):
-            raise ConfigurationError(
-                f"{block.name} is split over processes (expert parallelism), which is not supported."
-            )
+    planned = {path for placement in plan.placements for path in _module_paths(placement.site)}
+    for path, _, module in walk_modules(model):
+        if path in planned:
+            _check_weights(path, module)
 
 
-def _check_architecture(layout: Layout, plan: Plan) -> None:
-    """Refuse a plan for another model."""
+def _module_paths(site: str) -> tuple[str, str]:
+    """Give the paths that the module of a site may have: its own name, or that of the experts it is part of."""
+    return site, site.rsplit(".", 2)[0]
+
+
+def _check_weights(path: str, module: nn.Module) -> None:
+    """Refuse a module whose weights are spread over processes or not in memory."""
+    reason = None
+    if getattr(module, "_is_expert_parallel", False):
+        reason = "are split over processes (expert parallelism)"
+    elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        reason = "are sharded over processes"
+    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
+        reason = "are offloaded and not in memory"
+    if reason:
+        raise ConfigurationError(
+            f"no adapter can be attached to a model whose weights {reason}: its factors would not be trained right.\n"
+            f"  place:  {path}\n  fix:    attach the adapters before the model is sharded or offloaded"
+        )
+
+
+def check_architecture(layout: Layout, plan: Plan) -> None:
+    """Refuse a plan for another model.
+
+    Args:
+        layout: The model's sites.
+        plan: The plan.
+
+    Raises:
+        PlanMismatchError: names or shapes of the model's parameters are not those that the plan was made for.
+    """
     missing = [placement.site for placement in plan.placements if placement.site not in layout.by_name]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -298,45 +236,6 @@ def check_attachable(model: nn.Module, plan: Plan, *, mask: Mask | None = None, 
     _check(model, layout, plan, "default", 0.0)
     checksum = drawn_checksum(plan, layout.by_name, seed) if mask is not None else None
     _check_sparse(plan, layout, mask, checksum, dense_b=False, store_a=False)
-
-
-def merge_below(model: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
-    """Merge an adapter into a model, for another one to be trained on top.
-
-    Args:
-        model: The base model.
-        path: The adapter's folder.
-
-    Returns:
-        The model, and what the next adapter's configuration keeps of it.
-
-    Raises:
-        ConfigurationError: there is no adapter in the folder, or its gates depend on the input.
-        PlanMismatchError: it belongs to another architecture.
-    """
-    check_mergeable(read_adapter_plan(path), path)
-    merged = load(model, path).merge_and_unload(safe_merge=True)
-    return merged, {"path": str(Path(path).resolve()), "sha256": _weights_digest(path)}
-
-
-def _weights_digest(path: str | os.PathLike[str]) -> str:
-    """Hash an adapter's tensors."""
-    return hashlib.sha256(Path(path, "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Merge the adapter that another one was trained on top of, if there is one."""
-    below = read_adapter_config(path).on_top_of
-    if below is None:
-        return model
-    folder = Path(below["path"])
-    if not folder.joinpath("adapter_model.safetensors").is_file() or _weights_digest(folder) != below["sha256"]:
-        raise ConfigurationError(
-            f"the adapter in {path} was trained on top of another one, which is gone or was changed.\n"
-            f"  place:  {folder}\n  fix:    put that adapter back"
-        )
-    merged, _ = merge_below(model, folder)
-    return merged
 
 
 def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:

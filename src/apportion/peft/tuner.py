@@ -6,6 +6,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,14 +16,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from apportion.adapters.experts import ExpertLora
-from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor
+from apportion.adapters.factors import ExpertFactors
 from apportion.adapters.linear import LinearLora
+from apportion.adapters.merging import obstacle
 from apportion.adapters.weight import WeightLora
+from apportion.adapters.wrapped import WrappedModule
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
+from apportion.peft.mixed import adapter_per_row
 from apportion.peft.start import drawn_checksum, start_factors
+from apportion.peft.state import check_digests, check_tensors, digests, gathered, restacked, unstacked
 from apportion.records.plan import Placement, Plan
 from apportion.records.site import Layout
 
@@ -39,6 +44,32 @@ class ApportionModel(LoraModel):
     prefix = "lora_"
     tuner_layer_cls = BaseTunerLayer
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: ApportionConfig | dict[str, ApportionConfig],
+        adapter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(peft_config, ApportionConfig):  # PeftModel gives a dictionary
+            raise ConfigurationError(
+                "an adapter of apportion can only be used as a PeftModel: loading it into a plain model would leave "
+                "the experts' factors at their random start.\n"
+                "  fix:  apportion.load(model, folder), or PeftModel.from_pretrained(model, folder)"
+            )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Honour ``adapter_names``: one adapter per row of the batch."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        with adapter_per_row(self, names, kwargs.get("num_beams") or 1):
+            yield
+
     @staticmethod
     def _check_target_module_exists(peft_config: ApportionConfig, key: str) -> bool:
         """Tell whether the plan has an adapter in this module."""
@@ -52,6 +83,8 @@ class ApportionModel(LoraModel):
             path: layout.by_name[placements[0].site].storage for path, placements in peft_config.planned_modules.items()
         }
         peft_config.target_modules = set(peft_config.planned_modules)
+        sites = (layout.by_name[path] for path, storage in peft_config.storage.items() if storage == "linear")
+        peft_config.routed_linear_sites = tuple(site.name for site in sites if site.kind == "experts")
         return peft_config
 
     def _create_and_replace(
@@ -170,29 +203,40 @@ class ApportionModel(LoraModel):
             **kwargs: As PEFT takes them.
 
         Raises:
-            ConfigurationError: a gate depends on the input.
+            ConfigurationError: a gate depends on the input, or a weight is quantised, sharded or not in memory.
         """
-        self._refuse_gates(adapter_names)
+        self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, merge: bool = True, **kwargs: Any) -> nn.Module:
         """Take the adapters off, folded in or not."""
         if merge:
-            self._refuse_gates(kwargs.get("adapter_names"))
+            self._check_mergeable(kwargs.get("adapter_names"))
         unloaded: nn.Module = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
         return unloaded
 
-    def _refuse_gates(self, adapter_names: list[str] | None) -> None:
-        """Refuse to merge adapters whose gate depends on the input, before any weight is changed."""
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Refuse to merge, before any weight is changed, where a weight cannot take the adapters up."""
         for path, module in self.model.named_modules():
-            if isinstance(module, LinearLora):
-                for name in adapter_names or module.active_adapters:
-                    if module.num_experts.get(name, 1) > 1:
-                        raise ConfigurationError(
-                            f"adapter {name!r} cannot be merged: its gates depend on the input.\n"
-                            f"  place:  {path} has {module.num_experts[name]} LoRA experts\n"
-                            "  fix:    use the model with the adapter attached"
-                        )
+            if not isinstance(module, BaseTunerLayer):
+                continue
+            names = [name for name in adapter_names or module.active_adapters if name in getattr(module, "lora_A", {})]
+            gated = [name for name in names if isinstance(module, LinearLora) and module.num_experts[name] > 1]
+            if gated:
+                raise ConfigurationError(
+                    f"adapter {gated[0]!r} cannot be merged: its gates depend on the input.\n"
+                    f"  place:  {path} has {module.num_experts[gated[0]]} LoRA experts\n"
+                    "  fix:    use the model with the adapter attached"
+                )
+            parameters = module.merged_parameters() if isinstance(module, WrappedModule) else ("weight",)
+            for parameter in parameters if names else ():
+                if reason := obstacle(module.get_base_layer(), parameter):
+                    raise ConfigurationError(
+                        f"adapter {names[0]!r} cannot be merged: a weight that it stands on {reason}.\n"
+                        f"  place:  {path}.{parameter}\n"
+                        "  fix:    use the model with the adapter attached, or load the model unquantised and on one "
+                        "process, and merge there"
+                    )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -203,34 +247,28 @@ class ApportionModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Give the adapter's tensors, the experts' factors one by one."""
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+        """Give the adapter's tensors, whole and the experts' factors one by one, and note their digests."""
+        in_model: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        for path, module in _expert_modules(model, adapter_name):
-            found |= _unstacked(found, path, module, adapter_name)
-        return found
+        tensors = unstacked(gathered(in_model), model, adapter_name)
+        named = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in tensors.items()}
+        config.tensor_digests = digests(named)
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ApportionConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Stack the experts' factors again, and give every tensor its name in the model."""
-        remaining = dict(state_dict)
-        stacked: dict[str, Tensor] = {}
-        for path, module in _expert_modules(model, adapter_name):
-            source = path if any(key.startswith(path + ".") for key in remaining) else f"base_model.model.{path}"
-            stacked |= _stacked(remaining, source, path, module, adapter_name)
-        for path, module in model.named_modules():
-            kept = getattr(module, "lora_B", {})
-            if isinstance(module, (LinearLora, WeightLora)) and adapter_name in kept:
-                indices = remaining.get(
-                    f"{path}.lora_B.indices", remaining.get(f"base_model.model.{path}.lora_B.indices")
-                )
-                if isinstance(kept[adapter_name], SparseFactor) and indices is not None:
-                    kept[adapter_name].keep(indices)
-        rest: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, remaining)
-        return rest | stacked
+        """Check an adapter's tensors, and give them under their names in the model, the experts' factors stacked."""
+        place = f"the adapter {adapter_name!r}"
+        check_tensors(state_dict, config.read_plan(), find_sites(model), config.stores, place)
+        if config.promised_digests is not None:
+            check_digests(state_dict, config.promised_digests, place)
+            config.promised_digests = None
+        stacked, rest = restacked(state_dict, model, adapter_name)
+        named: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        return named | stacked
 
 
 def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
@@ -283,57 +321,3 @@ def _factors(placements: Iterable[Placement], kept: Callable[[Placement], Tensor
             indices=tuple(indices) if indices else None,
         )
     return described
-
-
-def _unstacked(state: dict[str, Tensor], path: str, module: ExpertLora, adapter: str) -> dict[str, Tensor]:
-    """Take a layer's stacked factors out of a state dictionary, and give them expert by expert."""
-    single: dict[str, Tensor] = {}
-    for name, factors in module.factors[adapter].items():
-        ranks, keys = list(factors.ranks), [f"{path}.{expert}.{name}" for expert in factors.experts]
-        a = state.pop(f"{path}.lora_A.{adapter}.{name}", state.pop(f"{path}.lora_A.{adapter}.{name}.weight", None))
-        if a is not None:
-            parts = zip(keys, torch.split(a, ranks), strict=True)
-            single |= {f"{key}.lora_A.{adapter}.weight": part.clone() for key, part in parts}
-        if factors.indices is None:
-            parts = zip(keys, torch.split(state.pop(f"{path}.lora_B.{adapter}.{name}"), ranks), strict=True)
-            single |= {f"{key}.lora_B.{adapter}.weight": part.t().contiguous() for key, part in parts}
-            continue
-        state.pop(f"{path}.lora_B.{adapter}.{name}.indices")
-        values = state.pop(f"{path}.lora_B.{adapter}.{name}.values")
-        own = zip(keys, torch.split(values, [len(i) for i in factors.indices]), factors.indices, strict=True)
-        for key, part, indices in own:
-            single[f"{key}.lora_B.{adapter}.values"] = part.clone()
-            single[f"{key}.lora_B.{adapter}.indices"] = indices.to(torch.int32)
-    return single
-
-
-def _stacked(state: dict[str, Tensor], source: str, path: str, module: ExpertLora, adapter: str) -> dict[str, Tensor]:
-    """Take a layer's factors out of a checkpoint expert by expert, and give them stacked."""
-    stacked: dict[str, Tensor] = {}
-    for name, factors in module.factors[adapter].items():
-        keys = [f"{source}.{expert}.{name}" for expert in factors.experts]
-
-        def take(ending: str, keys: list[str] = keys) -> list[Tensor] | None:
-            whole = all(f"{key}.{ending}" in state for key in keys)
-            return [state.pop(f"{key}.{ending}") for key in keys] if whole else None
-
-        a, b = take("lora_A.weight"), take("lora_B.weight")
-        values, indices = take("lora_B.values"), take("lora_B.indices")
-        own_a, own_b = f"{path}.lora_A.{adapter}.{name}", f"{path}.lora_B.{adapter}.{name}"
-        if a is not None:
-            frozen = isinstance(module.lora_A[adapter][name], FrozenFactor)
-            stacked[f"{own_a}.weight" if frozen else own_a] = torch.cat(a)
-        if b is not None:
-            stacked[own_b] = torch.cat([part.t() for part in b])
-        if values is not None and indices is not None:
-            module.keep(adapter, name, indices)
-            stacked[f"{own_b}.values"] = torch.cat(values)
-            stacked[f"{own_b}.indices"] = module.lora_B[adapter][name].indices
-    return stacked
-
-
-def _expert_modules(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ExpertLora]]:
-    """Go through the stacked experts that have an adapter of this name."""
-    for path, module in model.named_modules():
-        if isinstance(module, ExpertLora) and adapter_name in module.factors:
-            yield path, module

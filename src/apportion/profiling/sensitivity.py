@@ -247,7 +247,9 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
 
             if out_SO.requires_grad:
                 out_SO.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-            return called.after_product(parameter, x_SI, out_SO, ends_E) if isinstance(called, ExpertLora) else out_SO
+            if not isinstance(called, ExpertLora):
+                return out_SO
+            return called.after_product(called.adapters_to_run(), parameter, x_SI, out_SO, ends_E)
 
         return run_experts(own, hidden_states, top_k_index, top_k_weights, product)
 

@@ -1,0 +1,38 @@
+"""Which base weights an adapter can be added to: plain floating-point parameters, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def obstacle(module: nn.Module, parameter: str) -> str | None:
+    """Say why numbers cannot be added to a parameter.
+
+    Adding to the weight of a parametrised or quantised module changes a temporary copy, or what the quantised numbers
+    mean, and raises nothing.
+
+    Args:
+        module: The module.
+        parameter: The parameter's path in it.
+
+    Returns:
+        The reason, in words that follow the parameter's name; None where they can be added.
+    """
+    owner_path, _, name = parameter.rpartition(".")
+    owner: Any = module.get_submodule(owner_path)
+    found = vars(owner)["_parameters"].get(name)
+    if found is None:
+        return "is computed from other parameters"
+    if isinstance(found, DTensor):
+        return "is sharded over processes"
+    if type(found) is not nn.Parameter or found.dtype not in _PLAIN:
+        return f"is quantised ({type(found).__name__}, {found.dtype})"
+    if found.is_meta or found.numel() == 0:
+        return "is not in memory"
+    return None

@@ -1,0 +1,174 @@
+"""`load`: read a saved adapter, check that it is whole, and put it on a model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from apportion.discovery import find_sites
+from apportion.errors import AdapterError, ApportionWarning, ConfigurationError
+from apportion.peft.attach import check_architecture
+from apportion.peft.config import ApportionConfig
+from apportion.peft.state import check_digests, check_tensors
+from apportion.records.plan import Plan
+
+_TENSORS_FILE = "adapter_model.safetensors"
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
+    """Load a saved adapter: `PeftModel.from_pretrained` with this package's method registered.
+
+    An adapter that was trained on top of another one gets that one merged into the model first.
+
+    Args:
+        model: The base model.
+        path: The folder that `save_pretrained` wrote.
+        **kwargs: As `PeftModel.from_pretrained` takes them, ``is_trainable`` for one.
+
+    Returns:
+        The model with the adapter.
+
+    Raises:
+        PlanMismatchError: the adapter belongs to another architecture.
+        ConfigurationError: there is no adapter in the folder.
+        AdapterError: its tensors are not exactly those of its plan, or not those that were saved; the model is then
+            as it was.
+    """
+    config = read_adapter_config(path)
+    plan, layout = config.read_plan(), find_sites(model)
+    check_architecture(layout, plan)
+    if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
+        raise ConfigurationError(
+            "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.\n  fix:  leave it out"
+        )
+    state = _read_tensors(path)
+    check_tensors(state, plan, layout, config.stores, f"the adapter in {os.fspath(path)}")
+    if config.promised_digests is None:
+        warnings.warn(
+            f"the adapter in {os.fspath(path)} has no digests, so changed numbers in it would not be noticed: it was "
+            "written by an older version. Save it again to add them.",
+            ApportionWarning,
+            stacklevel=2,
+        )
+    else:
+        check_digests(state, config.promised_digests, f"the adapter in {os.fspath(path)}")
+    return PeftModel.from_pretrained(_with_adapter_below(model, path), os.fspath(path), **kwargs)
+
+
+def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read the plan that a saved adapter was made from.
+
+    Args:
+        path: The adapter's folder.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: there is no adapter of this package in the folder.
+        PlanError: the plan in the folder was changed.
+    """
+    return read_adapter_config(path).read_plan()
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
+    """Read a saved adapter's configuration.
+
+    Args:
+        path: The adapter's folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigurationError: there is no adapter of this package in the folder.
+    """
+    folder = os.fspath(path)
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise ConfigurationError(f"there is no adapter in {folder}.\n  fix:  give a folder with adapter_config.json")
+    config = ApportionConfig.from_pretrained(folder)
+    if not isinstance(config, ApportionConfig):
+        raise ConfigurationError(
+            f"the adapter in {folder} was not made by apportion.\n  fix:  load it with peft itself"
+        )
+    return config
+
+
+def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
+    """Refuse an adapter that no weight equals.
+
+    Args:
+        plan: The adapter's plan.
+        path: Its folder, for the message.
+
+    Raises:
+        ConfigurationError: a gate depends on the input.
+    """
+    routed = next((placement for placement in plan.placements if placement.is_routed), None)
+    if routed is not None:
+        raise ConfigurationError(
+            f"the adapter in {path} cannot be merged: its gates depend on the input.\n"
+            f"  place:  {routed.site} has {routed.num_experts} LoRA experts\n"
+            "  fix:    use the model with the adapter attached"
+        )
+
+
+def merge_below(model: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
+    """Merge an adapter into a model, for another one to be trained on top.
+
+    Args:
+        model: The base model.
+        path: The adapter's folder.
+
+    Returns:
+        The model, and what the next adapter's configuration keeps of it.
+
+    Raises:
+        ConfigurationError: there is no adapter in the folder, or its gates depend on the input.
+        PlanMismatchError: it belongs to another architecture.
+    """
+    check_mergeable(read_adapter_plan(path), path)
+    merged = load(model, path).merge_and_unload(safe_merge=True)
+    return merged, {"path": str(Path(path).resolve()), "sha256": _weights_digest(path)}
+
+
+def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read an adapter's tensors."""
+    file = Path(path, _TENSORS_FILE)
+    if not file.is_file():
+        raise AdapterError(f"the adapter in {os.fspath(path)} has no {_TENSORS_FILE}.\n  fix:  copy the whole folder")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{file} cannot be read: it is truncated or damaged.\n  found:  {error}\n"
+            "  fix:    copy it again, or train it again"
+        ) from error
+
+
+def _weights_digest(path: str | os.PathLike[str]) -> str:
+    """Hash an adapter's tensors."""
+    return hashlib.sha256(Path(path, _TENSORS_FILE).read_bytes()).hexdigest()
+
+
+def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Merge the adapter that another one was trained on top of, if there is one."""
+    below = read_adapter_config(path).on_top_of
+    if below is None:
+        return model
+    folder = Path(below["path"])
+    if not folder.joinpath(_TENSORS_FILE).is_file() or _weights_digest(folder) != below["sha256"]:
+        raise ConfigurationError(
+            f"the adapter in {path} was trained on top of another one, which is gone or was changed.\n"
+            f"  place:  {folder}\n  fix:    put that adapter back"
+        )
+    merged, _ = merge_below(model, folder)
+    return merged

@@ -1,0 +1,79 @@
+"""`adapter_names=`: batches in which every row uses an adapter of its own, as PEFT's layers have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from apportion.adapters.wrapped import WrappedModule
+from apportion.errors import ConfigurationError
+
+BASE = "__base__"  # PEFT's name for a row without an adapter
+
+
+@contextmanager
+def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) -> Iterator[None]:
+    """Have every adapted layer use the adapter that each row names, while the block runs.
+
+    Args:
+        tuner: The model with adapters.
+        adapter_names: One name per row of the batch, ``__base__`` for no adapter.
+        num_beams: Beams of a search, each of which repeats every row.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigurationError: a name is unknown, the model is in training mode, or an adapter stands on a layer that is
+            given some tokens of the batch without the rows that they belong to, or a batch has another number of rows.
+    """
+    if tuner.training:
+        raise ConfigurationError(
+            "rows cannot use different adapters in training.\n  fix:  call eval() first, or leave out adapter_names"
+        )
+    used = set(adapter_names) - {BASE}
+    unknown = sorted(used - set(tuner.peft_config))
+    if unknown:
+        raise ConfigurationError(
+            f"there is no adapter {unknown[0]!r}.\n  found:  {', '.join(tuner.peft_config)}\n"
+            "  fix:    name one of these per row, or __base__ for none"
+        )
+    for name in used:
+        for site in tuner.peft_config[name].routed_linear_sites:
+            raise ConfigurationError(
+                f"adapter {name!r} cannot be used for single rows: one of its layers sees tokens without their rows.\n"
+                f"  place:  {site}\n  fix:    run the rows of each adapter as a batch of their own, with set_adapter"
+            )
+    names = [name for name in adapter_names for _ in range(num_beams)]
+    with ExitStack() as stack:
+        handle = tuner.model.register_forward_pre_hook(partial(_check_rows, len(names)), with_kwargs=True)
+        stack.callback(handle.remove)
+        for module in tuner.modules():
+            if isinstance(module, (LoraLayer, WrappedModule)):
+                handle = module.register_forward_pre_hook(partial(_name_rows, names), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+def _check_rows(num_names: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a batch of another length than the names."""
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = next((value for value in given if value is not None), None)
+    if inputs is not None and len(inputs) != num_names:
+        raise ConfigurationError(
+            f"adapter_names has {num_names} names, and the batch {len(inputs)} rows.\n  fix:  give one name per row"
+        )
+
+
+def _name_rows(
+    names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a layer the names; PEFT's own layers want one per entry of their input, which may be a list of tokens."""
+    if isinstance(module, LoraLayer) and args[0].ndim == 2 and len(args[0]) % len(names) == 0:
+        names = [name for name in names for _ in range(len(args[0]) // len(names))]
+    return args, {**kwargs, "adapter_names": list(names)}
