@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -123,8 +124,11 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         raise ConfigurationError(
             f"the model has an adapter {adapter_name!r} already.\n  fix:  choose another adapter_name"
         )
-    if "." in adapter_name or not adapter_name:
-        raise ConfigurationError(f"{adapter_name!r} is no name for an adapter.\n  fix:  choose a name without dots")
+    if "." in adapter_name or not adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ConfigurationError(
+            f"{adapter_name!r} cannot be the name of an adapter: PyTorch's module dictionaries have no room for it.\n"
+            "  fix:  choose another name, without dots"
+        )
     if not 0 <= dropout < 1:
         raise ConfigurationError(f"dropout={dropout} is no share.\n  fix:  give a number from 0 to below 1")
     check_architecture(layout, plan)
@@ -238,6 +242,25 @@ def check_attachable(model: nn.Module, plan: Plan, *, mask: Mask | None = None, 
     _check_sparse(plan, layout, mask, checksum, dense_b=False, store_a=False)
 
 
+def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """Find an adapter's parameters in the layers that hold them, whatever the adapter is called.
+
+    Args:
+        model: A model with adapters.
+        adapter_name: The adapter.
+
+    Returns:
+        Its parameters, trained or not, in model order.
+    """
+    found = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for holder in ("lora_A", "lora_B", "lora_router"):
+                part = getattr(module, holder, {})
+                found += list(part[adapter_name].parameters()) if adapter_name in part else []
+    return found
+
+
 def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:
     """Account for every planned site on the model itself."""
     sites = layout.by_name
@@ -245,8 +268,7 @@ def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *,
     if dense_b:
         sparse = [placement for placement in plan.placements if placement.sparsity]
         expected += sum(p.num_b_entries(sites[p.site]) for p in sparse) - num_kept_entries(sparse, sites)
-    adapted = [parameter for name, parameter in model.named_parameters() if f".{adapter_name}." in f"{name}."]
-    counted = sum(parameter.numel() for parameter in adapted)
+    counted = sum(parameter.numel() for parameter in adapter_parameters(model, adapter_name))
     if counted != expected:
         raise RuntimeError(f"{counted} parameters were attached, {expected} planned: this is a bug")
     return Receipt(
