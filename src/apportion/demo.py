@@ -24,6 +24,7 @@ from apportion.methods.planning import plan
 from apportion.profiling.run import profile
 from apportion.records.files import seal, write_text
 from apportion.records.profile import Profile
+from apportion.signals import end_by
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 
@@ -233,7 +234,7 @@ def _train(
     )
     result = train(copy.deepcopy(base), tokenizer, made, rows, place / "adapter", told, progress=False)
     if result.interrupted:
-        raise KeyboardInterrupt
+        end_by(result.signal)
     made.save(place / "plan.json")
     return result.model, {"task": task, "method": method, "cost": made.cost.as_dict(), "training": result.as_dict()}
 

@@ -256,7 +256,7 @@ def test_an_adapter_for_another_model_is_refused(tiny_model: nn.Module, profile_
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"adapter_name": "a.b"}, "no name"), ({"dropout": 1.0}, "no share")],
+    [({"adapter_name": "a.b"}, "cannot be the name"), ({"dropout": 1.0}, "no share")],
 )
 def test_wrong_arguments_are_refused(
     tiny_model: nn.Module, profile_of: ProfileOf, arguments: dict[str, object], message: str

@@ -24,7 +24,7 @@ from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.errors import ApportionWarning, ConfigurationError, DataError, OutputExistsError, TrainingError
 from apportion.records.plan import Plan
-from apportion.training.runs import last_checkpoint
+from apportion.training.checkpoints import last_checkpoint
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apportion.adapters.dispatch import enter, is_dispatched
 from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.fused import fused_experts
 from apportion.adapters.grouped import constant, grouped_linear, grouped_low_rank, reorder_rows
@@ -160,6 +161,9 @@ class ExpertLora(WrappedModule):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.form = known_form(base_layer)
+        self.is_dispatched = is_dispatched(base_layer)
+        if self.is_dispatched:
+            enter(base_layer)
         self.lora_dropout = nn.ModuleDict()
         self.factors: dict[str, dict[str, ExpertFactors]] = {}
 
@@ -231,11 +235,26 @@ class ExpertLora(WrappedModule):
         Returns:
             The shape of `hidden_states`.
         """
-        form = self.form
+        routing = () if top_k_index is None else (top_k_index, top_k_weights)
+        run_rows = partial(self._run_rows, active)
+        output: Tensor
         if not active:
-            routing = () if top_k_index is None else (top_k_index, top_k_weights)
-            output: Tensor = self.base_layer(hidden_states, *routing)
-            return output
+            output = self.base_layer(hidden_states, *routing)
+        elif self.is_dispatched:
+            output = self.base_layer(hidden_states, *routing, run_rows=run_rows)
+        else:
+            output = run_rows(hidden_states, *routing)
+        return output
+
+    def _run_rows(
+        self,
+        active: Sequence[str],
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Run the experts and the adapters on the base module's weights as they are now: inside its own forward."""
+        form = self.form
         composed = not hidden_states.is_cpu or torch.compiler.is_compiling() or len(active) > 1 or form.norm
         if composed or top_k_index is None or top_k_weights is None:
             return run_experts(

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from apportion.errors import ApportionError, ApportionWarning
+from apportion.signals import Terminated, raising_terminated
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -43,11 +44,14 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
     console = Console(stderr=as_json, highlight=False, quiet=not first)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
+        with raising_terminated():
+            result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
     except ApportionError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted.", 1)
+    except Terminated as ended:
+        _fail("terminated.", ended.exit_code)
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):  # safetensors wraps the system's error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from apportion.cli.quiet import quiet
@@ -17,6 +16,7 @@ from apportion.peft.load import merge_below
 from apportion.records.files import require_empty
 from apportion.records.mask import load_mask
 from apportion.records.plan import load_plan
+from apportion.signals import end_by
 from apportion.training.processes import on_first
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
@@ -72,7 +72,7 @@ def run(
         console.print(f"{result.truncated} rows were longer than {checked.max_length} tokens and were cut")
     if result.interrupted:
         console.print(f"stopped at step {result.steps} with a checkpoint; go on with the same command and --resume")
-        raise typer.Exit(1)
+        end_by(result.signal)
     console.print(
         f"{result.steps} steps, mean loss {result.loss:.4f}, {result.tokens_per_s:,.0f} tokens a second -> {output}"
     )

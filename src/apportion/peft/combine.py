@@ -37,6 +37,8 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
     """
     if len(plans) != len(weights) or not plans:
         raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.\n  fix:  give one each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ConfigurationError(f"the weights {list(weights)} are not all finite.\n  fix:  give finite numbers")
     routed = [name for name, plan in plans.items() if not plan.is_mergeable]
     if routed:
         raise ConfigurationError(

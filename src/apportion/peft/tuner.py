@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from apportion.adapters.dispatch import leave
 from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import ExpertFactors
 from apportion.adapters.linear import LinearLora
@@ -22,9 +23,10 @@ from apportion.adapters.merging import obstacle
 from apportion.adapters.weight import WeightLora
 from apportion.adapters.wrapped import WrappedModule
 from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.errors import AdapterError, ConfigurationError, PlanMismatchError
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
+from apportion.peft.factors import site_factors
 from apportion.peft.mixed import adapter_per_row
 from apportion.peft.start import drawn_checksum, start_factors
 from apportion.peft.state import check_digests, check_tensors, digests, gathered, restacked, unstacked
@@ -174,6 +176,7 @@ class ApportionModel(LoraModel):
 
         Raises:
             ConfigurationError: the adapters cannot be combined so, or the name is taken.
+            AdapterError: the combined factors are not finite.
         """
         if adapter_name in self.peft_config:
             raise ConfigurationError(f"the model has an adapter {adapter_name!r} already.\n  fix:  choose another name")
@@ -194,6 +197,14 @@ class ApportionModel(LoraModel):
         self.inject_adapter(self.model, adapter_name)
         self._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=True)
         write_combined(self.model, plans, weights, combination_type, adapter_name)
+        if any(
+            not bool(part.isfinite().all()) for _, *parts in site_factors(self.model, adapter_name) for part in parts
+        ):
+            self.delete_adapter(adapter_name)
+            raise AdapterError(
+                f"with the weights {list(weights)} the combined adapter has numbers that are not finite.\n"
+                "  fix:  give smaller weights"
+            )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
         """Fold adapters into the weights, all of them or, where one has a gate, none.
@@ -212,6 +223,9 @@ class ApportionModel(LoraModel):
         """Take the adapters off, folded in or not."""
         if merge:
             self._check_mergeable(kwargs.get("adapter_names"))
+        for module in self.model.modules():
+            if isinstance(module, ExpertLora):
+                leave(module.base_layer)
         unloaded: nn.Module = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
         return unloaded
 

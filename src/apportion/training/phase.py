@@ -14,7 +14,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.data.sources import Row
+from apportion.errors import AdapterError
 from apportion.peft.attach import apply
+from apportion.peft.state import non_finite
 from apportion.records.files import use_default_mode, write_text
 from apportion.records.plan import Plan
 from apportion.training.processes import on_first
@@ -82,7 +84,13 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     Args:
         model: A model with adapters.
         folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` belong.
+
+    Raises:
+        AdapterError: a number of the adapter is not finite.
     """
+    bad = non_finite({name: tensor for name, tensor in model.named_parameters() if "lora_" in name})
+    if bad:
+        raise AdapterError(f"the adapter cannot be saved: {bad[0]} is not finite.\n  fix:  lower the weights or rates")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter.", dir=target) as temporary:

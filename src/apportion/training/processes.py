@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, gather
+
+from apportion.records.locks import locked
 
 T = TypeVar("T")
 
@@ -19,26 +23,56 @@ def on_first(action: Callable[[], T]) -> T:
         action: What is done: files are checked or written.
 
     Returns:
-        What it gave, on every process.
+        What it gave, on every process. Where it raised an error, every process raises it.
     """
-    found = [action() if _state().is_main_process else None]
-    result: T = broadcast_object_list(found)[0]
-    return result
+    outcome: list[Any] = [None, None]
+    if _state().is_main_process:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # noqa: BLE001 - raised below
+            outcome[1] = error
+    result, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return cast("T", result)
 
 
-def on_any(*, said: bool) -> bool:
-    """Tell whether any process says so.
+@contextmanager
+def locked_by_first(folder: Path) -> Iterator[None]:
+    """Hold a folder for this run: the first process does, for all of them.
 
     Args:
-        said: What this one says.
+        folder: The folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FolderInUseError: another run holds the folder.
+    """
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+def largest(value: int) -> int:
+    """Give the largest of all processes' numbers.
+
+    Args:
+        value: This process's.
 
     Returns:
         The same on all of them.
     """
     state = _state()
     if state.num_processes == 1:
-        return said
-    return bool(reduce(torch.tensor(float(said), device=state.device)) > 0)
+        return value
+    return int(gather(torch.tensor([value], device=state.device)).max())
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    _state().wait_for_everyone()
 
 
 def num_processes() -> int:

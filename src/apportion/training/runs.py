@@ -12,39 +12,10 @@ from apportion.errors import ConfigurationError
 from apportion.records.files import require_empty, seal
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
+from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, warn_of_unfinished
 from apportion.training.settings import TrainSettings
 
 RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
-
-_RESUMABLE = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written whole.
-
-    Args:
-        folder: Where the checkpoints are.
-
-    Returns:
-        Its folder, or None. A checkpoint that a kill left half written is passed over.
-    """
-    if not folder.is_dir():
-        return None
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
-        if all((checkpoint / name).is_file() for name in _RESUMABLE) and _is_json(checkpoint / "trainer_state.json"):
-            return checkpoint
-    return None
-
-
-def _is_json(path: Path) -> bool:
-    """Tell whether a file, the last one written of a checkpoint, is whole."""
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return False
-    return True
 
 
 def run_identity(
@@ -87,6 +58,7 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
     Raises:
         ConfigurationError: the run in the folder was started with something else.
         OutputExistsError: the folder has something in it and `resume` was not asked for.
+        TrainingError: the newest checkpoint was changed since it was written.
     """
     if not resume:
         require_empty(folder)
@@ -95,11 +67,27 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
     if not run_file.is_file():
         require_empty(folder)
         return None
-    before = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+    before = _read_identity(run_file)
     changed = [name for name, value in identity.items() if before.get(name) != value]
     if changed:
         raise ConfigurationError(
             f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.\n"
             "  fix:  resume with the same plan, data and settings, or choose another output folder"
         )
-    return last_checkpoint(folder / CHECKPOINTS)
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    warn_of_unfinished(folder / CHECKPOINTS, checkpoint)
+    return checkpoint
+
+
+def _read_identity(run_file: Path) -> dict[str, Any]:
+    """Read what a run was started with."""
+    try:
+        identity = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
+        if isinstance(identity, dict):
+            return identity
+        raise TypeError("identity is no object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigurationError(
+            f"{run_file} is damaged, so the run cannot be resumed.\n  found:  {error!r}\n"
+            "  fix:    put the file back, or train into another folder"
+        ) from error

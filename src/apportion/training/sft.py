@@ -15,6 +15,7 @@ from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.lori import train_sparse
 from apportion.training.phase import run_phase
+from apportion.training.processes import locked_by_first
 from apportion.training.runs import run_identity
 from apportion.training.settings import TrainSettings
 from apportion.training.trainer import TrainResult
@@ -36,8 +37,8 @@ def train(
     """Attach a plan's adapters, train them on the rows' completions, and save them.
 
     The loop, the schedule and the checkpoints are TRL's and transformers'. A checkpoint is written every
-    `save_every` steps and on Ctrl-C; a run that was killed goes on from the last whole one with `resume`, and ends with
-    the same weights as a run that was not. A sparse plan is trained as `train_sparse` says.
+    `save_every` steps and on Ctrl-C, SIGTERM and SIGHUP; a run that was killed goes on from the last whole one with
+    `resume`, and ends with the same weights as a run that was not. A sparse plan is trained as `train_sparse` says.
 
     Args:
         model: The base model; it gets the adapters.
@@ -58,9 +59,10 @@ def train(
     Raises:
         ConfigurationError: a setting is out of range, `resume` was asked for a run of other settings, or a mask was
             given for a plan that is not sparse.
+        FolderInUseError: another process trains in the folder.
         OutputExistsError: the folder has something in it and `resume` was not asked for.
         PlanMismatchError: the plan is for another model.
-        TrainingError: the loss is not a number.
+        TrainingError: the loss or a weight is not a number, or the newest checkpoint was changed.
     """
     settings = settings or TrainSettings()
     settings.check()
@@ -69,15 +71,16 @@ def train(
             "a balance loss was asked for, and no adapter has several LoRA experts.\n"
             "  fix:  leave it out, or plan with lora_smoe, mola or uniform"
         )
-    folder = Path(output)
-    common: dict[str, Any] = {"resume": resume, "progress": progress, "facts": facts}
-    if plan.is_sparse:
-        return train_sparse(model, tokenizer, plan, rows, folder, settings, mask=mask, **common)
-    if mask is not None or settings.of_sparse_plans():
+    if not plan.is_sparse and (mask is not None or settings.of_sparse_plans()):
         asked = "a mask" if mask is not None else ", ".join(settings.of_sparse_plans())
         raise ConfigurationError(
             f"{asked} was given, and the plan is not sparse.\n  fix:  leave it out, or plan with lori or hellori"
         )
-    identity = run_identity(plan, rows, settings, facts)
-    attach = {"on_top_of": (facts or {}).get("on_top_of")}
-    return run_phase(model, tokenizer, plan, rows, folder, settings, identity=identity, attach=attach, **common)
+    folder = Path(output)
+    common: dict[str, Any] = {"resume": resume, "progress": progress, "facts": facts}
+    with locked_by_first(folder):
+        if plan.is_sparse:
+            return train_sparse(model, tokenizer, plan, rows, folder, settings, mask=mask, **common)
+        identity = run_identity(plan, rows, settings, facts)
+        attach = {"on_top_of": (facts or {}).get("on_top_of")}
+        return run_phase(model, tokenizer, plan, rows, folder, settings, identity=identity, attach=attach, **common)

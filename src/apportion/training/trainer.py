@@ -1,18 +1,16 @@
-"""TRL's `SFTTrainer`, told what a run is told: it stops at a loss that is not a number, and on Ctrl-C."""
+"""TRL's `SFTTrainer`, told what a run is told: it stops at numbers that are not finite, and on signals."""
 
 from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -24,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
 )
@@ -35,9 +32,11 @@ from apportion.cpu_caches import CPU_CACHES
 from apportion.data.batches import encode
 from apportion.data.sources import Row
 from apportion.errors import ApportionWarning, DataError, TrainingError
+from apportion.peft.state import non_finite
 from apportion.training.balance import BalanceLoss
-from apportion.training.processes import on_any
-from apportion.training.runs import CHECKPOINTS, last_checkpoint
+from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, seal_checkpoint, unseal_checkpoint
+from apportion.training.interrupts import StopOnSignal
+from apportion.training.processes import largest, on_first, wait_for_all
 from apportion.training.settings import TrainSettings
 
 
@@ -53,7 +52,7 @@ class TrainResult:
         seconds: Wall time of this sitting's steps.
         tokens_per_s: Tokens of this sitting over its time.
         truncated: Rows cut to `max_length`.
-        interrupted: Whether Ctrl-C ended the run early; a checkpoint was written then.
+        signal: Number of the signal that ended the run early, after a checkpoint; 0 where none did.
         loss_curve: Step and training loss.
     """
 
@@ -64,12 +63,19 @@ class TrainResult:
     seconds: float
     tokens_per_s: float
     truncated: int
-    interrupted: bool
+    signal: int
     loss_curve: tuple[dict[str, float], ...]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended the run early."""
+        return self.signal != 0
 
     def as_dict(self) -> dict[str, Any]:
         """Give the figures, for JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("model", "loss_curve")}
+        left_out = ("model", "loss_curve", "signal")
+        figures = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
+        return figures | {"interrupted": self.interrupted}
 
 
 def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
@@ -124,18 +130,18 @@ def fit(
         The trained model and the run's figures.
 
     Raises:
-        TrainingError: the loss is not a number.
+        TrainingError: the loss, a weight or its optimizer's state is not a number.
     """
     _warn_of_small_caches(model, settings)
     balance = BalanceLoss(model) if settings.balance_loss else None
-    interrupt = _StopOnInterrupt()
+    stop = StopOnSignal()
     with _config_restored(model), _quiet(tokenizer), _deterministic():
         trainer = _Trainer(
             model=model,
             args=_arguments(folder / CHECKPOINTS, settings, progress=progress),
             train_dataset=Dataset.from_list([_without_answer(row) for row in rows]),
             processing_class=tokenizer,
-            callbacks=[interrupt],
+            callbacks=[stop],
         )
         trainer.balance, trainer.balance_weight = balance, settings.balance_loss
         trainer.remove_callback(PrinterCallback)  # these two write the logs to standard output
@@ -144,8 +150,9 @@ def fit(
             trainer.add_callback(_Bar())
         start = time.perf_counter()
         try:
-            with interrupt.listening():
+            with stop.listening():
                 trainer.go_on_from(checkpoint)
+            trainer.refuse_non_finite()
         finally:
             if balance is not None:
                 balance.end()
@@ -160,13 +167,13 @@ def fit(
         seconds=seconds,
         tokens_per_s=(tokens - trainer.tokens_before) / seconds,
         truncated=truncated,
-        interrupted=interrupt.asked,
+        signal=stop.signal,
         loss_curve=tuple(losses),
     )
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer, stopped by the first loss that is not a number, before it reaches the weights."""
+    """TRL's trainer, stopped by the first loss or weight that is not finite."""
 
     tokens_before = 0
     balance: BalanceLoss | None = None
@@ -206,13 +213,41 @@ class _Trainer(SFTTrainer):
         """Run one step and look at its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
-            last = last_checkpoint(Path(self.args.output_dir))
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-            raise TrainingError(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}; training stopped.\n"
-                f"  found:  {kept}\n  fix:    lower the learning rate, or look for broken rows near this step"
-            )
+            self._stop(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
         return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint of finite numbers alone, and list its files when all processes have written theirs."""
+        self.refuse_non_finite()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        on_first(lambda: unseal_checkpoint(folder))
+        super()._save_checkpoint(model, trial)
+        wait_for_all()
+        on_first(lambda: seal_checkpoint(folder))
+
+    def refuse_non_finite(self) -> None:
+        """Stop where a weight that trains, or the optimizer's state of it, is not finite on any process."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        names = non_finite(trained)
+        if not names and self.optimizer is not None:
+            states = self.optimizer.state
+            names = [
+                f"the optimizer's state of {name}"
+                for name, parameter in trained.items()
+                if non_finite({key: v for key, v in states.get(parameter, {}).items() if isinstance(v, torch.Tensor)})
+            ]
+        if largest(len(names)):
+            self._stop(f"{names[0] if names else 'a weight of another process'} was not finite after step "
+                       f"{self.state.global_step}")  # fmt: skip
+
+    def _stop(self, reason: str) -> NoReturn:
+        """Raise an error that names the checkpoint to go back to."""
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+        raise TrainingError(
+            f"{reason}; training stopped.\n"
+            f"  found:  {kept}\n  fix:    lower the learning rate, or look for broken rows near this step"
+        )
 
 
 class _Bar(ProgressCallback):
@@ -223,42 +258,6 @@ class _Bar(ProgressCallback):
         logs = kwargs.get("logs", {})
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=logs["loss"], lr=logs["learning_rate"])
-
-
-class _StopOnInterrupt(TrainerCallback):
-    """Turn Ctrl-C into a checkpoint and an end."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the interrupt signal while training runs; a second one is the usual interrupt."""
-        previous = signal.getsignal(signal.SIGINT)
-
-        def note(_number: int, _frame: FrameType | None) -> None:
-            self.asked = True
-            signal.signal(signal.SIGINT, previous)
-
-        try:
-            signal.signal(signal.SIGINT, note)
-        except ValueError:  # not in the main thread: signals are somebody else's
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Save and stop after the step in which the signal came, to whichever process."""
-        self.asked = on_any(said=self.asked)
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
 
 
 def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTConfig:

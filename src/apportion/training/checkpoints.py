@@ -1,0 +1,108 @@
+"""Checkpoints that are whole: the last file written lists all others, and a run goes on from nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from apportion.errors import ApportionWarning, TrainingError
+from apportion.records.files import sync, write_text
+
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """List a checkpoint's files with their sizes and digests in a last file, after all of them are on the disk.
+
+    Args:
+        folder: The checkpoint.
+    """
+    files = {}
+    for path in _files(folder):
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = _describe(path)
+    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def unseal_checkpoint(folder: Path) -> None:
+    """Remove the list of a checkpoint that is about to be written again."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint that was written to its end.
+
+    Args:
+        folder: Where the checkpoints are.
+
+    Returns:
+        Its folder; None where there is none.
+
+    Raises:
+        TrainingError: a file of it is missing or was changed since.
+    """
+    for checkpoint in _newest_first(folder):
+        if (checkpoint / MANIFEST).is_file():
+            _check(checkpoint)
+            return checkpoint
+    return None
+
+
+def warn_of_unfinished(folder: Path, used: Path | None) -> None:
+    """Say which checkpoints a resumed run cannot go on from, because their writing was cut short.
+
+    Args:
+        folder: Where the checkpoints are.
+        used: The checkpoint that the run goes on from, if any.
+    """
+    names = [path.name for path in _newest_first(folder) if not (path / MANIFEST).is_file()]
+    if names:
+        consequence = f"goes on from {used.name}" if used else "begins anew"
+        warnings.warn(
+            f"{', '.join(names)} was not written to its end; the run {consequence}.", ApportionWarning, stacklevel=3
+        )
+
+
+def _check(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files are not those that its list names."""
+    try:
+        expected: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        problems = [f"{name} is missing" for name in expected if not (checkpoint / name).is_file()]
+        present = [name for name in expected if (checkpoint / name).is_file()]
+        problems += [f"{name} was changed" for name in present if _describe(checkpoint / name) != expected[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        problems = [f"{MANIFEST} was changed"]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise TrainingError(
+            f"the run cannot go on from {checkpoint}: it is not as it was written.\n"
+            f"  found:  {problems[0]}{more}\n"
+            "  fix:    put the file back, or remove this checkpoint to go on from the one before"
+        )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Give the checkpoints of a folder, that of the latest step first."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    numbered = [(int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Give a checkpoint's files but for its list."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Give a file's size and digest."""
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": digest}
