@@ -10,9 +10,11 @@ import torch
 
 import apportion
 from apportion.records.profile import Profile
-from apportion.study.records import CellSummary, Comparison, Interval, Run, Score, Summary, Trial
+from apportion.study.contents import profile_key
+from apportion.study.files import keep_plan, profile_path, write_record
+from apportion.study.note import note_runs, note_trials, open_study
+from apportion.study.records import CellSummary, Comparison, Contents, Interval, Run, Score, Summary, TaskDigests, Trial
 from apportion.study.settings import StudySettings
-from apportion.study.store import open_study, profile_path, write_record
 from tiny_models import build_tiny
 
 TASKS = ("siblings", "legs")
@@ -24,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 BUDGETS = (4, 8)  # ranks stand for budgets
+VERSIONS = {"torch": "2.13.0"}
 
 
 def tiny_profile(tasks: tuple[str, ...] = TASKS, name: str = "olmoe", **changes: int) -> Profile:
@@ -52,8 +55,10 @@ def write_study(folder: Path, profile: Profile, seeds: int = 3) -> Summary:
         budgets=tuple(rank * 1000 for rank in BUDGETS),
         seeds=seeds,
     )
-    open_study(folder, settings, {"torch": "2.13.0"})
-    profile.save(profile_path(folder, "tiny"))
+    rows = {task: TaskDigests(train="0", validation="1", held_out="2") for task in profile.tasks}
+    contents = Contents(tasks=rows, unrelated=None, weights={"tiny": "3"})
+    open_study(folder, settings, contents, VERSIONS)
+    profile.save(profile_path(folder, profile_key(settings, contents, VERSIONS, "tiny")))
     drawn = random.Random(0)
     runs, cells = [], []
     for task in profile.tasks:
@@ -64,6 +69,8 @@ def write_study(folder: Path, profile: Profile, seeds: int = 3) -> Summary:
                 runs += own
     for run in runs:
         write_record(folder / "runs" / f"{run.key}.json", run)
+    note_runs(folder, [run.key for run in runs])
+    note_trials(folder, ["ab"])
     trial = Trial(
         key="ab", model="tiny", task=profile.tasks[0], contender="cold", budget=4000, lr=1e-3, loss=None, train_s=2.5
     )
@@ -87,12 +94,12 @@ def _cell(
     folder: Path, profile: Profile, task: str, method: str, rank: int, numbers: range, drawn: random.Random
 ) -> tuple[CellSummary, list[Run]]:
     """Plan, and invent the scores of one contender at one budget on one task."""
-    file = None if method == "full" else f"plans/{profile.tasks.index(task)}-{method}-{rank}.json"
+    file = plan_seal = None
     spent = budget = profile.layout.base_parameters
     options = {}
-    if file:
+    if method != "full":
         plan = apportion.plan(profile.of_task(task), method, rank=rank, **METHODS[method])
-        plan.save(folder / file)
+        file, plan_seal = keep_plan(folder, plan)
         spent, budget, options = plan.cost.trainable_parameters, rank * 1000, plan.options
     base = 0.4 + 0.05 * rank - 0.1 * (method == "cold") + 0.5 * (method == "full")
     runs = []
@@ -100,12 +107,12 @@ def _cell(
         match = base + drawn.uniform(-0.04, 0.04)
         run = Run(
             key=f"{number:04x}", model="tiny", task=task, contender=method, method=method, options=options,
-            unit="parameters", budget=budget, spent=spent, rank=rank or None, plan=file, seed=seed, lr=3e-3,
-            before=Score(loss=1.5, exact_match=0.2), after=Score(loss=1 - match, exact_match=match),
+            unit="parameters", budget=budget, spent=spent, rank=rank or None, plan=file, plan_seal=plan_seal,
+            seed=seed, lr=3e-3, before=Score(loss=1.5, exact_match=0.2), after=Score(loss=1 - match, exact_match=match),
             unrelated_before=Score(loss=0.4, exact_match=None),
             unrelated_after=Score(loss=0.4 + drawn.uniform(0, 0.2), exact_match=None), steps=60, tokens=12345,
             train_s=9.5 + drawn.random(), peak_bytes=700_000_000, trainable_parameters=spent,
-            hot_set_drift=drawn.uniform(0.7, 1), versions={"torch": "2.13.0"},
+            hot_set_drift=drawn.uniform(0.7, 1), versions=VERSIONS,
         )  # fmt: skip
         runs.append(run)
     cell = CellSummary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_a_study_shows_every_run_cell_and_verdict(tmp_path: Path) -> None:
     assert data["scores"][0]["before"] == {"exact_match": 0.2, "loss": 1.5}
     assert len(data["plans"]) == len(TASKS) * (len(METHODS) - 1) * 2
     assert {"group": "siblings", "label": "cold at 4,000 parameters"}.items() <= data["plans"][2].items()
+
+
+def test_a_plan_that_contenders_share_is_shown_for_each(tmp_path: Path) -> None:
+    write_study(tmp_path / "study", tiny_profile())
+    material = read_material(tmp_path / "study")
+    study = material.study
+    assert study is not None
+    shared = next(run for run in study.runs if run.contender == "hellora")
+    place = {"task": shared.task, "contender": "lora", "budget": shared.budget}
+    twin = next(run for run in study.runs if place.items() <= dict(run).items())
+    runs = tuple(
+        run.model_copy(update={"plan": shared.plan, "plan_seal": shared.plan_seal}) if run.plan == twin.plan else run
+        for run in study.runs
+    )
+    plans = {file: plan for file, plan in material.plans.items() if file != twin.plan}
+    shown = chart_data(replace(material, plans=plans, study=replace(study, runs=runs)))["plans"]
+    assert len(shown) == len(material.plans) == len(plans) + 1
+    twins = [(plan["group"], plan["method"]) for plan in shown if plan["label"] == "lora at 4,000 parameters"]
+    assert twins == [("siblings", "hellora"), ("legs", "lora")]
 
 
 def test_an_unsummarised_study_has_runs_and_no_verdict(tmp_path: Path) -> None:

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from apportion.errors import ConfigurationError
-from apportion.records.profile import Profile, load_profile
+from apportion.records.profile import Profile
 from apportion.study.budgets import fit, resolve_budget, spent_by
 from apportion.study.records import Unit
 from apportion.study.settings import Contender
+from apportion.study.store import load_study
 
 
 @pytest.fixture(scope="module")
 def measured(finished: Path) -> Profile:
-    return load_profile(finished / "profiles" / "embedded.safetensors")
+    return load_study(finished).profile("embedded")
 
 
 @pytest.mark.parametrize("budget", ["lora:2", "lora:4"])

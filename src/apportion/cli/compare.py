@@ -51,7 +51,7 @@ def run(
                 f"{study} is a study's folder, whose runs are only summarised, and {told[0]} was given.\n"
                 "  fix:  give the study's .toml file, or leave that out"
             )
-        summary: Summary | None = write_summary(study)
+        summary: Summary | None = write_summary(study, say=lambda text: console.print(text, soft_wrap=True))
         folder = study
     else:
         settings = _settings(study, data, options)

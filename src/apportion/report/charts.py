@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.report.material import Material
-from apportion.study.records import Interval
+from apportion.study.records import Interval, Run
 from apportion.study.settings import FULL
 
 _EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.[^.]+")
@@ -125,18 +124,25 @@ def _matrices(values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
 
 
 def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
-    """Give every plan a group and a label: a study's task, contender and budget, or the file's name."""
-    runs = {run.plan: run for run in material.study.runs if run.plan} if material.study else {}
-    twins = Counter((run.model, run.task, run.contender, run.budget) for run in runs.values())
+    """Give every plan a group and a label: a study's task, contender and budget, or the file's name.
+
+    A plan that several contenders or budgets of a study share is there once for each.
+    """
+    if material.study is None:
+        return [
+            ({"group": "", "label": file.removesuffix("/plan.json")}, made) for file, made in material.plans.items()
+        ]
+    runs: dict[tuple[str, str, str, int], dict[str, Run]] = {}
+    for run in material.study.runs:
+        if run.plan in material.plans:
+            runs.setdefault((run.model, run.task, run.contender, run.budget), {})[run.plan] = run
     labels = []
-    for file in material.plans:
-        if run := runs.get(file):
-            drawn = f", seed {run.seed}" if twins[run.model, run.task, run.contender, run.budget] > 1 else ""
-            label = f"{run.contender} at {run.budget:,} {run.unit}{drawn}"
-            labels.append({"group": run.task, "label": label})
-        else:
-            labels.append({"group": "", "label": file.removesuffix("/plan.json")})
-    return list(zip(labels, material.plans.values(), strict=True))
+    for (_, task, contender, budget), drawn in runs.items():
+        for file, run in drawn.items():
+            seed = f", seed {run.seed}" if len(drawn) > 1 else ""
+            label = f"{contender} at {budget:,} {run.unit}{seed}"
+            labels.append(({"group": task, "label": label}, material.plans[file]))
+    return labels
 
 
 def _plan(label: dict[str, str], plan: Plan, material: Material, names: list[str]) -> dict[str, Any]:

@@ -39,8 +39,11 @@ def _of_study(study: StoredStudy) -> list[tuple[str, str]]:
     """Say how large a study is."""
     told = study.settings
     planned = f" of {study.summary.planned_runs:,}" if study.summary else ""
+    left_out = (
+        f"; {study.num_left_out:,} records of other data, plans or settings left out" if study.num_left_out else ""
+    )
     return [
-        ("runs", f"{len(study.runs):,}{planned}"),
+        ("runs", f"{len(study.runs):,}{planned}{left_out}"),
         ("tasks", ", ".join(told.tasks)),
         (f"budgets, {told.unit}", ", ".join(f"{b:,}" if isinstance(b, int) else b for b in told.budgets)),
         ("contenders", str(len(told.contenders))),

@@ -13,7 +13,8 @@ from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.records.plan import Plan, load_plan
 from apportion.records.profile import Profile, load_profile
 from apportion.report.commands import demo_command, plan_command, profile_command
-from apportion.study.store import STUDY_FILE, StoredStudy, load_study, profile_path
+from apportion.study.note import STUDY_FILE
+from apportion.study.store import StoredStudy, load_study
 
 _TAKEN = "a study's folder, a demonstration's folder, a profile (.safetensors) or a plan (.json)"
 
@@ -98,14 +99,14 @@ def _read_plan(source: Path, profile: str | os.PathLike[str] | None) -> Material
 def _read_study(folder: Path) -> Material:
     """Read a study with the profiles and plans of its finished runs."""
     study = load_study(folder)
-    plans = {}
+    plans: dict[str, Plan] = {}
     for run in study.runs:
-        if run.plan is not None and run.plan not in plans:
-            plans[run.plan] = load_plan(folder / run.plan)
+        if run.plan is not None and run.plan not in plans and (plan := study.plan(run)):
+            plans[run.plan] = plan
     return Material(
         "study",
         study.settings.name,
-        profiles={name: study.profile(name) for name in study.settings.models if profile_path(folder, name).is_file()},
+        profiles={name: study.profile(name) for name in study.settings.models if study.profile_path(name).is_file()},
         plans=plans,
         study=study,
         commands=study.summary.commands if study.summary else (),

@@ -11,13 +11,17 @@ from functools import cache
 from pathlib import Path
 
 from apportion.errors import ConfigurationError
+from apportion.records.locks import locked
 from apportion.records.profile import Profile
 from apportion.study.budgets import fit, resolve_budget, spent_by
+from apportion.study.contents import read_study_rows
+from apportion.study.files import keep_plan, write_record
+from apportion.study.note import SUMMARY_FILE, find_study, note_runs, note_trials, open_study
 from apportion.study.pool import Pool, limited_threads
 from apportion.study.records import Run, Summary, Trial
 from apportion.study.runner import WORK, Bench, Job, versions
 from apportion.study.settings import FULL, Contender, StudySettings
-from apportion.study.store import PLANS, SUMMARY_FILE, file_name, load_study, open_study, write_record
+from apportion.study.store import load_study
 from apportion.study.summary import summarise
 from apportion.study.tuning import TuningCell, choose_rates, tuning_cell
 
@@ -78,54 +82,46 @@ def run_study(
     Raises:
         ConfigurationError: a method, an option or a budget does not fit a model.
         DataError: data cannot be read, or have too few rows.
-        OutputExistsError: the folder holds something else.
+        FolderInUseError: another process works in the folder.
+        OutputExistsError: the folder holds something else, or results of other settings, rows or models.
         TrainingError: runs failed; all others are done.
     """
-    if not open_study(folder, settings, versions(settings), begin=not dry_run):
+    if dry_run and find_study(folder, settings, versions(settings)) is None:
         with tempfile.TemporaryDirectory() as elsewhere:
-            open_study(elsewhere, settings, versions(settings))
-            return run_study(Path(elsewhere), settings, dry_run=True, say=say)
-    shutil.rmtree(folder / WORK, ignore_errors=True)  # of runs that were killed
-
-    @cache
-    def bench(model: str) -> Bench:
-        return Bench(folder, settings, model)
-
-    with limited_threads(settings.threads):
-        matrix = plan_study(folder, settings, bench, say)
-    tell_plan(matrix, settings, say)
-    if dry_run:
-        _tell_time(folder, matrix, settings, processes, say)
+            _, matrix = _prepared(Path(elsewhere), settings, say)
+            _tell_time(Path(elsewhere), matrix, settings, processes, say)
         return None
-    with limited_threads(settings.threads):
-        for model in settings.models:
-            say(f"scoring {model}")
-            _ = bench(model).base
-    pool = Pool(folder, settings, bench, processes=processes, keep_adapters=keep_adapters, prepare=prepare)
-    rates = choose_rates(
-        settings,
-        matrix.tuning,
-        lambda jobs: pool.trials(jobs, _Progress("trial", len(jobs), say)),
-    )
-    jobs = [replace(job, lr=rates[tuning_cell(job, matrix.runs, settings.tuning.each)]) for job in matrix.runs]
-    pool.runs(jobs, _Progress("run", len(jobs), say))
-    return write_summary(folder, commands)
+    with locked(folder):
+        bench, matrix = _prepared(folder, settings, say, begin=not dry_run)
+        if dry_run:
+            _tell_time(folder, matrix, settings, processes, say)
+            return None
+        with limited_threads(settings.threads):
+            for model in settings.models:
+                say(f"scoring {model}")
+                _ = bench(model).base
+        pool = Pool(folder, settings, bench, processes=processes, keep_adapters=keep_adapters, prepare=prepare)
+        _do_all(pool, matrix, say)
+        return _summarise(folder, commands, say)
 
 
-def write_summary(folder: Path, commands: tuple[str, ...] = ()) -> Summary:
+def write_summary(folder: Path, commands: tuple[str, ...] = (), say: Say = str) -> Summary:
     """Summarise the runs that a folder holds.
 
     Args:
         folder: A study's folder.
         commands: What to type to get all this again; the last summary's where none is given.
+        say: Told how many records are left out.
 
     Returns:
         The summary, as it stands in ``summary.json``.
+
+    Raises:
+        ConfigurationError: the folder holds no study, or a file in it is damaged.
+        FolderInUseError: another process works in the folder.
     """
-    study = load_study(folder)
-    summary = summarise(study, commands or (study.summary.commands if study.summary else ()))
-    write_record(folder / SUMMARY_FILE, summary)
-    return summary
+    with locked(folder):
+        return _summarise(folder, commands, say)
 
 
 def plan_study(folder: Path, settings: StudySettings, bench: Callable[[str], Bench], say: Say = str) -> Matrix:
@@ -189,6 +185,50 @@ def tell_plan(matrix: Matrix, settings: StudySettings, say: Say) -> None:
             say(f"{contender.name} trains every weight: it is at no budget")
 
 
+def _prepared(
+    folder: Path, settings: StudySettings, say: Say, *, begin: bool = True
+) -> tuple[Callable[[str], Bench], Matrix]:
+    """Read rows and models, make sure that the folder's results are of these, and plan the study."""
+    find_study(folder, settings, versions(settings))  # a wrong folder is refused before models are loaded
+    rows = read_study_rows(settings)
+
+    @cache
+    def bench(model: str) -> Bench:
+        return Bench(folder, settings, model, rows)
+
+    contents = rows.contents({model: bench(model).weights for model in settings.models})
+    open_study(folder, settings, contents, versions(settings), begin=begin)
+    shutil.rmtree(folder / WORK, ignore_errors=True)  # of runs that were killed
+    with limited_threads(settings.threads):
+        matrix = plan_study(folder, settings, bench, say)
+    tell_plan(matrix, settings, say)
+    return bench, matrix
+
+
+def _do_all(pool: Pool, matrix: Matrix, say: Say) -> None:
+    """Do the trials, choose the learning rates, and do the runs."""
+    settings = pool.settings
+
+    def try_all(jobs: list[Job]) -> list[Trial]:
+        note_trials(pool.folder, [pool.bench(job.model).key(job, trial=True) for job in jobs])
+        return pool.trials(jobs, _Progress("trial", len(jobs), say))
+
+    rates = choose_rates(settings, matrix.tuning, try_all)
+    jobs = [replace(job, lr=rates[tuning_cell(job, matrix.runs, settings.tuning.each)]) for job in matrix.runs]
+    note_runs(pool.folder, [pool.bench(job.model).key(job, trial=False) for job in jobs])
+    pool.runs(jobs, _Progress("run", len(jobs), say))
+
+
+def _summarise(folder: Path, commands: tuple[str, ...], say: Say) -> Summary:
+    """Summarise a folder that this process holds."""
+    study = load_study(folder)
+    if study.num_left_out:
+        say(f"{study.num_left_out} records of other data, plans or settings were left out")
+    summary = summarise(study, commands or (study.summary.commands if study.summary else ()))
+    write_record(folder / SUMMARY_FILE, summary)
+    return summary
+
+
 def _planned(
     folder: Path, settings: StudySettings, part: Profile, contender: Contender, cell: TuningCell, seed: int
 ) -> Job:
@@ -197,10 +237,8 @@ def _planned(
     if contender.method == FULL:
         return Job(model, task, name, budget, budget, None, None, seed)
     made = fit(part, contender, settings.unit, budget, settings.tolerance, seed)
-    path = f"{PLANS}/{file_name(f'{model}-{task}-{name}-{budget}-{seed}')}.json"
-    if not (folder / path).is_file():
-        made.save(folder / path)
-    return Job(model, task, name, budget, spent_by(made, settings.unit), path, made.as_dict()["seal"], seed)
+    path, plan_seal = keep_plan(folder, made)
+    return Job(model, task, name, budget, spent_by(made, settings.unit), path, plan_seal, seed)
 
 
 def _tell_time(folder: Path, matrix: Matrix, settings: StudySettings, processes: int, say: Say) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from apportion.errors import ApportionError, TrainingError
+from apportion.study.contents import read_study_rows
+from apportion.study.note import require_contents
 from apportion.study.records import Run, Trial
 from apportion.study.runner import Bench, Job
 from apportion.study.settings import StudySettings
@@ -173,8 +175,11 @@ def _start_child(threads: int, prepare: Callable[[], object]) -> None:
 
 @cache
 def _child_bench(folder: str, settings: str, model: str) -> Bench:
-    """Load a model and its data once a process."""
-    return Bench(Path(folder), StudySettings.model_validate_json(settings), model)
+    """Load a model and its data once a process, and make sure that they are still those of the study."""
+    told = StudySettings.model_validate_json(settings)
+    bench = Bench(Path(folder), told, model, read_study_rows(told))
+    require_contents(Path(folder), bench.contents)
+    return bench
 
 
 def _in_child(

@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Unit = Literal["parameters", "flops"]
 Metric = Literal["exact_match", "loss"]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
     """Frozen, and strict about its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskDigests(_Record):
+    """Hashes of a task's rows, in their order.
+
+    Args:
+        train: Of the rows that are trained on.
+        validation: Of those that learning rates are chosen by.
+        held_out: Of those that runs are scored on.
+    """
+
+    train: str
+    validation: str
+    held_out: str
+
+
+class Contents(_Record):
+    """Hashes of the rows and the models that a study computes with: part of ``study.json``.
+
+    Args:
+        tasks: By task, hashes of its rows.
+        unrelated: Hash of the unrelated rows; None where the study has none.
+        weights: By model, hash of a sample of its weights.
+    """
+
+    tasks: dict[str, TaskDigests]
+    unrelated: str | None
+    weights: dict[str, str]
 
 
 class Score(_Record):
@@ -48,6 +77,7 @@ class Run(_Record):
         spent: What the plan takes of it.
         rank: The plan's rank; None for full fine-tuning.
         plan: The plan's file below the study's folder; None for full fine-tuning.
+        plan_seal: Hash of the plan; None for full fine-tuning.
         seed: Seed of the factors' start and of the rows' order.
         lr: Peak learning rate.
         before: Score of the base model on the task.
@@ -76,8 +106,9 @@ class Run(_Record):
     spent: int
     rank: int | None
     plan: str | None
+    plan_seal: str | None
     seed: int
-    lr: float
+    lr: Rate
     before: Score
     after: Score
     unrelated_before: Score | None
@@ -100,7 +131,7 @@ class Interval(_Record):
 
 
 class Base(_Record):
-    """What is measured once of a model that no run has touched: ``profiles/<model>.json``.
+    """What is measured once of a model that no run has touched: ``profiles/<key>.json``.
 
     Args:
         schema_version: Of this record.
@@ -141,7 +172,7 @@ class Trial(_Record):
     task: str
     contender: str
     budget: int
-    lr: float
+    lr: Rate
     loss: float | None
     train_s: float
 

@@ -24,20 +24,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion._version import __version__
 from apportion.data.batches import batches, encode
-from apportion.data.sources import Row, read_rows
-from apportion.errors import DataError, TrainingError
+from apportion.data.sources import Row
+from apportion.discovery import find_sites
+from apportion.errors import TrainingError
 from apportion.evaluation import completion_loss, exact_matches
 from apportion.loading import load_model
 from apportion.methods.hot import experts_kept, hottest
 from apportion.profiling.routing import routing_counter
 from apportion.profiling.run import profile, weights_sample
 from apportion.profiling.totals import TaskTotals
-from apportion.records.files import seal
-from apportion.records.plan import load_plan
-from apportion.records.profile import Profile, load_profile
-from apportion.study.records import Base, Interval, Run, Score, Trial
+from apportion.records.plan import Plan
+from apportion.records.profile import Profile
+from apportion.study.contents import StudyRows, base_key, key_of, profile_key
+from apportion.study.files import (
+    RUNS,
+    TUNING,
+    base_path,
+    profile_path,
+    read_base,
+    read_plan,
+    read_profile,
+    read_record,
+    write_record,
+)
+from apportion.study.records import Base, Contents, Interval, Run, Score, Trial
 from apportion.study.settings import StudySettings
-from apportion.study.store import RUNS, TUNING, base_path, profile_path, read_record, write_record
 from apportion.training.full import train_all
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
@@ -83,66 +94,55 @@ class Job:
 
 
 class Bench:
-    """One model with the study's data: read once, used by all of its runs in this process.
+    """One model with the study's data: loaded once, used by all of its runs in this process.
 
     Args:
         folder: The study's folder.
         settings: The study's settings.
         name: The model.
+        rows: The study's rows.
     """
 
-    def __init__(self, folder: Path, settings: StudySettings, name: str) -> None:
-        self.folder, self.settings, self.name = folder, settings, name
+    def __init__(self, folder: Path, settings: StudySettings, name: str, rows: StudyRows) -> None:
+        self.folder, self.settings, self.name, self.rows = folder, settings, name, rows
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
         self.model, self.tokenizer = load_model(name)
-        wanted = settings.training.steps * settings.training.batch_size
-        self.rows: dict[str, list[Row]] = {}
-        self.validation: dict[str, list[Row]] = {}
-        for task, source in settings.tasks.items():
-            rows = read_rows(source, num_rows=wanted + settings.tuning.rows)
-            kept = len(rows) - settings.tuning.rows
-            if kept < 1:
-                raise DataError(
-                    f"the data of task {task!r} have {len(rows)} rows, and {settings.tuning.rows} of them are to "
-                    "choose learning rates.\n  fix:  give more rows, or fewer to tuning.rows"
-                )
-            self.rows[task], self.validation[task] = rows[:kept], rows[kept:]
-        self.held_out = {task: self._held_out(settings.eval.get(task, settings.tasks[task])) for task in settings.tasks}
-        self.unrelated = self._held_out(settings.unrelated) if settings.unrelated else None
-
-    def _held_out(self, source: str) -> list[Row]:
-        return read_rows(source, num_rows=self.settings.eval_rows, split="test")
 
     @cached_property
     def weights(self) -> str:
         """Hash of a sample of the model's weights."""
-        return weights_sample(self.model, self.profile.layout)
+        return weights_sample(self.model, find_sites(self.model))
+
+    @cached_property
+    def contents(self) -> Contents:
+        """Hashes of the rows and of this model."""
+        return self.rows.contents({self.name: self.weights})
 
     @cached_property
     def profile(self) -> Profile:
         """The model's profile on all tasks, measured when it is first asked for and read after that."""
-        path = profile_path(self.folder, self.name)
+        path = profile_path(self.folder, profile_key(self.settings, self.contents, versions(self.settings), self.name))
         if not path.is_file():
             streams = {task: self._batches(rows, _PROFILE_BATCH) for task, rows in self._calibration().items()}
             facts = {"model": self.name, "data": self.settings.tasks}
             profile(self.model, streams, sensitivity=True, provenance=facts).save(path)
-        return load_profile(path)
+        return read_profile(path, self.name, self.settings)
 
     @cached_property
     def base(self) -> Base:
         """What is known of the untouched model, measured when it is first asked for and read after that."""
-        path = base_path(self.folder, self.name)
+        path = base_path(self.folder, base_key(self.settings, self.contents, versions(self.settings), self.name))
         if not path.is_file():
             base = Base(
                 model=self.name,
                 weights=self.weights,
-                before={task: self.score(self.model, rows) for task, rows in self.held_out.items()},
-                unrelated=self.score(self.model, self.unrelated, answers=False) if self.unrelated else None,
+                before={task: self.score(self.model, rows) for task, rows in self.rows.held_out.items()},
+                unrelated=self._score_unrelated(self.model),
                 stability=self._stability() if self.profile.layout.is_moe else {},
             )
             write_record(path, base)
-        return read_record(path, Base)
+        return read_base(path, self.name, self.settings, self.contents)
 
     def score(self, model: nn.Module, rows: Sequence[Row], *, answers: bool = True) -> Score:
         """Score a model on rows; where they have no answers, or none are asked for, by loss alone."""
@@ -152,19 +152,27 @@ class Bench:
         items = exact_matches(model, self.tokenizer, rows, _EVAL_BATCH)
         return Score(loss=loss, exact_match=sum(items) / len(items), items=tuple(items))
 
+    def _score_unrelated(self, model: nn.Module) -> Score | None:
+        """Score a model on the unrelated rows, by loss."""
+        return self.score(model, self.rows.unrelated, answers=False) if self.rows.unrelated else None
+
+    def _plan(self, job: Job) -> Plan | None:
+        """Read a job's plan; full fine-tuning has none."""
+        return None if job.plan is None else read_plan(self.folder, job.plan, job.plan_seal)
+
     def key(self, job: Job, *, trial: bool) -> str:
         """Hash everything that a run's result depends on."""
-        data = [self.rows[job.task], self.validation[job.task] if trial else self.held_out[job.task]]
-        return seal(
+        rows = self.contents.tasks[job.task]
+        return key_of(
             {
                 "weights": self.weights,
-                "rows": seal({"rows": [*data, self.unrelated]}),
+                "rows": [rows.train, rows.validation if trial else rows.held_out, self.contents.unrelated],
                 "job": asdict(job),
                 "training": asdict(self._train_settings(job, trial=trial)),
                 "hot": self.settings.profile.hot,
                 "versions": versions(self.settings),
             }
-        )[:16]
+        )
 
     def run(self, job: Job, *, keep_adapter: bool = False) -> Run:
         """Do a run, or read what it gave when it was done."""
@@ -173,7 +181,7 @@ class Bench:
         if path.is_file():
             return read_record(path, Run)
         contender = self.settings.contender(job.contender)
-        plan = load_plan(self.folder / job.plan) if job.plan else None
+        plan = self._plan(job)
         with self._trained(job, key, trial=False) as (result, peak_bytes, work):
             trained = result.model
             run = Run(
@@ -188,12 +196,13 @@ class Bench:
                 spent=job.spent,
                 rank=plan.rank if plan else None,
                 plan=job.plan,
+                plan_seal=job.plan_seal,
                 seed=job.seed,
                 lr=job.lr,
                 before=self.base.before[job.task],
-                after=self.score(trained, self.held_out[job.task]),
+                after=self.score(trained, self.rows.held_out[job.task]),
                 unrelated_before=self.base.unrelated,
-                unrelated_after=self.score(trained, self.unrelated, answers=False) if self.unrelated else None,
+                unrelated_after=self._score_unrelated(trained),
                 steps=result.steps,
                 tokens=result.tokens,
                 train_s=result.seconds,
@@ -218,7 +227,7 @@ class Bench:
         loss, seconds = None, 0.0
         try:
             with self._trained(job, key, trial=True) as (result, _, _):
-                found = self.score(result.model, self.validation[job.task], answers=False).loss
+                found = self.score(result.model, self.rows.validation[job.task], answers=False).loss
                 loss, seconds = (found if numpy.isfinite(found) else None), result.seconds
         except TrainingError:  # too high a rate is a result, not a failure
             pass
@@ -232,13 +241,13 @@ class Bench:
         """Train a copy of the model in a folder that is gone afterwards."""
         work = self.folder / WORK / key
         shutil.rmtree(work, ignore_errors=True)
-        model, settings, rows = copy.deepcopy(self.model), self._train_settings(job, trial=trial), self.rows[job.task]
+        model, settings = copy.deepcopy(self.model), self._train_settings(job, trial=trial)
+        plan, rows = self._plan(job), self.rows.train[job.task]
         _start_peak()
         try:
-            if job.plan is None:
+            if plan is None:
                 result = train_all(model, self.tokenizer, rows, work, settings)
             else:
-                plan = load_plan(self.folder / job.plan)
                 result = train(model, self.tokenizer, plan, rows, work, settings, progress=False)
             if result.interrupted:
                 raise KeyboardInterrupt
@@ -262,7 +271,7 @@ class Bench:
 
     def _calibration(self) -> dict[str, list[Row]]:
         """Give the rows that the model is profiled on: the first that it is trained on."""
-        return {task: rows[: self.settings.profile.rows] for task, rows in self.rows.items()}
+        return {task: rows[: self.settings.profile.rows] for task, rows in self.rows.train.items()}
 
     def _batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Tensor]]:
         """Tokenize and batch rows."""

@@ -1,0 +1,167 @@
+"""Single files of a study's folder: read, they are checked to be the study's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from apportion.errors import ConfigurationError, PlanError
+from apportion.records.files import write_text
+from apportion.records.plan import Plan, load_plan
+from apportion.records.profile import Profile, load_profile
+from apportion.study.contents import KEY_DIGITS
+from apportion.study.records import Base, Contents
+from apportion.study.settings import StudySettings
+
+RUNS, TUNING, PROFILES, PLANS = "runs", "tuning", "profiles", "plans"
+R = TypeVar("R", bound=BaseModel)
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read one record.
+
+    Args:
+        path: Its file.
+        kind: What it is.
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigurationError: the file is damaged, or holds the record of another key.
+    """
+    try:
+        record = kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"{path} is damaged, or of another version of apportion.\n  fix:  remove it, and run the study again"
+        ) from error
+    if getattr(record, "key", path.stem) != path.stem:
+        raise foreign(path, f"the key {getattr(record, 'key', None)}")
+    return record
+
+
+def read_base(path: Path, model: str, settings: StudySettings, contents: Contents) -> Base:
+    """Read what was measured of an untrained model.
+
+    Args:
+        path: Its file.
+        model: The model.
+        settings: The study's settings.
+        contents: Hashes of the rows and the models that the study computes with.
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigurationError: the file is damaged, or belongs to another model, other weights or other tasks.
+    """
+    base = read_record(path, Base)
+    if base.model != model:
+        raise foreign(path, f"the model {base.model!r}")
+    if base.weights != contents.weights[model]:
+        raise foreign(path, f"other weights of {model!r}")
+    if {*base.before} != {*settings.tasks} or not {*base.stability} <= {*settings.tasks}:
+        raise foreign(path, f"the tasks {', '.join({**base.before, **base.stability})}")
+    return base
+
+
+def read_profile(path: Path, model: str, settings: StudySettings) -> Profile:
+    """Read a model's profile.
+
+    Args:
+        path: Its file.
+        model: The model.
+        settings: The study's settings.
+
+    Returns:
+        The profile.
+
+    Raises:
+        ConfigurationError: it belongs to another model or other tasks.
+        ProfileError: the file is missing or damaged.
+    """
+    profile = load_profile(path)
+    measured = profile.provenance.get("model", model)
+    if measured != model:
+        raise foreign(path, f"the model {measured!r}")
+    if {*profile.tasks} != {*settings.tasks}:
+        raise foreign(path, f"the tasks {', '.join(profile.tasks)}")
+    return profile
+
+
+def read_plan(folder: Path, plan: str, plan_seal: str | None) -> Plan:
+    """Read a plan of a study.
+
+    Args:
+        folder: The study's folder.
+        plan: The plan's file below it.
+        plan_seal: Hash of the plan.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: the file is missing, damaged, or holds another plan.
+    """
+    path = folder / plan
+    made = load_plan(path)
+    if made.as_dict()["seal"] != plan_seal:
+        raise PlanError(
+            f"{path} holds another plan than the one of this study.\n  fix:  remove it, and run the study again"
+        )
+    return made
+
+
+def keep_plan(folder: Path, made: Plan) -> tuple[str, str]:
+    """Keep a plan in a study's folder, under its hash.
+
+    Args:
+        folder: The study's folder.
+        made: The plan.
+
+    Returns:
+        Its file below the folder, and its hash.
+
+    Raises:
+        PlanError: its file is there already and damaged, or holds another plan.
+    """
+    plan_seal = made.as_dict()["seal"]
+    path = f"{PLANS}/{plan_seal[:KEY_DIGITS]}.json"
+    if (folder / path).is_file():
+        read_plan(folder, path, plan_seal)
+    else:
+        made.save(folder / path)
+    return path, plan_seal
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write one record whole or not at all."""
+    write_text(path, record.model_dump_json() + "\n")
+
+
+def profile_path(folder: Path, key: str) -> Path:
+    """Give the file of a model's profile by its `profile_key`."""
+    return folder / PROFILES / f"{key}.safetensors"
+
+
+def base_path(folder: Path, key: str) -> Path:
+    """Give the file of what else was measured of a model, by its `base_key`."""
+    return folder / PROFILES / f"{key}.json"
+
+
+def foreign(path: Path, found: str) -> ConfigurationError:
+    """Say that a file is not the study's.
+
+    Args:
+        path: The file.
+        found: What is in it.
+
+    Returns:
+        The error to raise.
+    """
+    return ConfigurationError(
+        f"{path} does not belong to this study.\n  found:  {found}\n  fix:    remove it, and run the study again"
+    )

@@ -1,0 +1,206 @@
+"""``study.json``: what a folder says about its study, and whether it may be used for another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from apportion.errors import ConfigurationError, OutputExistsError
+from apportion.records.files import write_text
+from apportion.records.locks import LOCK_FILES
+from apportion.study.contents import changed_contents
+from apportion.study.records import Contents
+from apportion.study.settings import StudySettings
+
+STUDY_FILE = "study.json"
+SUMMARY_FILE = "summary.json"
+
+
+class Note(BaseModel):
+    """What a folder says about its study: ``study.json``.
+
+    Args:
+        schema_version: Of the folder.
+        digest: Hash of the settings.
+        versions: Versions of what computes the study.
+        contents: Hashes of the rows and the models that it computes with.
+        settings: The study's settings.
+        trials: Keys of its trials, as far as they are planned.
+        runs: Keys of its runs, once learning rates are chosen.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[2] = 2
+    digest: str
+    versions: dict[str, str]
+    contents: Contents
+    settings: StudySettings
+    trials: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Note:
+        if self.settings.digest != self.digest:
+            raise ValueError("the settings do not match their digest")
+        if {*self.contents.tasks} != {*self.settings.tasks} or {*self.contents.weights} != {*self.settings.models}:
+            raise ValueError("the contents are those of other tasks or models")
+        return self
+
+
+def find_study(folder: str | os.PathLike[str], settings: StudySettings, versions: dict[str, str]) -> Note | None:
+    """Look for a study in a folder, and make sure that it is this one, perhaps with fewer seeds.
+
+    Args:
+        folder: The folder.
+        settings: The study's settings.
+        versions: Versions of what computes it: others would give other numbers.
+
+    Returns:
+        What the folder says about its study; None of a missing or an empty folder.
+
+    Raises:
+        ConfigurationError: what it says is damaged.
+        OutputExistsError: the folder holds something else, or another study.
+    """
+    path = Path(folder)
+    note = read_note(path)
+    if note is None:
+        if path.exists() and (not path.is_dir() or any(not _is_ours(entry) for entry in path.iterdir())):
+            raise OutputExistsError(
+                f"{path} already holds something else than a study.\n  fix:  choose another folder with -o"
+            )
+        return None
+    before, now = note.settings.model_dump(mode="json"), settings.model_dump(mode="json")
+    differing = [key for key in now if before[key] != now[key]]
+    if differing and (differing != ["seeds"] or settings.seeds < note.settings.seeds):
+        raise OutputExistsError(
+            f"{path} holds the results of another study.\n  differs in:  {', '.join(differing)}\n"
+            "  fix:         choose another folder with -o, or remove this one"
+        )
+    if note.versions != versions:
+        found = [
+            f"{key} {note.versions.get(key)} is {version} now"
+            for key, version in versions.items()
+            if note.versions.get(key) != version
+        ]
+        raise OutputExistsError(
+            f"{path} was begun with other versions, which give other numbers.\n  found:  {', '.join(found)}\n"
+            "  fix:    install those, or choose another folder with -o"
+        )
+    return note
+
+
+def open_study(
+    folder: str | os.PathLike[str],
+    settings: StudySettings,
+    contents: Contents,
+    versions: dict[str, str],
+    *,
+    begin: bool = True,
+) -> None:
+    """Take an empty folder, or one that the same study began in, perhaps with fewer seeds.
+
+    Args:
+        folder: The folder.
+        settings: The study's settings.
+        contents: Hashes of the rows and the models that it computes with.
+        versions: Versions of what computes it: others would give other numbers.
+        begin: Begin the study in an empty folder, and note a larger number of seeds.
+
+    Raises:
+        ConfigurationError: what the folder says about its study is damaged.
+        OutputExistsError: the folder holds something else, another study, or results of other rows or models.
+    """
+    path = Path(folder)
+    note = find_study(path, settings, versions)
+    if note is not None:
+        _refuse_changes(path, note, contents)
+    if not begin:
+        return
+    if note is None:
+        _write_note(path, Note(digest=settings.digest, versions=versions, contents=contents, settings=settings))
+    elif settings != note.settings:
+        (path / SUMMARY_FILE).unlink(missing_ok=True)  # of fewer runs
+        _write_note(path, note.model_copy(update={"settings": settings, "digest": settings.digest}))
+
+
+def require_contents(folder: Path, contents: Contents) -> None:
+    """Make sure that rows and models are still those that a study was begun with.
+
+    Args:
+        folder: The study's folder.
+        contents: Hashes of what there is now.
+
+    Raises:
+        OutputExistsError: some have changed.
+    """
+    note = read_note(folder)
+    if note is not None:
+        _refuse_changes(folder, note, contents)
+
+
+def note_trials(folder: Path, keys: Iterable[str]) -> None:
+    """Note which trials a study has: records with other keys are left out when the folder is read."""
+    _update_note(folder, trials=tuple(keys))
+
+
+def note_runs(folder: Path, keys: Iterable[str]) -> None:
+    """Note which runs a study has: records with other keys are left out when the folder is read."""
+    _update_note(folder, runs=tuple(keys))
+
+
+def read_note(path: Path) -> Note | None:
+    """Read what a folder says about its study.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        What it says; None where it says nothing.
+
+    Raises:
+        ConfigurationError: the file is damaged.
+    """
+    file = path / STUDY_FILE
+    if not file.is_file():
+        return None
+    try:
+        return Note.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"{file} is damaged, or of another version of apportion.\n  fix:  choose another folder with -o"
+        ) from error
+
+
+def _is_ours(entry: Path) -> bool:
+    """Tell what a process leaves that was stopped before its study began."""
+    return entry.name in LOCK_FILES or entry.name.startswith(f".{STUDY_FILE}.")
+
+
+def _refuse_changes(path: Path, note: Note, contents: Contents) -> None:
+    """Refuse rows and models that are not those of the study's results."""
+    changed = changed_contents(note.settings, note.contents, contents)
+    if changed:
+        shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise OutputExistsError(
+            f"{path} holds the results of other data or models.\n  changed:  {shown}\n"
+            "  fix:      choose another folder with -o, or restore what was changed"
+        )
+
+
+def _write_note(path: Path, note: Note) -> None:
+    """Write what a folder says about its study."""
+    write_text(path / STUDY_FILE, json.dumps(note.model_dump(mode="json"), indent=1) + "\n")
+
+
+def _update_note(path: Path, **changes: tuple[str, ...]) -> None:
+    """Change what a folder says about its study."""
+    note = read_note(path)
+    if note is not None and (changed := note.model_copy(update=changes)) != note:
+        _write_note(path, changed)
