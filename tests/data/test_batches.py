@@ -52,7 +52,7 @@ def test_digits_are_single_tokens(embedded_model: tuple[Any, Any]) -> None:
 
 def test_a_completion_starts_where_its_tokens_part_from_the_prompts(embedded_model: tuple[Any, Any]) -> None:
     tokenizer = embedded_model[1]
-    encoded = encode({"prompt": "2 Calculat", "completion": "e 5"}, tokenizer)
+    encoded = encode({"prompt": "2 Calcul", "completion": "ate 5"}, tokenizer)
     (batch,) = batches([encoded], tokenizer.pad_token_id, 1)
     labels = batch["labels"][0]
     assert tokenizer.decode(labels[labels != -100]) == f"alculate 5{tokenizer.eos_token}"
