@@ -55,6 +55,19 @@ def test_top_k_is_known(any_model: nn.Module) -> None:
     assert {block.top_k for block in find_sites(any_model).blocks} == {2}
 
 
+@pytest.mark.parametrize("name", ["olmoe", "listed"])
+def test_a_model_that_does_not_say_its_top_k_is_refused(name: str) -> None:
+    model = build_tiny(name)
+    vars(model.config)["num_experts_per_tok"] = None
+    for module in model.modules():
+        vars(module).pop("top_k", None)
+    place = r"place:\s+.*layers\.0\.mlp\.experts"
+    with pytest.raises(ConfigurationError, match=rf"how many experts a token.*\n.*{place}.*\n.*num_experts_per_tok"):
+        find_sites(model)
+    model.config.num_experts_per_tok = 3
+    assert {block.top_k for block in find_sites(model).blocks} == {3}
+
+
 def test_a_model_on_the_meta_device_is_the_same() -> None:
     real = find_sites(build_tiny("olmoe"))
     assert find_sites(build_tiny("olmoe").to("meta")) == real

@@ -57,3 +57,13 @@ def test_nothing_to_score_is_an_error(embedded_model: tuple[Any, Any]) -> None:
         evaluate(*embedded_model, [])
     with pytest.raises(DataError, match="no completion token is left within 3 tokens"):
         evaluate(*embedded_model, read_rows("task:aiw", num_rows=2), max_length=3)
+
+
+def test_rows_that_the_loss_leaves_out_are_counted(embedded_model: tuple[Any, Any]) -> None:
+    row = read_rows("task:aiw", num_rows=1)[0]
+    long = {**row, "prompt": row["prompt"] * 40}
+    found = evaluate(*embedded_model, [row, long, long], max_length=256)
+    assert found.left_out == 2
+    assert found.samples == 3
+    assert found.loss == pytest.approx(evaluate(*embedded_model, [row]).loss, rel=1e-4)
+    assert found.as_dict()["left_out"] == 2

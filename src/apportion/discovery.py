@@ -3,7 +3,8 @@
 A layer of routed experts is recognised by its form: either a module of stacked parameters that `form_of` knows, or a
 `ModuleList` of equal small networks of linear layers.
 Around it, the module that holds it tells the router from the shared experts. Everything else with a linear layer
-inside a numbered decoder layer is attention or a dense MLP, told apart by the names that all families use.
+inside a numbered decoder layer is attention or a dense MLP, told apart by the names that all families use. Widths and
+the fingerprint are those of the weights before quantisation, so a model and its quantised twin have one layout.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from torch import nn
 
 from apportion.errors import ConfigurationError
 from apportion.expert_forms import ExpertForm, form_of
+from apportion.linear_forms import (
+    has_own_forward,
+    is_linear,
+    is_quantised,
+    logical_parameters,
+    matrix_shape,
+    num_parameters,
+)
 from apportion.records.site import ExpertBlock, Kind, Layout, Projection, Site, Storage, fingerprint
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
@@ -95,18 +104,14 @@ def find_sites(model: nn.Module) -> Layout:
 
     Raises:
         ConfigurationError: the model has no numbered decoder layers with linear layers in them, or its experts are
-            stored in a form that is not supported.
+            stored in a form that is not supported, or nothing says how many experts a token is routed to.
 
     Cost: one walk over the modules; no weight is read.
     """
     every_module = {path: own for path, _, own in walk_modules(model)}
     modules = _of_language_model(base_model(model), every_module)
     config = getattr(base_model(model), "config", None)
-    shapes = {
-        f"{path}.{name}" if path else name: tuple(parameter.shape)
-        for path, module in every_module.items()
-        for name, parameter in module.named_parameters(recurse=False)
-    }
+    parameters = list(logical_parameters(every_module))
     blocks = tuple(block for path, module in modules.items() if (block := _expert_block(path, module, modules, config)))
     _refuse_unknown_experts(modules, blocks)
     others = tuple(_other_sites(modules, blocks))
@@ -120,17 +125,11 @@ def find_sites(model: nn.Module) -> Layout:
     return Layout(
         model_class=model_class,
         model_type=model_type,
-        base_parameters=sum(parameter.numel() for parameter in base_parameters(every_module)),
-        fingerprint=fingerprint(model_type, shapes),
+        base_parameters=num_parameters(parameters),
+        fingerprint=fingerprint(model_type, {parameter.name: parameter.shape for parameter in parameters}),
         others=others,
         blocks=blocks,
     )
-
-
-def base_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
-    """List the distinct parameters of the given modules; tied ones come once."""
-    distinct = {id(p): p for module in modules.values() for p in module.parameters(recurse=False)}
-    return list(distinct.values())
 
 
 def is_expert_list(module: nn.Module) -> bool:
@@ -138,8 +137,7 @@ def is_expert_list(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return False
     forms = [
-        tuple((name, tuple(linear.weight.shape)) for name, linear in _linears(_without_adapter(expert)))
-        for expert in module
+        tuple((name, matrix_shape(linear)) for name, linear in _linears(_without_adapter(expert))) for expert in module
     ]
     return len(forms[0]) >= 2 and all(form == forms[0] for form in forms)
 
@@ -162,8 +160,8 @@ def find_router(experts_path: str, num_experts: int, modules: dict[str, nn.Modul
     for path, module in _below(parent, modules):
         if path.startswith(experts_path + "."):
             continue
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] == num_experts:
+        shape = matrix_shape(module)
+        if shape is not None and shape[0] == num_experts:
             found.append(path)
     named = [path for path in found if _ROUTER_NAME.search(path[len(parent) :])]
     if named or found:
@@ -199,10 +197,10 @@ def _without_adapter(module: Any) -> Any:
     return module
 
 
-def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
+def _linears(module: nn.Module) -> list[tuple[str, Any]]:
     """List a module's direct linear layers, as they are without adapters."""
     children = ((name, _without_adapter(child)) for name, child in module.named_children())
-    return [(name, child) for name, child in children if isinstance(child, nn.Linear)]
+    return [(name, child) for name, child in children if is_linear(child)]
 
 
 def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config: object) -> ExpertBlock | None:
@@ -252,31 +250,37 @@ def _stacked_projections(module: nn.Module, form: ExpertForm) -> tuple[Projectio
 
 
 def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: object) -> int:
-    """Find how many experts a token is routed to; 0 where nothing says."""
+    """Find how many experts a token is routed to."""
     parent = path.rpartition(".")[0]
     router = find_router(path, num_experts, modules)
     text_config = getattr(config, "get_text_config", lambda: config)()
     for owner in (modules.get(router or ""), modules.get(parent), text_config):
         for name in _TOP_K_NAMES:
             value = getattr(owner, name, None)
-            if isinstance(value, int) and 0 < value <= num_experts:
+            if type(value) is int and 0 < value <= num_experts:
                 return value
-    return 0
+    raise ConfigurationError(
+        "it is not known how many experts a token is routed to.\n"
+        f"  place:     {path} ({type(modules[path]).__name__}), {num_experts} experts\n"
+        f"  expected:  {', '.join(_TOP_K_NAMES[:-1])} or {_TOP_K_NAMES[-1]}, from 1 to {num_experts}, in its router, "
+        "in the module around it or in the configuration\n"
+        "  fix:       set num_experts_per_tok in the model's configuration"
+    )
 
 
-def _other_sites(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...]) -> Iterator[Site]:
+def _other_sites(modules: dict[str, Any], blocks: tuple[ExpertBlock, ...]) -> Iterator[Site]:
     """Go through all sites but the routed experts."""
     routers = tuple(router for b in blocks if (router := find_router(b.name, b.num_experts, modules)))
     inside_routers = tuple(router + "." for router in routers)
     moe_layers = {block.layer for block in blocks}
     inside_experts = tuple(block.name + "." for block in blocks)
     for path, module in modules.items():
-        if path in routers and isinstance(getattr(module, "weight", None), nn.Parameter):
+        if path in routers and (is_quantised(module) or isinstance(getattr(module, "weight", None), nn.Parameter)):
             yield _site(path, module, "router", "router")
             continue
-        if not isinstance(module, nn.Linear) or path.startswith(inside_experts) or not _LAYER_NUMBER.search(path):
+        if path.startswith(inside_experts) or not _LAYER_NUMBER.search(path) or not is_linear(module):
             continue
-        if _NO_SITE.search(path):
+        if _NO_SITE.search(path) or (is_quantised(module) and has_own_forward(module)):
             continue
         kind: Kind = "router" if path.startswith(inside_routers) else _kind(path, moe_layers)
         last = path.rpartition(".")[2]
@@ -298,14 +302,9 @@ def _kind(path: str, moe_layers: set[int]) -> Kind:
 
 def _site(path: str, module: Any, kind: Kind, projection: str) -> Site:
     """Describe a module with a two-dimensional weight as a site."""
-    out_features, in_features = (int(size) for size in module.weight.shape)
-    storage: Storage = "linear" if isinstance(module, nn.Linear) and not _has_own_forward(module) else "weight"
+    out_features, in_features = matrix_shape(module) or module.weight.shape
+    storage: Storage = "linear" if is_linear(module) and not has_own_forward(module) else "weight"
     return Site(path, kind, _layer_of(path), projection, in_features, out_features, storage=storage)
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Tell linear layers that a model's own code makes into something else: routers, block-diagonal products."""
-    return "modeling_" in type(module).__module__ and type(module).forward is not nn.Linear.forward
 
 
 def _layer_of(path: str) -> int:

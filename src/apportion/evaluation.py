@@ -26,11 +26,12 @@ class Evaluation:
     """Results on one data set.
 
     Args:
-        samples: Rows scored.
+        samples: Rows given.
         loss: Mean negative log-likelihood of a completion token, in nats.
         tokens: Completion tokens scored.
         truncated: Rows that were longer than the limit.
         exact_match: Share of the rows whose greedy answer is the expected one; None where rows have no answer.
+        left_out: Rows with no completion token within the limit, which count for exact match alone.
     """
 
     samples: int
@@ -38,6 +39,7 @@ class Evaluation:
     tokens: int
     truncated: int
     exact_match: float | None
+    left_out: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -65,7 +67,8 @@ def evaluate(
         tokenizer: Its tokenizer.
         rows: As `read_rows` gives them.
         batch_size: Rows a batch.
-        max_length: Tokens of a row that count; rows cut by it are counted.
+        max_length: Tokens of a row that count towards the loss; rows cut by it are counted, and so are rows whose
+            completion is cut off whole.
         progress: Show a bar on standard error when it takes longer than two seconds.
 
     Returns:
@@ -85,6 +88,7 @@ def evaluate(
         tokens=tokens,
         truncated=truncated,
         exact_match=sum(matches) / len(matches) if matches is not None else None,
+        left_out=sum(not encode(row, tokenizer, max_length).num_labels for row in rows),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from apportion.data.sources import named_source, read_rows
@@ -22,9 +23,9 @@ def _write(folder: Path, suffix: str) -> Path:
     elif suffix == ".json":
         path.write_text(json.dumps(ROWS))
     elif suffix == ".csv":
-        pandas.DataFrame(ROWS).to_csv(path, index=False)
+        path.write_text("prompt,completion,answer\n" + "".join(",".join(row.values()) + "\n" for row in ROWS))
     else:
-        pandas.DataFrame(ROWS).to_parquet(path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     return path
 
 

@@ -282,3 +282,29 @@ def test_bfloat16_on_a_cpu_names_the_settings_that_keep_it_fast(
         _train(embedded_model, plan, tmp_path / "warned", settings)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
     assert _train(embedded_model, plan, tmp_path / "silent", settings).steps == 1
+
+
+def test_rows_without_a_completion_token_are_left_out_with_a_warning(
+    embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path
+) -> None:
+    long = {**ROWS[0], "prompt": ROWS[0]["prompt"] * 20}
+    settings = replace(SETTINGS, steps=3, max_length=512)
+    with pytest.warns(ApportionWarning, match="3 of 11 rows have no completion token within 512 tokens"):
+        result = _train(embedded_model, plan, tmp_path / "run", settings, rows=[long, *ROWS[:8], long, long])
+    assert (result.left_out, result.truncated) == (3, 0)
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (record["left_out"], record["truncated"]) == (3, 0)
+    without = _train(embedded_model, plan, tmp_path / "without", settings, rows=ROWS[:8])
+    assert without.left_out == 0
+    assert _equal(tmp_path / "run", tmp_path / "without")
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_that_are_all_cut_before_their_completion_leave_no_folder(
+    embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path, sparse: bool
+) -> None:
+    if sparse:
+        plan = replace(plan, placements=tuple(replace(placement, sparsity=0.5) for placement in plan.placements))
+    with pytest.raises(DataError, match="no row has a completion token within 1 token"):
+        _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, max_length=1))
+    assert not any(path for path in tmp_path.rglob("*") if path.is_file())

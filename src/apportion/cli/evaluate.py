@@ -40,11 +40,17 @@ def run(
     for task, own in result.tasks.items():
         match = "" if own.exact_match is None else f"{own.exact_match:.4f}"
         table.add_row(task, f"{own.samples:,}", f"{own.loss:.4f}", f"{own.perplexity:.4f}", match, f"{own.truncated:,}")
+    notes = [
+        f"{task}: {own.left_out} of {own.samples} rows have no completion token within {max_length} tokens; "
+        "the loss leaves them out"
+        for task, own in result.tasks.items()
+        if own.left_out
+    ]
     if len(result.tasks) == 1:
-        console.print(table)
+        console.print(table, *notes, sep="\n", markup=False)
         return next(iter(result.tasks.values())).as_dict()
     match = "" if result.exact_match is None else f"{result.exact_match:.4f}"
     table.add_section()
     table.add_row("mean", "", f"{result.loss:.4f}", "", match, "")
-    console.print(table)
+    console.print(table, *notes, sep="\n", markup=False)
     return result.as_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map, sensitivity_table
-from apportion.data.batches import batches, encode
-from apportion.data.sources import named_sources, read_rows
-from apportion.errors import ApportionWarning, ConfigurationError
+from apportion.data.batches import TrainableRows, batches, encode, trainable_rows
+from apportion.data.sources import Row, named_sources, read_rows
+from apportion.errors import ApportionWarning, ConfigurationError, DataError
 from apportion.loading import load_model
 from apportion.profiling.run import SensitivityProcedure, profile
 from apportion.records.profile import Profile
@@ -49,10 +51,13 @@ def run(
         )
     sources = named_sources(data)
     rows = {name: read_rows(source, num_rows=samples, seed=seed) for name, source in sources.items()}
-    _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=bool(sensitivity))
     facts = {"model": model, "data": sources, "max_length": max_length, "seed": seed, "batch_size": batch_size}
     with _weights_on_disk(output) if low_memory else nullcontext() as offload:
         loaded, tokenizer = load_model(model, dtype, offload=offload)
+        usable = {name: _with_labels(name, part, tokenizer, max_length) for name, part in rows.items() if sensitivity}
+        rows |= {name: part.rows for name, part in usable.items()}
+        left_out = {name: part.left_out for name, part in usable.items()}
+        _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=sensitivity)
         encoded = {name: [encode(row, tokenizer, max_length) for row in part] for name, part in rows.items()}
         truncated = {name: sum(row.truncated for row in part) for name, part in encoded.items()}
         pad_id = int(tokenizer.pad_token_id or 0)
@@ -63,13 +68,16 @@ def run(
             loaded,
             streams,
             sensitivity=procedure or sensitivity,
-            provenance=facts | {"truncated": truncated, "samples": samples},
+            provenance=facts | {"truncated": truncated, "left_out": left_out, "samples": samples},
             partial=f"{output}.partial",
         )
     measured.save(output)
     for name, count in truncated.items():
         if count:
             console.print(f"{name}: {count} rows were longer than {max_length} tokens and were cut")
+    for name, part in usable.items():
+        if part.left_out:
+            console.print(f"{name}: {part.left_out_message(max_length)} and were left out", markup=False)
     if measured.layout.is_moe:
         for task in measured.tasks:
             console.print(heat_map(measured, task=task))
@@ -81,6 +89,7 @@ def run(
         "digest": measured.digest,
         "tokens": measured.tokens,
         "truncated": truncated,
+        "left_out": left_out,
         "sensitivity": measured.sensitivity,
         "counts": {task: counts.tolist() for task, counts in measured.counts.items()},
     }
@@ -90,6 +99,14 @@ def _weights_on_disk(output: Path) -> TemporaryDirectory[str]:
     """Make a folder beside the output for weights that the checkpoint stores in another form."""
     output.parent.mkdir(parents=True, exist_ok=True)
     return TemporaryDirectory(dir=output.parent, prefix=".weights-")
+
+
+def _with_labels(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:
+    """Leave out the rows that have no gradient."""
+    try:
+        return trainable_rows(rows, tokenizer, max_length)
+    except DataError as error:
+        raise DataError(f"task {task!r}: {error}") from error
 
 
 def _warn_of_sizes(sizes: dict[str, int], *, sensitive: bool) -> None:

@@ -29,9 +29,36 @@ class Encoded:
     num_prompt: int
     truncated: bool = False
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are predicted: those of the completion, but for one at the very first position."""
+        return max(len(self.ids) - max(self.num_prompt, 1), 0)
+
+
+@dataclass(frozen=True)
+class TrainableRows:
+    """The rows that have something to learn, and what cutting did to the others.
+
+    Args:
+        rows: Rows with at least one completion token within the limit, in their order.
+        truncated: How many of these are cut.
+        left_out: How many rows are not among them.
+    """
+
+    rows: list[Row]
+    truncated: int
+    left_out: int
+
+    def left_out_message(self, max_length: int) -> str:
+        """Say how many rows have no completion token within a number of tokens."""
+        total = len(self.rows) + self.left_out
+        return f"{self.left_out} of {total} rows have no completion token within {max_length} tokens"
+
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Encoded:
     """Tokenize a row as training does: prompt and completion together, then the end-of-sequence token.
+
+    The completion starts where its tokens part from those of the prompt alone: a token may span both.
 
     Args:
         row: As `read_rows` gives it; prompts and completions that are messages go through the chat template.
@@ -48,8 +75,8 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None 
         ids, num_prompt = _text_ids(row["text"], tokenizer), 0
         ids = [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
     elif isinstance(row["prompt"], str):
-        num_prompt = len(_text_ids(row["prompt"], tokenizer))
         ids = _text_ids(row["prompt"] + row["completion"], tokenizer)
+        num_prompt = _num_common(_text_ids(row["prompt"], tokenizer), ids)
         ids = [*ids, tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
     else:
         if tokenizer.chat_template is None:
@@ -57,12 +84,45 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None 
                 "the rows are messages, but the model's tokenizer has no chat template.\n"
                 "  fix:  give prompt and completion as text"
             )
-        num_prompt = len(_chat_ids(row["prompt"], tokenizer, generate=True))
         ids = _chat_ids(row["prompt"] + row["completion"], tokenizer, generate=False)
+        num_prompt = _num_common(_chat_ids(row["prompt"], tokenizer, generate=True), ids)
     if not ids:
         raise DataError("a row has no token.\n  fix:  leave out empty rows")
     kept = ids[:max_length]
     return Encoded(kept, min(num_prompt, len(kept)), truncated=len(kept) < len(ids))
+
+
+def trainable_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:
+    """Leave out the rows whose completion is cut off whole: no loss can be computed on them.
+
+    Args:
+        rows: As `read_rows` gives them.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens of a row that are kept, from the first.
+
+    Returns:
+        The other rows, and how many are cut or left out.
+
+    Raises:
+        DataError: no row has a completion token within `max_length`, a row has no token at all, or has messages that
+            the tokenizer has no chat template for.
+    """
+    kept: list[Row] = []
+    truncated = longest = 0
+    for row in rows:
+        whole = encode(row, tokenizer)
+        cut = Encoded(whole.ids[:max_length], whole.num_prompt, truncated=len(whole.ids) > max_length)
+        longest = max(longest, whole.num_prompt)
+        if cut.num_labels:
+            kept.append(row)
+            truncated += cut.truncated
+    if not kept:
+        limit = f"{max_length} token" if max_length == 1 else f"{max_length} tokens"
+        raise DataError(
+            f"no row has a completion token within {limit}.\n  found:  the longest prompt has {longest} tokens\n"
+            "  fix:    raise --max-length"
+        )
+    return TrainableRows(kept, truncated, len(rows) - len(kept))
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -120,6 +180,13 @@ def batches(encoded: Sequence[Encoded], pad_id: int, batch_size: int) -> Iterato
         for row, encoded_row in enumerate(part):
             labels[row, : encoded_row.num_prompt] = -100
         yield batch | {"labels": labels}
+
+
+def _num_common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Count the tokens that two sequences start with together."""
+    return next(
+        (n for n, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), min(len(ids), len(others))
+    )
 
 
 def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

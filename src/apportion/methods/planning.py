@@ -124,7 +124,7 @@ def even_profile(layout: Layout) -> Profile:
     tokens = math.lcm(*sizes) if sizes else 1
     counts = torch.zeros((len(sizes), max(sizes, default=0)), dtype=torch.int64)
     for row, block in enumerate(layout.blocks):
-        counts[row, : block.num_experts] = max(block.top_k, 1) * tokens // block.num_experts
+        counts[row, : block.num_experts] = block.top_k * tokens // block.num_experts
     return Profile(layout, {"even": counts}, {"even": counts.double()}, {"even": tokens})
 
 

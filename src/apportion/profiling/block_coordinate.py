@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from apportion.discovery import base_model, walk_modules
+from apportion.errors import ConfigurationError
 from apportion.expert_forms import known_form
+from apportion.linear_forms import is_quantised
 from apportion.profiling.routing import Batch, RunBatch, counting_hooks, evaluation_mode
 from apportion.profiling.sensitivity import check_loss, frozen, rows_of, summed_sample_losses
 from apportion.profiling.totals import TaskTotals
@@ -40,6 +42,9 @@ def block_coordinate_meter(
 
     Yields:
         A function that runs the rows of one batch one by one.
+
+    Raises:
+        ConfigurationError: the weights are quantised.
 
     Cost: one forward and one backward pass a row, for one layer; a copy of every matrix that moved.
 
@@ -83,7 +88,13 @@ def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, d
     layers: dict[int, dict[nn.Parameter, str | ExpertBlock]] = defaultdict(dict)
     for site in layout.sites():
         if site.storage == "linear":
-            layers[site.layer][modules[site.name].weight] = site.name
+            weight = getattr(modules[site.name], "weight", None)
+            if is_quantised(modules[site.name]) or not isinstance(weight, nn.Parameter):
+                raise ConfigurationError(
+                    "block-coordinate moves weights, and those of this model are quantised.\n"
+                    f"  first:  {site.name}\n  fix:    measure with the one-pass procedure"
+                )
+            layers[site.layer][weight] = site.name
     for block in layout.blocks:
         if block.storage == "fused":
             base = modules[block.name]

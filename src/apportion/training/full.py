@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ def train_all(
         TrainingError: the loss is not a number.
     """
     settings.check()
-    truncated = check_rows(rows, tokenizer, settings.max_length)
+    checked = check_rows(rows, tokenizer, settings.max_length)
     model.requires_grad_(True)  # noqa: FBT003 - PyTorch's signature
-    return fit(model, tokenizer, rows, folder, settings, truncated=truncated, progress=False)
+    fitted = fit(model, tokenizer, checked.rows, folder, settings, truncated=checked.truncated, progress=False)
+    return replace(fitted, left_out=checked.left_out)

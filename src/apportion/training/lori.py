@@ -23,7 +23,7 @@ from apportion.training.phase import run_phase
 from apportion.training.processes import num_processes, on_first
 from apportion.training.runs import RUN_FILE, open_run, run_identity
 from apportion.training.settings import TrainSettings
-from apportion.training.trainer import TrainResult
+from apportion.training.trainer import TrainResult, check_rows
 
 MASK_FILE = "mask.safetensors"
 DENSE_FOLDER = "dense"
@@ -75,6 +75,7 @@ def train_sparse(
     identity = run_identity(plan, rows, settings, facts, mask)
     on_first(lambda: open_run(folder, identity, resume=resume))
     check_attachable(model, plan, mask=mask, seed=settings.seed)
+    num_rows = len(check_rows(rows, tokenizer, settings.max_length).rows)
     unused = [name for name in settings.of_sparse_plans() if name != "store_a"]
     if mask is not None and unused:
         raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.\n  fix:  leave them out")
@@ -87,7 +88,7 @@ def train_sparse(
     if mask is None and not (folder / MASK_FILE).is_file():
         seed = settings.seed + 1 if settings.redraw_a else settings.seed
         attach = {"dense_b": True, "seed": seed, **below}
-        first = dense_settings(settings, len(rows))
+        first = dense_settings(settings, num_rows)
         own = run_identity(plan, rows, first, facts)
         target = folder / DENSE_FOLDER
         dense = run_phase(base, tokenizer, plan, rows, target, first, identity=own, attach=attach, **common)

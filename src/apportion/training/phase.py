@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,21 @@ def run_phase(
         TrainingError: the loss is not a number.
     """
     last = on_first(lambda: open_run(folder, identity, resume=resume))
-    truncated = check_rows(rows, tokenizer, settings.max_length)
+    checked = check_rows(rows, tokenizer, settings.max_length)
     peft_model = apply(model, plan, **{"seed": settings.seed, "dropout": settings.dropout} | (attach or {}))
     run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
     on_first(lambda: write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n"))
-    result = fit(peft_model, tokenizer, rows, folder, settings, truncated=truncated, checkpoint=last, progress=progress)
+    fitted = fit(
+        peft_model,
+        tokenizer,
+        checked.rows,
+        folder,
+        settings,
+        truncated=checked.truncated,
+        checkpoint=last,
+        progress=progress,
+    )
+    result = replace(fitted, left_out=checked.left_out)
     if not result.interrupted:
         facts_of_run = json.dumps({**result.as_dict(), "loss_curve": result.loss_curve}, indent=1) + "\n"
         on_first(lambda: save_adapter(peft_model, folder))

@@ -29,7 +29,7 @@ from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from apportion.cpu_caches import CPU_CACHES
-from apportion.data.batches import encode
+from apportion.data.batches import TrainableRows, trainable_rows
 from apportion.data.sources import Row
 from apportion.errors import ApportionWarning, DataError, TrainingError
 from apportion.peft.state import non_finite
@@ -54,6 +54,7 @@ class TrainResult:
         truncated: Rows cut to `max_length`.
         signal: Number of the signal that ended the run early, after a checkpoint; 0 where none did.
         loss_curve: Step and training loss.
+        left_out: Rows with no completion token within `max_length`, which were not trained on.
     """
 
     model: PreTrainedModel | PeftModel
@@ -65,6 +66,7 @@ class TrainResult:
     truncated: int
     signal: int
     loss_curve: tuple[dict[str, float], ...]
+    left_out: int = 0
 
     @property
     def interrupted(self) -> bool:
@@ -78,8 +80,10 @@ class TrainResult:
         return figures | {"interrupted": self.interrupted}
 
 
-def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:
     """Refuse rows that cannot be trained on, such as several formats, which the trainer reads all as the first one.
+
+    Rows whose completion is cut off whole are left out with a warning.
 
     Args:
         rows: Training rows.
@@ -87,12 +91,13 @@ def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_leng
         max_length: Tokens of a row that are kept.
 
     Returns:
-        How many rows are cut.
+        The rows to train on.
 
     Raises:
-        DataError: the rows have several formats, or a row has no token or no chat template.
+        DataError: the rows have several formats, no row has a completion token within `max_length`, or a row has no
+            token or no chat template.
     """
-    truncated = sum(encode(row, tokenizer, max_length).truncated for row in rows)
+    trainable = trainable_rows(rows, tokenizer, max_length)
     formats = {
         "text" if "text" in row else "text prompts" if isinstance(row["prompt"], str) else "messages" for row in rows
     }
@@ -100,7 +105,13 @@ def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_leng
         raise DataError(
             f"the rows have several formats: {' and '.join(sorted(formats))}.\n  fix:  bring all tasks into one format"
         )
-    return truncated
+    if trainable.left_out:
+        warnings.warn(
+            f"{trainable.left_out_message(max_length)} and were left out.\n  fix:  raise --max-length",
+            ApportionWarning,
+            stacklevel=3,
+        )
+    return trainable
 
 
 def fit(
