@@ -11,8 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError, ProfileError
-from apportion.methods.base import AdapterSettings
-from apportion.methods.planning import build_plan, even_profile
+from apportion.methods.planning import build_plan, check_settings, even_profile
 from apportion.methods.registry import find_method
 from apportion.models.auto import auto_class
 from apportion.records.cost import Cost
@@ -66,7 +65,7 @@ def cost(
             f"what {method} costs depends on the tasks.\n"
             "  fix:  give a profile, for all of these methods but random_votes one made with --sensitivity"
         )
-    settings = AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed)
+    settings = check_settings(rank, alpha, seed)
     measured = even_profile(layout) if profile is None else profile
     return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
 
