@@ -20,7 +20,7 @@ from apportion.records.site import Layout
 from apportion.records.tensors import digest
 
 SCHEMA_VERSION = 1
-_HEADER = "apportion_profile"
+PROFILE_HEADER = "apportion_profile"
 
 # L = Mixture-of-Experts layers, E = experts of the widest layer.
 
@@ -145,7 +145,7 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as one safetensors file, whole or not at all."""
         header = self._header()
-        metadata = {_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
+        metadata = {PROFILE_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
         with whole_file(path) as temporary:
             save_file(self._tensors(), temporary, metadata=metadata)
 
@@ -192,12 +192,12 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             f"the profile {file} cannot be read: it is truncated or not a safetensors file.\n"
             f"  found:  {error}\n  fix:    profile again"
         ) from error
-    if _HEADER not in metadata:
+    if PROFILE_HEADER not in metadata:
         raise ProfileError(
             f"{file} is a safetensors file, but not a profile.\n  fix:  give a file that apportion profile wrote"
         )
     try:
-        header = json.loads(metadata[_HEADER])
+        header = json.loads(metadata[PROFILE_HEADER])
         written = header.pop("digest")
         if header["schema_version"] != SCHEMA_VERSION:
             raise ProfileError(
