@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError, ProfileError
-from apportion.methods.base import AdapterSettings
-from apportion.methods.planning import build_plan, even_profile
+from apportion.methods.planning import build_plan, check_settings, even_profile
 from apportion.methods.registry import find_method
-from apportion.models.auto import auto_class
+from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
 from apportion.records.cost import Cost
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
@@ -28,6 +28,7 @@ def cost(
     alpha: float | None = None,
     seed: int = 0,
     profile: Profile | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Cost:
     """Count what a method's adapters cost on a model.
@@ -42,6 +43,7 @@ def cost(
         alpha: Scale numerator; it costs nothing.
         seed: Seed of methods that draw at random.
         profile: What was measured on this architecture.
+        trust_remote_code: Run Python code that comes with the model.
         **options: The method's own options.
 
     Returns:
@@ -49,13 +51,16 @@ def cost(
 
     Raises:
         ConfigurationError: the method, an option or the rank does not fit the model, or the configuration is of no
-            known causal language model.
+            known causal language model, or comes with code that was not to be run.
         PlanMismatchError: the profile is of another architecture.
         ProfileError: the method needs a profile, or one with sensitivities.
 
     Cost: the model is built on the meta device: no weight is allocated.
     """
-    layout = find_sites(model_or_config) if isinstance(model_or_config, nn.Module) else layout_of(model_or_config)
+    if isinstance(model_or_config, nn.Module):
+        layout = find_sites(model_or_config)
+    else:
+        layout = layout_of(model_or_config, trust_remote_code=trust_remote_code)
     if profile is not None and profile.fingerprint != layout.fingerprint:
         raise PlanMismatchError(
             "the profile was made for another architecture.\n"
@@ -66,36 +71,43 @@ def cost(
             f"what {method} costs depends on the tasks.\n"
             "  fix:  give a profile, for all of these methods but random_votes one made with --sensitivity"
         )
-    settings = AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed)
+    settings = check_settings(rank, alpha, seed)
     measured = even_profile(layout) if profile is None else profile
     return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
 
 
-def layout_of(config: PreTrainedConfig | str | os.PathLike[str]) -> Layout:
+def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote_code: bool = False) -> Layout:
     """Find a model's sites from its configuration alone.
 
     Args:
         config: A configuration, or a folder or ``config.json`` to read one from.
+        trust_remote_code: Run Python code that comes with the model. Without it such a model is refused, unless
+            transformers has an implementation of its own.
 
     Returns:
         The sites.
 
     Raises:
-        ConfigurationError: the configuration cannot be read, or is of no known causal language model.
+        ConfigurationError: the configuration cannot be read, is of no known causal language model, or comes with code
+            that was not to be run.
     """
     if not isinstance(config, PreTrainedConfig):
         path = os.fspath(config)
+        # Code that comes with a model is found by its folder alone.
+        place = Path(path).parent if trust_remote_code and Path(path).name == "config.json" else path
         try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError, TypeError) as error:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            if needs_remote_code(error):
+                raise ConfigurationError(remote_code_refusal(path)) from error
             raise ConfigurationError(
                 f"the configuration {path} cannot be read.\n  found:  {_first_line(error)}\n"
                 "  fix:    give a config.json of a model type that this version of transformers knows"
             ) from error
-    auto = auto_class(config)
+    auto = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model = auto.from_config(config)
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ConfigurationError(
             f"no {config.model_type} model can be built from this configuration.\n  found:  {_first_line(error)}\n"

@@ -23,6 +23,7 @@ from apportion.loading import embedded
 from apportion.methods.planning import plan
 from apportion.profiling.run import profile
 from apportion.records.files import seal, write_text
+from apportion.records.outputs import check_output_folder
 from apportion.records.profile import Profile
 from apportion.signals import end_by
 from apportion.training.settings import TrainSettings
@@ -126,7 +127,9 @@ def run_demo(
 
     Raises:
         OutputExistsError: the folder holds something else, or a demonstration with other settings.
+        OutputPathError: nothing can be written there.
     """
+    check_output_folder(output, may_hold=True)
     folder = _open(Path(output), settings)
     base, tokenizer = embedded()
     report("profiling the embedded model")

@@ -39,6 +39,14 @@ class OutputExistsError(ApportionError, FileExistsError):
     """An output is already there and would be overwritten."""
 
 
+class OutputPathError(ApportionError, OSError):
+    """Nothing can be written where an output belongs."""
+
+
+class OutputWriteError(ApportionError, OSError):
+    """An output could not be written although its place was a good one, for example because the disk is full."""
+
+
 class FolderInUseError(ApportionError, BlockingIOError):
     """Another process writes to a folder."""
 

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.errors import MissingDependencyError, ModelLoadError
-from apportion.models.auto import auto_class
+from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
 
 EMBEDDED = "embedded"
 _ASSETS = Path(str(files("apportion"))) / "assets"
@@ -37,7 +37,11 @@ def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_model(
-    name: str | os.PathLike[str], dtype: str | None = None, *, offload: str | os.PathLike[str] | None = None
+    name: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    offload: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model, or a model whose language model reads images or sound too, and its tokenizer.
 
@@ -47,12 +51,14 @@ def load_model(
             own type with one.
         offload: A folder; the weights stay on disk, and in this folder where the checkpoint stores them otherwise, and
             each module reads its own when it runs. For forward passes alone.
+        trust_remote_code: Run Python code that comes with the model. Without it such a model is refused, unless
+            transformers has an implementation of its own.
 
     Returns:
         The model in evaluation mode, on the GPU where there is one, and a tokenizer that pads on the left.
 
     Raises:
-        ModelLoadError: there is no such model, or it cannot be read.
+        ModelLoadError: there is no such model, it cannot be read, or it comes with code that was not to be run.
         MissingDependencyError: a GGUF file was given and gguf is not installed.
     """
     text = os.fspath(name)
@@ -62,12 +68,16 @@ def load_model(
     if offload is not None:
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it says that weights are on disk
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        config = AutoConfig.from_pretrained(folder, **extra)
-        model = auto_class(config).from_pretrained(folder, dtype=torch_dtype, **extra, **_on_disk(offload))
-    except ImportError as error:
-        raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+        model = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
+            folder, dtype=torch_dtype, trust_remote_code=trust_remote_code, **extra, **_on_disk(offload)
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ImportError) and extra:
+            raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
+        if needs_remote_code(error):
+            raise ModelLoadError(remote_code_refusal(text)) from error
         reason = str(error).strip().partition("\n")[0]
         raise ModelLoadError(
             f"the model {text!r} cannot be loaded.\n  found:  {reason}\n"

@@ -189,6 +189,13 @@ def test_hot_is_read_in_three_forms() -> None:
         ({"rank": 0}, "not a rank"),
         ({"rank": 17}, "rank 17 is above"),
         ({"alpha": 0}, "gives no scale"),
+        ({"alpha": float("inf")}, "float32 cannot hold"),
+        ({"alpha": float("nan")}, "gives no scale"),
+        ({"alpha": 1e300}, "float32 cannot hold"),
+        ({"alpha": 10**400}, "float32 cannot hold"),
+        ({"alpha": 1e-60}, "float32 cannot hold"),
+        ({"alpha": "8"}, "gives no scale"),
+        ({"rank": "4"}, "rank='4' is not a rank"),
     ],
 )
 def test_wrong_arguments(layout: Layout, arguments: dict[str, Any], message: str) -> None:

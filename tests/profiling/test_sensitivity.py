@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import apportion
 from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError, DataError, ProfileError
+from apportion.errors import ApportionWarning, ConfigurationError, DataError, ProfileError
 from apportion.expert_forms import known_form
 from apportion.profiling import totals as totals_module
 from apportion.profiling.block_coordinate import block_coordinate_meter
@@ -199,7 +199,8 @@ def test_totals_of_another_measurement_are_ignored(
 ) -> None:
     file = tmp_path / "p.partial"
     file.write_bytes(b"damaged")
-    profile = apportion.profile(tiny_model, [_batch(tokens, [16])], partial=file)
+    with pytest.warns(ApportionWarning, match="measured again"):
+        profile = apportion.profile(tiny_model, [_batch(tokens, [16])], partial=file)
     assert profile.tokens == {"default": 16}
 
     def stopping() -> Any:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import apportion
 from apportion.errors import PlanError
-from apportion.records.plan import Plan, expand_braces, fold_braces
+from apportion.records.braces import expand_braces, fold_braces, num_expanded
+from apportion.records.files import seal
+from apportion.records.plan import Plan
 
 
 @pytest.fixture
@@ -88,3 +90,48 @@ NAMES = st.lists(
 def test_braces_lose_nothing(names: list[str]) -> None:
     folded = fold_braces(names)
     assert sorted(name for pattern in folded for name in expand_braces(pattern)) == sorted(names)
+
+
+@pytest.mark.parametrize("pattern", ["a.b", "a.{0,3}.{up,down}", "{a}", "{,}.x", "{a,b}{c,d,e}", ""])
+def test_names_are_counted_before_they_are_made(pattern: str) -> None:
+    assert num_expanded(pattern) == len(expand_braces(pattern))
+
+
+@pytest.mark.parametrize("pattern", ["a.{b", "a}.b", "a.{b,{c,d}}", "{{a}}"])
+def test_braces_that_do_not_match_are_refused(pattern: str) -> None:
+    with pytest.raises(PlanError, match="no partner"):
+        num_expanded(pattern)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "has rank 0"),
+        ({"rank": -4}, "has rank -4"),
+        ({"rank": 65_537}, "has rank 65537"),
+        ({"alpha": INF}, "has alpha inf and rank 4"),
+        ({"alpha": -INF}, "has alpha -inf and rank 4"),
+        ({"alpha": NAN}, "has alpha nan and rank 4"),
+        ({"alpha": 1e300}, r"has alpha 1e\+300 and rank 4"),
+        ({"alpha": 1e308}, r"has alpha 1e\+308 and rank 4"),
+        ({"alpha": 1e-60}, "has alpha 1e-60 and rank 4"),
+        ({"alpha": 0}, "has alpha 0.0 and rank 4"),
+        ({"alpha": -8.0}, "has alpha -8.0 and rank 4"),
+        ({"num_experts": 0}, "cannot use 1 of them"),
+        ({"num_experts": 65_536}, "has 65536 LoRA experts of rank 4"),
+    ],
+)
+def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
+    plan: Plan, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    data = plan.as_dict()
+    del data["seal"]
+    changes = [{"placements": [data["placements"][0] | change]}]
+    changes += [] if "num_experts" in change else [change]  # the plan's own rank and alpha
+    for changed in (data | one for one in changes):
+        (tmp_path / "plan.json").write_text(json.dumps(changed | {"seal": seal(changed)}))
+        with pytest.raises(PlanError, match=message):
+            apportion.load_plan(tmp_path / "plan.json")

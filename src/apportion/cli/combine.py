@@ -13,7 +13,7 @@ from apportion.cli.quiet import quiet
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.loading import load_model
 from apportion.peft.load import load, read_adapter_config, read_adapter_plan
-from apportion.records.files import require_empty
+from apportion.records.outputs import check_output_folder
 from apportion.training.phase import save_adapter
 
 
@@ -26,13 +26,15 @@ def run(
     how: str,
     model: str | None,
     dtype: str | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Load the adapters onto one model, combine them, and save the result."""
     quiet()
-    require_empty(output)
     shares = _weights(weights, len(adapters))
     _check_same_base(adapters)
-    loaded, _ = load_model(base_of(adapters[0], model), dtype)
+    name = base_of(adapters[0], model)
+    check_output_folder(output, inputs=(*adapters, name))
+    loaded, _ = load_model(name, dtype, trust_remote_code=trust_remote_code)
     names = [f"a{number}" for number in range(len(adapters))]
     peft_model = load(loaded, adapters[0], adapter_name=names[0])
     for path, adapter in zip(adapters[1:], names[1:], strict=True):

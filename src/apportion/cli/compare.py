@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
         raise
     raise MissingDependencyError("comparisons", package=str(error.name), extra="study") from error
 from apportion.data.sources import named_sources
+from apportion.records.outputs import check_output
 from apportion.study.records import Interval, Summary
 from apportion.study.settings import StudySettings, check_settings, load_settings
 
@@ -36,9 +37,11 @@ def run(
     page: Path | None,
     keep_adapters: bool,
     dry_run: bool,
+    force: bool,
 ) -> dict[str, Any]:
     """Run a study, or summarise the folder of one, and show what it says."""
     quiet()
+    _check_page(page, [*([study] if study else []), *named_sources(data or []).values()], force=force)
     if study is not None and study.is_dir():
         told = [
             *options,
@@ -77,6 +80,16 @@ def run(
         write_page(folder, page)
         console.print(f"page -> {page}")
     return summary.model_dump(mode="json") | {"folder": str(folder)}
+
+
+def _check_page(page: Path | None, inputs: list[Path | str], *, force: bool) -> None:
+    """Make sure that the page, and what `write_page` puts beside it, replace nothing else."""
+    if page is None:
+        return
+    check_output(page, "study page", inputs=inputs, force=force)
+    check_output(page.with_suffix(".json"), "study data", inputs=inputs, force=force)
+    for plot in ("score", "forgetting"):
+        check_output(page.with_name(f"{page.stem}-{plot}.svg"), "picture", inputs=inputs, force=force)
 
 
 def cells_table(summary: Summary) -> Table:

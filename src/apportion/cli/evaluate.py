@@ -26,12 +26,13 @@ def run(
     max_length: int,
     seed: int,
     dtype: str | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Score and show; one data set's figures by themselves, several data sets' with their mean."""
     quiet()
     sources = named_sources(data)
     rows = {task: read_rows(text, num_rows=samples, split="test", seed=seed) for task, text in sources.items()}
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     scored = load(loaded, adapter) if adapter else loaded
     result = evaluate_tasks(scored, tokenizer, rows, batch_size=batch_size, max_length=max_length, progress=True)
     table = Table("task", title=f"{model}{f' with {adapter}' if adapter else ''}", title_justify="left")

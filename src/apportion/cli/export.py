@@ -12,14 +12,17 @@ from apportion.cli.quiet import quiet
 from apportion.loading import load_model
 from apportion.peft.export import export_lora
 from apportion.peft.load import load
-from apportion.records.files import require_empty
+from apportion.records.outputs import check_output_folder
 
 
-def run(console: Console, *, adapter: Path, output: Path, model: str | None, dtype: str | None) -> dict[str, Any]:
+def run(
+    console: Console, *, adapter: Path, output: Path, model: str | None, dtype: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
     """Load an adapter and write it as plain LoRA."""
     quiet()
-    require_empty(output)
-    loaded, _ = load_model(base_of(adapter, model), dtype)
+    name = base_of(adapter, model)
+    check_output_folder(output, inputs=(adapter, name))
+    loaded, _ = load_model(name, dtype, trust_remote_code=trust_remote_code)
     export_lora(load(loaded, adapter), output)
     console.print(f"{adapter} as plain LoRA -> {output}")
     return {"adapter": str(output)}

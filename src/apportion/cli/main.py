@@ -19,12 +19,14 @@ from apportion.cli.options import (
     Criterion,
     Dtype,
     Experts,
+    Force,
     Groups,
     Hot,
     Json,
     Keep,
     KindRank,
     Layers,
+    Loading,
     MaxRank,
     MethodName,
     Per,
@@ -33,6 +35,7 @@ from apportion.cli.options import (
     Sparsity,
     Targets,
     TopK,
+    TrustRemoteCode,
 )
 from apportion.cli.running import given, run
 from apportion.cpu_caches import CPU_CACHES
@@ -89,13 +92,15 @@ def profile(
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Leave the weights on disk, and read a module's when it runs.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Measure where a model routes the tokens of your data."""
     run(
         "profile", model=model, data=data, output=output, samples=samples, max_length=max_length, batch_size=batch_size,
-        sensitivity=sensitivity, procedure=sensitivity_procedure, seed=seed, dtype=dtype, low_memory=low_memory,
-        as_json=json_,
+        sensitivity=sensitivity, procedure=sensitivity_procedure, seed=seed, force=force,
+        loading=Loading(dtype, trust_remote_code, low_memory), as_json=json_,
     )  # fmt: skip
 
 
@@ -125,6 +130,7 @@ def plan(
     rank_shared: KindRank = None,
     rank_dense: KindRank = None,
     picture: Annotated[Path | None, typer.Option(help="Draw layers by experts into this .svg file.")] = None,
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Decide from a profile which sites get an adapter, and say what that costs."""
@@ -137,7 +143,7 @@ def plan(
     )  # fmt: skip
     run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
-        picture=picture, as_json=json_,
+        picture=picture, force=force, as_json=json_,
     )  # fmt: skip
 
 
@@ -165,6 +171,7 @@ def cost(
     rank_experts: KindRank = None,
     rank_shared: KindRank = None,
     rank_dense: KindRank = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Count what a method would cost on a model, from its configuration alone."""
@@ -175,7 +182,10 @@ def cost(
         hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
         experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
     )  # fmt: skip
-    run("cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options, as_json=json_)
+    run(
+        "cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options,
+        trust_remote_code=trust_remote_code, as_json=json_,
+    )  # fmt: skip
 
 
 @app.command()
@@ -232,6 +242,7 @@ def train(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the adapters' start and of the rows' order.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
     json_: Json = False,
 ) -> None:
@@ -244,8 +255,9 @@ def train(
         "mask_granularity": mask_granularity, "redraw_a": redraw_a, "store_a": store_a,
     }  # fmt: skip
     run(
-        "train", plan=plan, data=data, weights=weights, output=output, model=model, samples=samples, dtype=dtype,
-        settings=settings, mask=mask, on_top_of=on_top_of, resume=resume, as_json=json_,
+        "train", plan=plan, data=data, weights=weights, output=output, model=model, samples=samples,
+        settings=settings, mask=mask, on_top_of=on_top_of, resume=resume,
+        loading=Loading(dtype, trust_remote_code), as_json=json_,
     )  # fmt: skip
 
 
@@ -262,12 +274,13 @@ def eval_(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that count.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of generated tasks.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Score a model: loss and perplexity, and exact match where rows have an answer."""
     run(
         "evaluate", model=model, data=data, adapter=adapter, samples=samples, batch_size=batch_size,
-        max_length=max_length, seed=seed, dtype=dtype, as_json=json_,
+        max_length=max_length, seed=seed, dtype=dtype, trust_remote_code=trust_remote_code, as_json=json_,
     )  # fmt: skip
 
 
@@ -307,6 +320,7 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure and plan, say how equal the budgets are, and train nothing.")
     ] = False,
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Compare methods at equal budgets, over seeds, with statistics; finished runs are never repeated."""
@@ -318,7 +332,7 @@ def compare(
     )  # fmt: skip
     run(
         "compare", study=study, output=output, options=options, data=data, jobs=jobs, page=page,
-        keep_adapters=keep_adapters, dry_run=dry_run, as_json=json_,
+        keep_adapters=keep_adapters, dry_run=dry_run, force=force, as_json=json_,
     )  # fmt: skip
 
 
@@ -328,10 +342,14 @@ def merge(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the merged model.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Fold an adapter into its base: a plain model that needs no apportion."""
-    run("merge", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+    run(
+        "merge", adapter=adapter, output=output, model=model, dtype=dtype, trust_remote_code=trust_remote_code,
+        as_json=json_,
+    )  # fmt: skip
 
 
 @app.command()
@@ -344,11 +362,13 @@ def combine(
     how: Annotated[str, typer.Option(help="cat (exact; ranks add up) or linear (factors are added).")] = "cat",
     model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Make one adapter of several tasks' adapters."""
     run(
-        "combine", adapters=adapters, output=output, weights=weights, how=how, model=model, dtype=dtype, as_json=json_
+        "combine", adapters=adapters, output=output, weights=weights, how=how, model=model, dtype=dtype,
+        trust_remote_code=trust_remote_code, as_json=json_,
     )  # fmt: skip
 
 
@@ -358,10 +378,14 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the plain LoRA adapter.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Write an adapter of linear layers as plain LoRA, for software that knows nothing of apportion."""
-    run("export", adapter=adapter, output=output, model=model, dtype=dtype, as_json=json_)
+    run(
+        "export", adapter=adapter, output=output, model=model, dtype=dtype, trust_remote_code=trust_remote_code,
+        as_json=json_,
+    )  # fmt: skip
 
 
 @app.command()
@@ -383,10 +407,11 @@ def report(
     profile: Annotated[
         Path | None, typer.Option(help="The profile that a plan was made from, to show both in one page.")
     ] = None,
+    force: Force = False,
     json_: Json = False,
 ) -> None:
     """Show a study, a demonstration, a profile or a plan as one HTML page that needs no network."""
-    run("report", path=path, output=output, profile=profile, as_json=json_)
+    run("report", path=path, output=output, profile=profile, force=force, as_json=json_)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -14,9 +15,12 @@ CONFIG_HELP = (
     "deepseek-v2-lite, deepseek-v3, gpt-oss-20b, mixtral-8x22b, mixtral-8x7b, olmoe-1b-7b, qwen3-30b-a3b. "
     "No weights are read."
 )
+TRUST_HELP = "Run the Python code that comes with a model. Only for authors that you trust."
 METHODS_PANEL = "Method options"
 SPARSE_PANEL = "Sparse plans (lori, hellori)"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file of another kind at the output; never an input.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST_HELP)]
 MethodName = Annotated[str, typer.Option("--method", help="How sites are chosen; `apportion methods` lists all.")]
 Rank = Annotated[int, typer.Option(help="Rank of every adapter; of marginal, which chooses ranks, the scale alone.")]
 Alpha = Annotated[
@@ -114,6 +118,21 @@ KindRank = Annotated[
         help="Rank of this kind; the scale alpha / rank stays.", show_default="--rank", rich_help_panel=METHODS_PANEL
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a command loads its model.
+
+    Args:
+        dtype: Number format; None leaves the choice to `load_model`.
+        trust_remote_code: Run Python code that comes with the model.
+        low_memory: Leave the weights on disk.
+    """
+
+    dtype: str | None
+    trust_remote_code: bool
+    low_memory: bool = False
 
 
 class Dtype(enum.StrEnum):

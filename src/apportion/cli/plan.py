@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from apportion.cli.render import cost_table, draw, heat_map, lora_expert_map, rank_table
+from apportion.errors import ConfigurationError
 from apportion.methods.budget import spent
 from apportion.methods.planning import plan
+from apportion.records.outputs import check_output
 from apportion.records.profile import load_profile
 
 
@@ -24,8 +26,14 @@ def run(
     seed: int,
     options: dict[str, Any],
     picture: Path | None,
+    force: bool,
 ) -> dict[str, Any]:
     """Make a plan from a profile, save it and show it."""
+    check_output(output, "plan", inputs=(profile,), force=force)
+    if picture:
+        if picture.resolve() == output.resolve():
+            raise ConfigurationError(f"plan and picture would both be written to {output}.\n  fix:  give two files")
+        check_output(picture, "picture", inputs=(profile,), force=force)
     measured = load_profile(profile)
     made = plan(measured, method, rank=rank, alpha=alpha, seed=seed, **options)
     made.save(output)

@@ -13,13 +13,17 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from apportion.cli.options import Loading
 from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map, sensitivity_table
 from apportion.data.batches import TrainableRows, batches, encode, trainable_rows
 from apportion.data.sources import Row, named_sources, read_rows
-from apportion.errors import ApportionWarning, ConfigurationError, DataError
+from apportion.errors import ApportionWarning, ConfigurationError, DataError, OutputWriteError
 from apportion.loading import load_model
 from apportion.profiling.run import SensitivityProcedure, profile
+from apportion.profiling.totals import own_partial, remove_partial
+from apportion.records.files import write_error
+from apportion.records.outputs import check_output
 from apportion.records.profile import Profile
 
 _UNEVEN = 10
@@ -37,23 +41,27 @@ def run(
     sensitivity: bool,
     procedure: SensitivityProcedure | None,
     seed: int,
-    dtype: str | None,
-    low_memory: bool,
+    loading: Loading,
+    force: bool,
 ) -> dict[str, Any]:
     """Read the data, run the model over them, save and show the profile."""
     quiet()
     if procedure and not sensitivity:
         raise ConfigurationError("a procedure was given, and no sensitivity asked for.\n  fix:  add --sensitivity")
-    if low_memory and sensitivity:
+    if loading.low_memory and sensitivity:
         raise ConfigurationError(
             "gradients need all weights in memory, and --low-memory leaves them on disk.\n"
             "  fix:  leave out --sensitivity or --low-memory"
         )
     sources = named_sources(data)
+    check_output(output, "profile", inputs=(model, *sources.values()), force=force)
+    partial = f"{output}.partial"
     rows = {name: read_rows(source, num_rows=samples, seed=seed) for name, source in sources.items()}
     facts = {"model": model, "data": sources, "max_length": max_length, "seed": seed, "batch_size": batch_size}
-    with _weights_on_disk(output) if low_memory else nullcontext() as offload:
-        loaded, tokenizer = load_model(model, dtype, offload=offload)
+    with _weights_on_disk(output) if loading.low_memory else nullcontext() as offload:
+        loaded, tokenizer = load_model(
+            model, loading.dtype, offload=offload, trust_remote_code=loading.trust_remote_code
+        )
         usable = {name: _with_labels(name, part, tokenizer, max_length) for name, part in rows.items() if sensitivity}
         rows |= {name: part.rows for name, part in usable.items()}
         left_out = {name: part.left_out for name, part in usable.items()}
@@ -69,9 +77,10 @@ def run(
             streams,
             sensitivity=procedure or sensitivity,
             provenance=facts | {"truncated": truncated, "left_out": left_out, "samples": samples},
-            partial=f"{output}.partial",
+            partial=partial,
+            keep_partial=True,
         )
-    measured.save(output)
+    _save(measured, output, partial)
     for name, count in truncated.items():
         if count:
             console.print(f"{name}: {count} rows were longer than {max_length} tokens and were cut")
@@ -93,6 +102,20 @@ def run(
         "sensitivity": measured.sensitivity,
         "counts": {task: counts.tolist() for task, counts in measured.counts.items()},
     }
+
+
+def _save(measured: Profile, output: Path, partial: str) -> None:
+    """Save the profile, and only then remove the totals that it was made from."""
+    try:
+        measured.save(output)
+    except OSError as error:
+        if not own_partial(partial).is_file():
+            raise
+        reason = str(error) if isinstance(error, OutputWriteError) else str(write_error(output, error))
+        raise OutputWriteError(
+            f"{reason}\n  kept:   what was measured, in {partial}: the same command goes on from it"
+        ) from error
+    remove_partial(partial)
 
 
 def _weights_on_disk(output: Path) -> TemporaryDirectory[str]:

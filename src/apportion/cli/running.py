@@ -13,8 +13,11 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from apportion.errors import ApportionError, ApportionWarning
+from apportion.errors import ApportionError, ApportionWarning, OutputWriteError
 from apportion.signals import Terminated, raising_terminated
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -47,15 +50,18 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
         with raising_terminated():
             result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
     except ApportionError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 1 if isinstance(error, OutputWriteError) else 2)
     except KeyboardInterrupt:
         _fail("interrupted.", 1)
     except Terminated as ended:
         _fail("terminated.", ended.exit_code)
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            _fail(f"{place}{error.strerror}.\n  fix:  choose another place, or change what may be written there", 1)
+        full = isinstance(error, OSError) and error.errno in _FULL
         if full or "No space left on device" in str(error):  # safetensors wraps the system's error
-            _fail("the disk is full; nothing half-written was left behind.\n  fix:  make room, then run it again", 1)
+            _fail(f"{place}the disk is full.\n  fix:  make room, then run it again", 1)
         raise
     if as_json and first:
         sys.stdout.write(json.dumps(result) + "\n")

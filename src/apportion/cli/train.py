@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.console import Console
 
+from apportion.cli.options import Loading
 from apportion.cli.quiet import quiet
 from apportion.data.mixture import mix, parse_weights
 from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
 from apportion.peft.load import merge_below
-from apportion.records.files import require_empty
 from apportion.records.mask import load_mask
+from apportion.records.outputs import check_output_folder
 from apportion.records.plan import load_plan
 from apportion.signals import end_by
 from apportion.training.processes import on_first
@@ -31,7 +32,7 @@ def run(
     output: Path,
     model: str | None,
     samples: int | None,
-    dtype: str | None,
+    loading: Loading,
     settings: dict[str, Any],
     mask: Path | None,
     on_top_of: Path | None,
@@ -40,19 +41,19 @@ def run(
     """Train, save and say what was done."""
     quiet()
     chosen = load_plan(plan)
-    checked = TrainSettings(**settings, bf16=dtype == "bfloat16")
+    checked = TrainSettings(**settings, bf16=loading.dtype == "bfloat16")
     checked.check()
-    if not resume:
-        on_first(lambda: require_empty(output))
     name = model or chosen.base_model
     if name is None:
         raise ConfigurationError("the plan does not say which model it is for.\n  fix:  give --model")
+    inputs: list[str | Path] = [name, *([on_top_of] if on_top_of else [])]
+    on_first(lambda: check_output_folder(output, inputs=inputs, may_hold=resume))
     sources, shares = named_sources(data), parse_weights(weights)
     parts = {task: read_rows(source, num_rows=samples, seed=checked.seed) for task, source in sources.items()}
     rows = mix(parts, shares, checked.seed)
     chosen_mask = load_mask(mask) if mask else None
-    facts: dict[str, Any] = {"model": name, "dtype": dtype, "data": sources, "weights": shares}
-    loaded, tokenizer = load_model(name, dtype)
+    facts: dict[str, Any] = {"model": name, "dtype": loading.dtype, "data": sources, "weights": shares}
+    loaded, tokenizer = load_model(name, loading.dtype, trust_remote_code=loading.trust_remote_code)
     below = None
     if on_top_of:
         loaded, below = merge_below(loaded, on_top_of)

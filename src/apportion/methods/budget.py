@@ -33,7 +33,7 @@ def parse_budget(value: Any) -> str | None:
     """
     if value is None:
         return None
-    match = re.fullmatch(r"(?:(experts|parameters|flops)=)?([\d_,]+)", str(value).strip().lower())
+    match = re.fullmatch(r"(?:(experts|parameters|flops)=)?([\d_,]{1,24})", str(value).strip().lower())
     number = int(re.sub("[_,]", "", match[2]) or 0) if match else 0
     if match is None or number < 1:
         raise ConfigurationError(

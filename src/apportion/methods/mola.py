@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -28,9 +29,10 @@ def parse_shape(value: Any) -> str:
     Raises:
         ConfigurationError: it is no such list of numbers of at least 1.
     """
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", str(value)):
+    if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
         raise ConfigurationError(
-            f"experts={value!r} is not understood.\n  fix:  give numbers from the first layers to the last: 2-4-6-8"
+            f"experts={str(value)[:60]!r} is not understood.\n"
+            "  fix:  give numbers from the first layers to the last: 2-4-6-8"
         )
     return str(value)
 
@@ -98,6 +100,7 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
 
     Raises:
         ConfigurationError: both a number and a budget were given, or the budget buys no LoRA expert.
+        PlanError: the number or the budget is for more LoRA experts than a matrix can have.
 
     Source: the usual baseline of LoRA-SMoE, arXiv:2505.06272.
     Differs: what a budget leaves over is spread at even distances.
@@ -146,9 +149,11 @@ def _most_that_fits(budget: str, sites: Sequence[Site], profile: Profile, settin
         pairs = zip(sites, spread(total, len(sites)), strict=True)
         return spent(budget, [settings.place(site, number) for site, number in pairs if number], profile)[0]
 
-    rounds = 0  # whole rounds over all sites that fit; then what of one more round
-    while taken((rounds + 1) * len(sites)) <= int(allowed):
-        rounds += 1
+    beyond = 1  # rounds over all sites, doubled until they do not fit, or until no matrix can have as many experts
+    while taken(beyond * len(sites)) <= int(allowed):
+        beyond *= 2
+    # Whole rounds that fit; then what of one more round does.
+    rounds = bisect.bisect_right(range(1, beyond), int(allowed), key=lambda number: taken(number * len(sites)))
     fitting = [total for total in range(rounds * len(sites), (rounds + 1) * len(sites)) if taken(total) <= int(allowed)]
     most = max(fitting, key=taken, default=0)
     if most == 0:

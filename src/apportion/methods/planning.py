@@ -15,11 +15,14 @@ from apportion.errors import ConfigurationError, PlanError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
 from apportion.methods.budget import flops_per_token
 from apportion.methods.registry import find_method
+from apportion.records.braces import expand_braces
 from apportion.records.cost import Cost, RoutingSource
 from apportion.records.plan import (
+    LARGEST_SCALE,
+    MAX_WIDTH,
+    SMALLEST_SCALE,
     Placement,
     Plan,
-    expand_braces,
     group_placements,
     num_kept_entries,
     num_trainable,
@@ -52,9 +55,9 @@ def plan(
         The plan, with its exact cost.
 
     Raises:
-        ConfigurationError: the method, an option or the rank is wrong, or does not fit the model.
+        ConfigurationError: the method, an option, the rank or alpha is wrong, or does not fit the model.
         ProfileError: the profile lacks what the method needs.
-        PlanError: the method places nothing.
+        PlanError: the method places nothing, or more LoRA experts than a matrix can have.
 
     Example:
         >>> import apportion
@@ -63,7 +66,36 @@ def plan(
         >>> print(apportion.plan(profile, method="hellora", hot=4, rank=8).cost)
         166,400 trainable parameters
     """
-    return build_plan(profile, method, AdapterSettings(rank, 2.0 * rank if alpha is None else alpha, seed), options)
+    return build_plan(profile, method, check_settings(rank, alpha, seed), options)
+
+
+def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings:
+    """Refuse ranks and scales that no adapter can have.
+
+    Args:
+        rank: Rank of every adapter.
+        alpha: Scale numerator; twice the rank where it is None.
+        seed: Seed of methods that draw at random.
+
+    Returns:
+        All three.
+
+    Raises:
+        ConfigurationError: the rank is no whole number of at least 1, or above what any matrix has; alpha is not above
+            0, not finite, or so large or small that float32 cannot hold alpha / rank.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_WIDTH:
+        raise ConfigurationError(f"rank={rank!r} is not a rank.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
+    if alpha is None:
+        return AdapterSettings(rank, 2.0 * rank, seed)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise ConfigurationError(f"alpha={alpha!r} gives no scale.\n  fix:  give a number above 0")
+    if not SMALLEST_SCALE * rank <= alpha <= LARGEST_SCALE * rank:
+        raise ConfigurationError(
+            f"alpha={alpha!r} gives a scale alpha / rank that float32 cannot hold.\n"
+            "  fix:  give a number near the rank, such as twice the rank"
+        )
+    return AdapterSettings(rank, alpha, seed)
 
 
 def build_plan(
@@ -74,7 +106,7 @@ def build_plan(
     Args:
         profile: What was measured, or stands for it.
         name: The method's name.
-        settings: Rank, scale and seed.
+        settings: Rank, scale and seed, as `check_settings` gives them.
         options: The method's own options.
         routing: Where the profile's counts come from.
 
@@ -87,7 +119,6 @@ def build_plan(
     """
     chosen = find_method(name)
     checked = _check_options(chosen, options)
-    _check_settings(settings)
     settings = replace(settings, ranks=checked.ranks, sparsity=checked.sparsity)
     targeted = checked.select(profile.layout)
     placements = _in_file_order(chosen.place(profile, checked, settings))
@@ -177,14 +208,6 @@ def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:
         raise ConfigurationError(
             f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of method {method.name} is wrong: {reason}"
         ) from error
-
-
-def _check_settings(settings: AdapterSettings) -> None:
-    """Refuse ranks and scales that no adapter can have."""
-    if isinstance(settings.rank, bool) or not isinstance(settings.rank, int) or settings.rank < 1:
-        raise ConfigurationError(f"rank={settings.rank!r} is not a rank.\n  fix:  give a whole number of at least 1")
-    if not settings.alpha > 0:
-        raise ConfigurationError(f"alpha={settings.alpha!r} gives no scale.\n  fix:  give a number above 0")
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:

@@ -10,6 +10,8 @@ from apportion.errors import ConfigurationError
 from apportion.records.site import KINDS, Layout, Site
 
 ALL_TARGETS: tuple[str, ...] = KINDS
+_NUMBER = r"\d{1,18}"  # Python reads no number of thousands of digits
+_SHOWN = 60  # characters of an option in a message
 
 
 def parse_targets(value: Any) -> tuple[str, ...]:
@@ -52,21 +54,24 @@ def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
     """
     if value is None:
         return None
+    known = {site.layer for site in layout.others} | {block.layer for block in layout.blocks}
     layers: set[int] = set()
     for part in value.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:-\s*({_NUMBER})\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
+            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
             raise ConfigurationError(
-                f"layers={value!r} is not understood.\n  fix:  give layers such as 4-15 or 0,2,4-7"
+                f"layers={shown!r} is not understood.\n  fix:  give layers such as 4-15 or 0,2,4-7"
+            )
+        # Comparing as it goes, this ends at the first layer that the model lacks, however far the range goes on.
+        lacking = next((layer for layer in range(first, last + 1) if layer not in known), None)
+        if lacking is not None:
+            raise ConfigurationError(
+                f"layers={value!r} asks for layer {lacking}, which this model lacks.\n"
+                f"  found:  layers {min(known)} to {max(known)}"
             )
         layers.update(range(first, last + 1))
-    known = {site.layer for site in layout.others} | {block.layer for block in layout.blocks}
-    if layers - known:
-        raise ConfigurationError(
-            f"layers={value!r} asks for layer {min(layers - known)}, which this model lacks.\n"
-            f"  found:  layers {min(known)} to {max(known)}"
-        )
     return layers
 
 

@@ -24,7 +24,20 @@ _CLASSES: tuple[tuple[Any, Any], ...] = (
 )
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
+def needs_remote_code(error: Exception) -> bool:
+    """Tell whether transformers refused to run code that comes with a model."""
+    return "trust_remote_code=True" in str(error)
+
+
+def remote_code_refusal(name: str) -> str:
+    """Say that a model comes with code, and what that means."""
+    return (
+        f"the model {name!r} comes with Python code of its own, which was not run.\n"
+        "  fix:  if you trust its authors, run that code with --trust-remote-code (in Python: trust_remote_code=True)"
+    )
+
+
+def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Any:
     """Choose the class that builds a model's language model with its head, alone where transformers has it alone.
 
     Models that read images or sound besides text come whole; adapters stand on their language model alone. A model
@@ -32,6 +45,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
     Args:
         config: The model's configuration.
+        trust_remote_code: Whether code that comes with the model may be run, which transformers does not know.
 
     Returns:
         `AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModelForMultimodalLM`.
@@ -44,6 +58,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
             continue
         if auto is AutoModelForCausalLM or "labels" in signature(known[type(config)].forward).parameters:
             return auto
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
     raise ConfigurationError(
         f"model type {config.model_type!r} is no causal language model that transformers knows.\n"
         "  fix:  update transformers, or give another configuration"

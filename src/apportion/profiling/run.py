@@ -42,6 +42,7 @@ def profile(
     sensitivity: bool | SensitivityProcedure = False,
     provenance: dict[str, Any] | None = None,
     partial: str | os.PathLike[str] | None = None,
+    keep_partial: bool = False,
 ) -> Profile:
     """Measure where a model routes the tokens of the user's data and, if asked, which matrices its gradients need.
 
@@ -60,7 +61,9 @@ def profile(
             released code of LoRA-SMoE does, to compare.
         provenance: Facts to keep with the numbers, such as the data's name; versions are added.
         partial: A file that keeps the totals while this runs. A call with the same model, tasks, batches and provenance
-            goes on from it after a crash; it is removed at the end.
+            goes on from it after a crash. A damaged file is not used, with a warning. It is removed at the end.
+        keep_partial: Leave that file at the end too, for a caller who removes it (`remove_partial`) once the profile
+            is saved: until then, the same call gives the same profile without running the model again.
 
     Returns:
         The profile, which a plan can be made from without the model.
@@ -85,7 +88,7 @@ def profile(
     file = PartialFile(
         None if procedure == "block-coordinate" else partial, seal(facts | {"model": weights_sample(model, layout)})
     )
-    measured = file.read()
+    measured = file.read(layout)
     for name, part in tasks.items():
         totals = measured.setdefault(name, TaskTotals.zeros(layout))
         try:
@@ -97,7 +100,8 @@ def profile(
         sites = [site.name for site in layout.sites() if site.storage != "weight"] if procedure else []
         totals.sum_over_processes(device, sites)
         _check(name, totals, layout, sensitive=procedure is not None)
-    file.remove()
+    if file.path is not None and not keep_partial:
+        file.path.unlink(missing_ok=True)
     return Profile(
         layout=layout,
         counts={name: totals.counts for name, totals in measured.items()},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apportion.errors import ApportionWarning
 from apportion.records.files import whole_file
 from apportion.records.site import Layout
+from apportion.records.tensors import digest
 
 # Shapes: L layers, E experts of the widest layer.
 
 _HEADER = "apportion_partial"
 _SAVE_EVERY_S = 30.0
+_FACTS = ("tokens", "sequences", "sensitivity", "batches", "seen")  # what a file's header has of each task
+_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass
@@ -51,6 +57,29 @@ class TaskTotals:
         """Start at nothing, wide enough for the widest layer."""
         shape = (len(layout.blocks), max((block.num_experts for block in layout.blocks), default=0))
         return cls(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64))
+
+    def check(self, layout: Layout) -> None:
+        """Refuse what no measurement gives.
+
+        Args:
+            layout: The model's sites.
+
+        Raises:
+            ValueError: a tensor has another type or shape than the layout's, or a number is negative or not finite.
+        """
+        zeros = TaskTotals.zeros(layout)
+        for own, expected in ((self.counts, zeros.counts), (self.mass, zeros.mass)):
+            if own.dtype != expected.dtype or own.shape != expected.shape:
+                raise ValueError(f"totals of type {own.dtype} and shape {tuple(own.shape)}")
+            if not bool((own >= 0).all() and own.isfinite().all()):
+                raise ValueError("totals that are negative or not finite")
+        numbers = (self.tokens, self.sequences, self.batches)
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"numbers of tokens, sequences and batches {numbers}")
+        if not all(math.isfinite(norm) and norm >= 0 for norm in self.sensitivity.values()):
+            raise ValueError("sensitivities that are negative or not finite")
+        if unknown := set(self.sensitivity) - {site.name for site in layout.sites()}:
+            raise ValueError(f"the sensitivity of {min(unknown)}, which the model lacks")
 
     def add_sensitivity(self, norms: dict[str, float]) -> None:
         """Add one batch's squared norms."""
@@ -89,27 +118,50 @@ class PartialFile:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.path = None if path is None else Path(f"{os.fspath(path)}{f'.{rank}' if rank else ''}")
+        self.path = None if path is None else own_partial(path)
         self.identity = f"{identity}/{count}"
         self.saved_at = time.monotonic()
 
-    def read(self) -> dict[str, TaskTotals]:
-        """Give the tasks' totals; none where there is no file, or where it is of another measurement."""
+    def read(self, layout: Layout) -> dict[str, TaskTotals]:
+        """Give the tasks' totals; none where there is no file, or where it is damaged or of another measurement.
+
+        Args:
+            layout: The model's sites.
+
+        Returns:
+            Totals by task. A file that is damaged gives none, and a warning that names it.
+        """
         if self.path is None or not self.path.is_file():
             return {}
         try:
-            with safe_open(self.path, framework="pt") as opened:
-                header = json.loads((opened.metadata() or {})[_HEADER])
-                if header["identity"] != self.identity:
-                    return {}
-                return {
-                    task: TaskTotals(opened.get_tensor(f"counts/{task}"), opened.get_tensor(f"mass/{task}"), **facts)
-                    for task, facts in header["tasks"].items()
-                }
-        except (SafetensorError, KeyError, OSError, ValueError):  # damaged: measure again
+            return self._read(self.path, layout)
+        except _DAMAGE as error:
+            warnings.warn(
+                f"the totals in {self.path} cannot be used, so everything is measured again.\n  found:  {error}",
+                ApportionWarning,
+                stacklevel=2,
+            )
             return {}
+
+    def _read(self, path: Path, layout: Layout) -> dict[str, TaskTotals]:
+        """Read the file, raising whatever its damage leads to."""
+        with safe_open(path, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})[_HEADER])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        if header.pop("digest") != digest(header, tensors):
+            raise ValueError("contents that do not match their digest")
+        if header["identity"] != self.identity:
+            return {}
+        measured = {
+            task: TaskTotals(
+                tensors[f"counts/{task}"], tensors[f"mass/{task}"], **{name: facts[name] for name in _FACTS}
+            )
+            for task, facts in header["tasks"].items()
+        }
+        for totals in measured.values():
+            totals.check(layout)
+        return measured
 
     def keep(self, totals: Callable[[], dict[str, TaskTotals]], *, now: bool = False) -> None:
         """Write the totals, whole or not at all, unless they were written half a minute ago.
@@ -123,16 +175,33 @@ class PartialFile:
         tasks = totals()
         tensors = {f"counts/{task}": part.counts for task, part in tasks.items()}
         tensors |= {f"mass/{task}": part.mass for task, part in tasks.items()}
-        facts = ("tokens", "sequences", "sensitivity", "batches", "seen")
         header = {
             "identity": self.identity,
-            "tasks": {task: {name: getattr(part, name) for name in facts} for task, part in tasks.items()},
+            "tasks": {task: {name: getattr(part, name) for name in _FACTS} for task, part in tasks.items()},
         }
+        metadata = {_HEADER: json.dumps(header | {"digest": digest(header, tensors)})}
         with whole_file(self.path) as temporary:
-            save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+            save_file(tensors, temporary, metadata=metadata)
         self.saved_at = time.monotonic()
 
-    def remove(self) -> None:
-        """Remove the file: the measurement is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+def own_partial(path: str | os.PathLike[str]) -> Path:
+    """Give the file of partial totals that this process writes.
+
+    Args:
+        path: The file's name, as `profile` was given it.
+
+    Returns:
+        The same on a single process and on the first of several; the others add their number.
+    """
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return Path(f"{os.fspath(path)}{f'.{rank}' if rank else ''}")
+
+
+def remove_partial(path: str | os.PathLike[str]) -> None:
+    """Remove this process's file of partial totals, if there is one.
+
+    Args:
+        path: The file's name, as `profile` was given it.
+    """
+    own_partial(path).unlink(missing_ok=True)

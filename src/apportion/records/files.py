@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apportion.errors import OutputExistsError
+from safetensors import SafetensorError
+
+from apportion.errors import ApportionError, OutputExistsError, OutputWriteError
 from apportion.records.locks import LOCK_FILES
 
 
@@ -24,19 +27,52 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         The temporary path to write to.
+
+    Raises:
+        OutputWriteError: the system refused, for example because the disk is full; the file is as it was.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         use_default_mode(temporary)
         sync(temporary)
         temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, ApportionError) or not (isinstance(error, OSError) or "os error" in str(error)):
+            raise
+        raise write_error(target, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_error(path: str | os.PathLike[str], error: Exception) -> OutputWriteError:
+    """Say that a file was not written.
+
+    Args:
+        path: The file.
+        error: What the system, or safetensors for it, said.
+
+    Returns:
+        The error to raise.
+    """
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    full = is_full(error)
+    return OutputWriteError(
+        f"{os.fspath(path)} was not written{': the disk is full' if full else ''}.\n  found:  {reason}\n"
+        f"  fix:    {'make room, then run it again' if full else 'choose another place for the output'}"
+    )
+
+
+def is_full(error: Exception) -> bool:
+    """Tell whether an error means that a disk is full, or a quota used up; safetensors wraps the system's error."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def sync(path: Path) -> None:

@@ -17,12 +17,18 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from apportion.errors import PlanError
+from apportion.records.braces import expand_braces, fold_braces, num_expanded
 from apportion.records.cost import Cost
 from apportion.records.files import seal, write_text
 from apportion.records.site import Site
 
 SCHEMA_VERSION = 1
+MAX_WIDTH = 65_536  # rows of an A, over all LoRA experts of a site: no published model has a matrix as wide
+MAX_SITES = 1_000_000  # of a plan: the largest published models have about 100,000
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127  # in float32, in which adapters are computed
+
 _STRICT = ConfigDict(extra="forbid")
+_SHOWN = 60  # characters of a line in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
+        _check_size(self.site, self.rank, self.alpha)
         if not 0 <= self.sparsity < 1:
             raise PlanError(
                 f"{self.site} has sparsity {self.sparsity}.\n  fix:  give a share of at least 0 and below 1"
@@ -55,6 +62,11 @@ class Placement:
             raise PlanError(
                 f"{self.site} has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.\n"
                 "  fix:  give a top_k of at least 1 and at most the number of experts"
+            )
+        if self.num_experts * self.rank > MAX_WIDTH:
+            raise PlanError(
+                f"{self.site} has {self.num_experts} LoRA experts of rank {self.rank}.\n"
+                f"  fix:  give fewer experts or a lower rank: experts times rank may be at most {MAX_WIDTH}"
             )
 
     @property
@@ -206,8 +218,8 @@ class Plan:
             The plan.
 
         Raises:
-            PlanError: a field is missing, unknown or of the wrong type, the schema is another, or the contents do not
-                match the seal.
+            PlanError: a field is missing, unknown or of the wrong type, the schema is another, the contents do not
+                match the seal, or they ask for what no adapter can be.
         """
         try:
             file = TypeAdapter(_PlanFile).validate_python(data)
@@ -219,6 +231,8 @@ class Plan:
             raise PlanError(f"it has schema version {file.schema_version}; this apportion reads {SCHEMA_VERSION}.")
         if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
             raise PlanError("it was changed after it was written: its contents do not match its seal.")
+        _check_size("the plan", file.rank, file.alpha)
+        _check_number_of_sites(file.placements)
         return cls(
             **{
                 name: getattr(file, name)
@@ -234,6 +248,36 @@ class Plan:
                 for site in expand_braces(pattern)
             ),
         )
+
+
+def _check_size(owner: str, rank: int, alpha: float) -> None:
+    """Refuse a rank that no matrix has, and a scale that float32 cannot hold."""
+    if not 1 <= rank <= MAX_WIDTH:
+        raise PlanError(f"{owner} has rank {rank}.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
+    if not SMALLEST_SCALE <= alpha / rank <= LARGEST_SCALE:
+        raise PlanError(
+            f"{owner} has alpha {alpha} and rank {rank}: float32 cannot hold the scale alpha / rank.\n"
+            "  fix:  give an alpha near the rank, such as twice the rank"
+        )
+
+
+def _check_number_of_sites(groups: Sequence[PlacementGroup]) -> None:
+    """Count what the lines of a plan stand for, before any of it is made."""
+    total = 0
+    for number, group in enumerate(groups):
+        for line, pattern in enumerate(group.sites):
+            place = f"placements.{number}.sites.{line}"
+            shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}..."
+            try:
+                total += num_expanded(pattern)
+            except PlanError as error:
+                raise PlanError(
+                    f"a line of it names no sites: {error}.\n  place:  {place}\n  found:  {shown}"
+                ) from error
+            if total > MAX_SITES:
+                raise PlanError(
+                    f"it names more than {MAX_SITES:,} sites, which no model has.\n  place:  {place}\n  found:  {shown}"
+                )
 
 
 def num_kept_entries(placements: Iterable[Placement], sites: Mapping[str, Site]) -> int:
@@ -326,57 +370,4 @@ def group_placements(placements: Iterable[Placement]) -> list[PlacementGroup]:
             rank=rank, alpha=alpha, num_experts=experts, top_k=top_k, sparsity=sparsity, sites=fold_braces(names)
         )
         for (rank, alpha, experts, top_k, sparsity), names in groups.items()
-    ]
-
-
-def fold_braces(names: Iterable[str]) -> list[str]:
-    """Write names short: siblings that differ in their last part, then in the number before it, share a line.
-
-    Args:
-        names: Site names.
-
-    Returns:
-        Patterns that `expand_braces` turns into the same names.
-
-    Example:
-        >>> fold_braces(["m.0.up", "m.0.down", "m.3.up", "m.3.down", "n.q"])
-        ['m.{0,3}.{up,down}', 'n.q']
-    """
-    by_parent: dict[str, list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        by_parent.setdefault(parent, []).append(last)
-    by_block: dict[tuple[str, bool, str], list[str]] = {}
-    for parent, lasts in by_parent.items():
-        tail = lasts[0] if len(lasts) == 1 else "{" + ",".join(lasts) + "}"
-        block, _, number = parent.rpartition(".")
-        numbered = number.isdigit()
-        by_block.setdefault((block if numbered else parent, numbered, tail), []).append(number if numbered else "")
-    folded = []
-    for (block, _, tail), numbers in by_block.items():
-        middle = numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}"
-        folded.append(".".join(part for part in (block, middle, tail) if part))
-    return folded
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Undo `fold_braces` for one line.
-
-    Args:
-        pattern: A name with braces.
-
-    Returns:
-        The names.
-
-    Example:
-        >>> expand_braces("m.{0,3}.{up,down}")
-        ['m.0.up', 'm.0.down', 'm.3.up', 'm.3.down']
-    """
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    return [
-        name
-        for choice in match[1].split(",")
-        for name in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
     ]

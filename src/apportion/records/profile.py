@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from apportion.errors import ProfileError
-from apportion.records.files import seal, whole_file
+from apportion.records.files import whole_file
 from apportion.records.site import Layout
+from apportion.records.tensors import digest
 
 SCHEMA_VERSION = 1
-_HEADER = "apportion_profile"
+PROFILE_HEADER = "apportion_profile"
 
 # L = Mixture-of-Experts layers, E = experts of the widest layer.
 
@@ -68,7 +68,7 @@ class Profile:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything measured: two profiles with the same digest hold the same numbers."""
-        return _digest(self._header(), self._tensors())
+        return digest(self._header(), self._tensors())
 
     def total_counts(self) -> Tensor:
         """Selections summed over tasks: int64, shape (L, E)."""
@@ -145,7 +145,7 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as one safetensors file, whole or not at all."""
         header = self._header()
-        metadata = {_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
+        metadata = {PROFILE_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
         with whole_file(path) as temporary:
             save_file(self._tensors(), temporary, metadata=metadata)
 
@@ -192,13 +192,13 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             f"the profile {file} cannot be read: it is truncated or not a safetensors file.\n"
             f"  found:  {error}\n  fix:    profile again"
         ) from error
-    if _HEADER not in metadata:
+    if PROFILE_HEADER not in metadata:
         raise ProfileError(
             f"{file} is a safetensors file, but not a profile.\n  fix:  give a file that apportion profile wrote"
         )
     try:
-        header = json.loads(metadata[_HEADER])
-        digest = header.pop("digest")
+        header = json.loads(metadata[PROFILE_HEADER])
+        written = header.pop("digest")
         if header["schema_version"] != SCHEMA_VERSION:
             raise ProfileError(
                 f"the profile {file} has schema version {header['schema_version']}; this apportion reads "
@@ -214,19 +214,9 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ProfileError(f"the profile {file} is damaged.\n  found:  {error!r}\n  fix:    profile again") from error
-    if digest != _digest(header, tensors):
+    if written != digest(header, tensors):
         raise ProfileError(
             f"the profile {file} was changed after it was written: its contents do not match its digest.\n"
             "  fix:  profile again"
         )
     return profile
-
-
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Hash the header and every tensor's name, type, shape and bytes."""
-    total = hashlib.sha256(seal(header).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.numpy().tobytes())
-    return total.hexdigest()

@@ -7,7 +7,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,8 +14,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from apportion._version import __version__
-from apportion.errors import OutputExistsError
 from apportion.records.files import write_text
+from apportion.records.outputs import check_output
 from apportion.report.charts import chart_data
 from apportion.report.facts import facts
 from apportion.report.material import Material, read_material
@@ -34,24 +33,29 @@ class Written:
 
 
 def write_report(
-    path: str | os.PathLike[str], output: str | os.PathLike[str], profile: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    profile: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
 ) -> Written:
     """Make one HTML page that needs no network from a study, a demonstration, a profile or a plan.
 
     Args:
         path: A study's or a demonstration's folder, a profile (``.safetensors``) or a plan (``.json``).
-        output: The page; one that is there is replaced.
+        output: The page; one that is there is replaced, another file is not.
         profile: The profile that a plan was made from, where the path is a plan.
+        force: Replace another file too, unless the page is made from it.
 
     Returns:
         What was written.
 
     Raises:
         ConfigurationError: there is nothing there that a page can be made from.
-        OutputExistsError: the output is a folder.
+        OutputExistsError: the output is a folder, a file that is no such page, or what the page is made from.
+        OutputPathError: nothing can be written there.
     """
-    if Path(output).is_dir():
-        raise OutputExistsError(f"{output} is a folder; a file was expected.\n  fix:  give a file, such as report.html")
+    check_output(output, "report", inputs=(path, profile) if profile else (path,), force=force)
     material = read_material(path, profile)
     data = chart_data(material)
     sections = _sections(data)
