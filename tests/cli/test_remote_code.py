@@ -35,6 +35,7 @@ class OwnConfig(OlmoeConfig):
 class OwnForCausalLM(OlmoeForCausalLM):
     config_class = OwnConfig
 """
+COMPARE = ["--method", "lora", "--method", "attention", "--budget", "attention:1", "--dry-run"]
 DATA = ["--data", "task:aiw", "--samples", "2"]
 
 
@@ -81,13 +82,14 @@ def check_refused(done: Result, marker: Path) -> None:
     assert "--trust-remote-code" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["eval", "profile", "cost", "cost of a file"])
+@pytest.mark.parametrize("command", ["eval", "profile", "cost", "cost of a file", "compare"])
 def test_code_of_a_named_model_does_not_run(run: Run, own_model: Path, marker: Path, command: str) -> None:
     arguments = {
         "eval": ["eval", own_model, *DATA],
         "profile": ["profile", own_model, *DATA, "-o", "p.safetensors"],
         "cost": ["cost", own_model],
         "cost of a file": ["cost", own_model / "config.json"],
+        "compare": ["compare", "--model", own_model, "--data", "task:aiw", *COMPARE],
     }[command]
     check_refused(run(*arguments, "--json"), marker)
 
@@ -143,6 +145,7 @@ def test_code_runs_when_it_is_trusted(own_model: Path, plan: apportion.Plan, mar
         ["cost", str(own_model / "config.json"), "--method", "lora", "--rank", "2"],
         ["eval", str(own_model), *DATA],
         ["profile", str(own_model), *DATA, "-o", str(tmp_path / "p.safetensors")],
+        ["compare", "--model", str(own_model), "--data", "task:aiw", *COMPARE, "-o", str(tmp_path / "study")],
         ["plan", str(tmp_path / "p.safetensors"), "--method", "lora", "--rank", "2", "-o", str(tmp_path / "own.json")],
         ["train", str(tmp_path / "own.json"), *DATA, "--steps", "1", "-o", str(tmp_path / "run")],
     ]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from apportion.cli.main import app
@@ -69,3 +70,26 @@ def test_a_second_task_is_trained_on_top(folder: Path, tmp_path: Path) -> None:
     )
     assert gone.exit_code == 2
     (tmp_path / "moved").replace(folder / "gcd" / "adapter_model.safetensors")
+
+
+def test_weights_that_overflow_leave_no_adapter(folder: Path) -> None:
+    done = _run("combine", folder / "aiw", folder / "aiw", "--weights", "1e39,1", "-o", folder / "overflow")
+    assert done.exit_code == 2, done.output
+    assert "not finite" in done.stderr
+    assert not (folder / "overflow").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "merge"])
+def test_an_adapter_without_tensors_is_refused(folder: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "empty").mkdir()
+    config = (folder / "aiw" / "adapter_config.json").read_text()
+    (tmp_path / "empty" / "adapter_config.json").write_text(config)
+    save_file({}, tmp_path / "empty" / "adapter_model.safetensors")
+    arguments = {
+        "eval": ["embedded", "--adapter", tmp_path / "empty", "--data", "task:aiw", "--samples", 2],
+        "merge": [tmp_path / "empty", "-o", tmp_path / "merged"],
+    }[command]
+    done = _run(command, *arguments)
+    assert done.exit_code == 2, done.output
+    assert "tensors are missing" in done.stderr
+    assert not (tmp_path / "merged").exists()

@@ -14,7 +14,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 import apportion
@@ -70,6 +71,24 @@ def check_training(family: str, units: str) -> None:
     assert any(bool(grad.any()) for name, grad in expected.items() if "experts" in name)
 
 
+def check_fsdp1() -> None:
+    """FSDP1 shows its views of weights beside the parameters; the router's adapter must train all the same."""
+    tokens = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(5))
+    whole, _ = adapted("olmoe")
+    expected = gradients(whole, tokens)
+    sharded, _ = adapted("olmoe")
+    wrap = ModuleWrapPolicy({type(sharded.get_base_model().model.layers[0])})
+    wrapped = FullyShardedDataParallel(sharded, auto_wrap_policy=wrap, use_orig_params=True, device_id="cpu")
+    wrapped(input_ids=tokens[dist.get_rank() :: 2], labels=tokens[dist.get_rank() :: 2]).loss.backward()
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+        named = ((name.replace("_fsdp_wrapped_module.", ""), p.grad) for name, p in wrapped.named_parameters())
+        found = {name: grad for name, grad in named if grad is not None}
+        assert found.keys() == expected.keys()
+        for name, grad in found.items():
+            assert torch.allclose(grad, expected[name], atol=1e-6), name
+    assert any(bool(grad.any()) for name, grad in expected.items() if "mlp.gate.lora_B" in name)
+
+
 def check_saving(method: str, folder: Path) -> None:
     """Save a sharded model on every process, and with the state of the first alone."""
     mesh = init_device_mesh("cpu", (2,))
@@ -113,6 +132,7 @@ if __name__ == "__main__":
     for kind in FAMILIES:
         check_training(kind, "layers")
         check_training(kind, "experts")
+    check_fsdp1()
     for kind in ("hellora", "hellori"):
         check_saving(kind, Path(sys.argv[1], kind))
     check_refusals()

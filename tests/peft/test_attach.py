@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -278,3 +280,20 @@ def test_a_dense_model_takes_lora(tokens: Tensor, profile_of: ProfileOf) -> None
     adapted = apportion.apply(model, apportion.plan(profile_of(model), "lora", rank=4))
     assert adapted.receipt.sites_by_kind == {"attention": 8, "dense": 6}
     assert torch.equal(_logits(adapted, tokens), before)
+
+
+def test_threads_that_share_a_model_get_right_logits(profile_of: ProfileOf, tokens: Tensor) -> None:
+    model = build_tiny("olmoe")
+    adapted = apportion.apply(model, _plan(model, profile_of))
+    _train(adapted, tokens)
+    expected = _logits(adapted, tokens)
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            wrong = sum(pool.map(lambda _: not torch.equal(_logits(adapted, tokens), expected), range(100)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == 0
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapted.named_parameters())

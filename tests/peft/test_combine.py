@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import apportion
-from apportion.errors import ConfigurationError, OutputExistsError
+from apportion.errors import ApportionError, ConfigurationError, OutputExistsError
 from apportion.peft.export import export_lora
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny
@@ -114,6 +114,16 @@ def test_what_cannot_be_combined_is_refused(profile_of: ProfileOf, tokens: Tenso
     with pytest.raises(ConfigurationError, match="gates"):
         both.add_weighted_adapter(["one", "routed"], [1.0, 1.0], "new")
     assert set(both.peft_config) == {"one", "two", "routed"}
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0], [1e39, 1.0]])
+@pytest.mark.parametrize("how", ["cat", "linear"])
+def test_weights_that_give_no_finite_adapter_are_refused(weights: list[float], how: str, profile_of: ProfileOf) -> None:
+    both = _two(build_tiny("olmoe"), profile_of, ("hellora", "hellora"))
+    with pytest.raises(ApportionError, match="finite"):
+        both.add_weighted_adapter(["one", "two"], weights, "both", combination_type=how)
+    assert set(both.peft_config) == {"one", "two"}
+    assert not any(".both" in name for name, _ in both.named_parameters())
 
 
 @pytest.mark.parametrize(("name", "method"), [("dense", "lori"), ("dense", "lora"), ("olmoe", "lori")])

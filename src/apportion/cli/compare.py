@@ -24,6 +24,7 @@ from apportion.data.sources import named_sources
 from apportion.records.outputs import check_output
 from apportion.study.records import Interval, Summary
 from apportion.study.settings import StudySettings, check_settings, load_settings
+from apportion.study.sitting import Sitting
 
 
 def run(
@@ -33,10 +34,8 @@ def run(
     output: Path | None,
     options: dict[str, Any],
     data: list[str] | None,
-    jobs: int,
+    sitting: dict[str, Any],
     page: Path | None,
-    keep_adapters: bool,
-    dry_run: bool,
     force: bool,
 ) -> dict[str, Any]:
     """Run a study, or summarise the folder of one, and show what it says."""
@@ -47,7 +46,7 @@ def run(
             *options,
             *(["data"] if data else []),
             *(["output"] if output else []),
-            *(["dry_run"] if dry_run else []),
+            *(["dry_run"] if sitting["dry_run"] else []),
         ]
         if told:
             raise ConfigurationError(
@@ -60,16 +59,8 @@ def run(
         settings = _settings(study, data, options)
         folder = output or Path("build") / settings.name
         with console.status("starting") as status:
-            summary = run_study(
-                folder,
-                settings,
-                _commands(study, data, options, folder),
-                processes=jobs,
-                keep_adapters=keep_adapters,
-                dry_run=dry_run,
-                say=lambda text: _say(console, status, text),
-                prepare=quiet,
-            )
+            how = Sitting(**sitting, say=lambda text: _say(console, status, text), prepare=quiet)
+            summary = run_study(folder, settings, _commands(study, data, options, folder), how)
     if summary is None:
         return {"folder": str(folder), "dry_run": True}
     console.print(cells_table(summary))

@@ -320,6 +320,7 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure and plan, say how equal the budgets are, and train nothing.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     force: Force = False,
     json_: Json = False,
 ) -> None:
@@ -331,8 +332,11 @@ def compare(
         **{"training.steps": steps, "training.batch_size": batch_size, "tuning.trials": trials},
     )  # fmt: skip
     run(
-        "compare", study=study, output=output, options=options, data=data, jobs=jobs, page=page,
-        keep_adapters=keep_adapters, dry_run=dry_run, force=force, as_json=json_,
+        "compare", study=study, output=output, options=options, data=data, page=page, force=force, as_json=json_,
+        sitting={
+            "processes": jobs, "keep_adapters": keep_adapters, "dry_run": dry_run,
+            "trust_remote_code": trust_remote_code,
+        },
     )  # fmt: skip
 
 

@@ -21,11 +21,10 @@ from apportion.study.pool import Pool, limited_threads
 from apportion.study.records import Run, Summary, Trial
 from apportion.study.runner import WORK, Bench, Job, versions
 from apportion.study.settings import FULL, Contender, StudySettings
+from apportion.study.sitting import Say, Sitting
 from apportion.study.store import load_study
 from apportion.study.summary import summarise
 from apportion.study.tuning import TuningCell, choose_rates, tuning_cell
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ def run_study(
     folder: Path,
     settings: StudySettings,
     commands: tuple[str, ...] = (),
-    *,
-    processes: int = 1,
-    keep_adapters: bool = False,
-    dry_run: bool = False,
-    say: Say = str,
-    prepare: Callable[[], object] = list,
+    sitting: Sitting = Sitting(),  # noqa: B008 - frozen
 ) -> Summary | None:
     """Plan a study, choose learning rates, do its runs and summarise them; what a folder holds is not done again.
 
@@ -70,11 +64,7 @@ def run_study(
         folder: The study's folder.
         settings: What is compared.
         commands: What to type to get all this again.
-        processes: Runs at once.
-        keep_adapters: Keep every run's adapter in ``adapters/``.
-        dry_run: Measure and plan, and train nothing; a folder that the study did not begin in stays as it is.
-        say: Told, in words, what is being done.
-        prepare: Called once in every further process, to keep other libraries quiet.
+        sitting: How the runs are done.
 
     Returns:
         What the runs say; None of a dry run.
@@ -86,22 +76,22 @@ def run_study(
         OutputExistsError: the folder holds something else, or results of other settings, rows or models.
         TrainingError: runs failed; all others are done.
     """
-    if dry_run and find_study(folder, settings, versions(settings)) is None:
+    say = sitting.say
+    if sitting.dry_run and find_study(folder, settings, versions(settings)) is None:
         with tempfile.TemporaryDirectory() as elsewhere:
-            _, matrix = _prepared(Path(elsewhere), settings, say)
-            _tell_time(Path(elsewhere), matrix, settings, processes, say)
+            _, matrix = _prepared(Path(elsewhere), settings, sitting)
+            _tell_time(Path(elsewhere), matrix, settings, sitting)
         return None
     with locked(folder):
-        bench, matrix = _prepared(folder, settings, say, begin=not dry_run)
-        if dry_run:
-            _tell_time(folder, matrix, settings, processes, say)
+        bench, matrix = _prepared(folder, settings, sitting, begin=not sitting.dry_run)
+        if sitting.dry_run:
+            _tell_time(folder, matrix, settings, sitting)
             return None
         with limited_threads(settings.threads):
             for model in settings.models:
                 say(f"scoring {model}")
                 _ = bench(model).base
-        pool = Pool(folder, settings, bench, processes=processes, keep_adapters=keep_adapters, prepare=prepare)
-        _do_all(pool, matrix, say)
+        _do_all(Pool(folder, settings, bench, sitting), matrix, say)
         return _summarise(folder, commands, say)
 
 
@@ -186,7 +176,7 @@ def tell_plan(matrix: Matrix, settings: StudySettings, say: Say) -> None:
 
 
 def _prepared(
-    folder: Path, settings: StudySettings, say: Say, *, begin: bool = True
+    folder: Path, settings: StudySettings, sitting: Sitting, *, begin: bool = True
 ) -> tuple[Callable[[str], Bench], Matrix]:
     """Read rows and models, make sure that the folder's results are of these, and plan the study."""
     find_study(folder, settings, versions(settings))  # a wrong folder is refused before models are loaded
@@ -194,14 +184,14 @@ def _prepared(
 
     @cache
     def bench(model: str) -> Bench:
-        return Bench(folder, settings, model, rows)
+        return Bench(folder, settings, model, rows, trust_remote_code=sitting.trust_remote_code)
 
     contents = rows.contents({model: bench(model).weights for model in settings.models})
     open_study(folder, settings, contents, versions(settings), begin=begin)
     shutil.rmtree(folder / WORK, ignore_errors=True)  # of runs that were killed
     with limited_threads(settings.threads):
-        matrix = plan_study(folder, settings, bench, say)
-    tell_plan(matrix, settings, say)
+        matrix = plan_study(folder, settings, bench, sitting.say)
+    tell_plan(matrix, settings, sitting.say)
     return bench, matrix
 
 
@@ -241,16 +231,17 @@ def _planned(
     return Job(model, task, name, budget, spent_by(made, settings.unit), path, plan_seal, seed)
 
 
-def _tell_time(folder: Path, matrix: Matrix, settings: StudySettings, processes: int, say: Say) -> None:
+def _tell_time(folder: Path, matrix: Matrix, settings: StudySettings, sitting: Sitting) -> None:
     """Estimate how long what is left takes, from the runs that are done."""
     study = load_study(folder)
     done = [run.train_s for run in study.runs] or [trial.train_s for trial in study.trials]
     if not done:
-        say("how long it takes is known after the first run")
+        sitting.say("how long it takes is known after the first run")
         return
     trials = len(matrix.tuning) * settings.tuning.trials
     left = len(matrix.runs) - len(study.runs) + trials - len(study.trials)
-    say(f"{left} runs are left: training takes about {_duration(left * sum(done) / len(done) / processes)}")
+    time_left = _duration(left * sum(done) / len(done) / sitting.processes)
+    sitting.say(f"{left} runs are left: training takes about {time_left}")
 
 
 class _Progress:

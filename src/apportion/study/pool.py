@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from apportion.study.note import require_contents
 from apportion.study.records import Run, Trial
 from apportion.study.runner import Bench, Job
 from apportion.study.settings import StudySettings
+from apportion.study.sitting import Sitting
 
 Told = Callable[[Job, Run | Trial], None]
 
@@ -33,23 +35,11 @@ class Pool:
         folder: The study's folder.
         settings: The study's settings.
         bench: Gives the bench of a model in this process.
-        processes: How many runs at once.
-        keep_adapters: Whether adapters are kept.
-        prepare: Called once in every process but this one.
+        sitting: How the runs are done.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: StudySettings,
-        bench: Callable[[str], Bench],
-        *,
-        processes: int,
-        keep_adapters: bool,
-        prepare: Callable[[], object],
-    ) -> None:
-        self.folder, self.settings, self.bench = folder, settings, bench
-        self.processes, self.keep_adapters, self.prepare = processes, keep_adapters, prepare
+    def __init__(self, folder: Path, settings: StudySettings, bench: Callable[[str], Bench], sitting: Sitting) -> None:
+        self.folder, self.settings, self.bench, self.sitting = folder, settings, bench, sitting
 
     def trials(self, jobs: list[Job], told: Told) -> list[Trial]:
         """Try learning rates.
@@ -85,7 +75,7 @@ class Pool:
         """Do everything, then say what failed."""
         found: dict[Job, Run | Trial] = {}
         failed: list[str] = []
-        each = self._here if self.processes == 1 else self._in_processes
+        each = self._here if self.sitting.processes == 1 else self._in_processes
         for job, result in each(jobs, trial=trial):
             if isinstance(result, ApportionError):
                 failed.append(f"{job.name}: {str(result).partition(chr(10))[0]}")
@@ -103,22 +93,20 @@ class Pool:
         """One after the other."""
         for job in jobs:
             with limited_threads(self.settings.threads):
-                result = _do(self.bench(job.model), job, trial=trial, keep_adapters=self.keep_adapters)
+                result = _do(self.bench(job.model), job, trial=trial, keep_adapters=self.sitting.keep_adapters)
             yield job, result
 
     def _in_processes(self, jobs: list[Job], *, trial: bool) -> Iterator[tuple[Job, Run | Trial | ApportionError]]:
         """Several at once, in processes of their own, in the order in which they end."""
         pool = ProcessPoolExecutor(
-            min(self.processes, max(1, len(jobs))),
+            min(self.sitting.processes, max(1, len(jobs))),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_child,
-            initargs=(self.settings.threads, self.prepare),
+            initargs=(self.settings.threads, self.sitting.prepare),
         )
         try:
-            waiting = {
-                pool.submit(_in_child, str(self.folder), self.settings, job, trial, self.keep_adapters): job
-                for job in jobs
-            }
+            here = replace(self.sitting, say=str, prepare=list)  # what a process can be given
+            waiting = {pool.submit(_in_child, str(self.folder), self.settings, here, job, trial): job for job in jobs}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
@@ -174,10 +162,11 @@ def _start_child(threads: int, prepare: Callable[[], object]) -> None:
 
 
 @cache
-def _child_bench(folder: str, settings: str, model: str) -> Bench:
+def _child_bench(folder: str, settings: str, sitting: Sitting, model: str) -> Bench:
     """Load a model and its data once a process, and make sure that they are still those of the study."""
     told = StudySettings.model_validate_json(settings)
-    bench = Bench(Path(folder), told, model, read_study_rows(told))
+    rows = read_study_rows(told)
+    bench = Bench(Path(folder), told, model, rows, trust_remote_code=sitting.trust_remote_code)
     require_contents(Path(folder), bench.contents)
     return bench
 
@@ -185,11 +174,11 @@ def _child_bench(folder: str, settings: str, model: str) -> Bench:
 def _in_child(
     folder: str,
     settings: StudySettings,
+    sitting: Sitting,
     job: Job,
     trial: bool,  # noqa: FBT001
-    keep_adapters: bool,  # noqa: FBT001
 ) -> Run | Trial | ApportionError:
     """Do one run in a process of the pool."""
     with contextlib.redirect_stdout(sys.stderr):
-        bench = _child_bench(folder, settings.model_dump_json(), job.model)
-        return _do(bench, job, trial=trial, keep_adapters=keep_adapters)
+        bench = _child_bench(folder, settings.model_dump_json(), sitting, job.model)
+        return _do(bench, job, trial=trial, keep_adapters=sitting.keep_adapters)

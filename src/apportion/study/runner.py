@@ -35,6 +35,7 @@ from apportion.profiling.run import profile, weights_sample
 from apportion.profiling.totals import TaskTotals
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
+from apportion.signals import end_by
 from apportion.study.contents import StudyRows, base_key, key_of, profile_key
 from apportion.study.files import (
     RUNS,
@@ -101,13 +102,16 @@ class Bench:
         settings: The study's settings.
         name: The model.
         rows: The study's rows.
+        trust_remote_code: Run code that comes with the model.
     """
 
-    def __init__(self, folder: Path, settings: StudySettings, name: str, rows: StudyRows) -> None:
+    def __init__(
+        self, folder: Path, settings: StudySettings, name: str, rows: StudyRows, *, trust_remote_code: bool = False
+    ) -> None:
         self.folder, self.settings, self.name, self.rows = folder, settings, name, rows
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
-        self.model, self.tokenizer = load_model(name)
+        self.model, self.tokenizer = load_model(name, trust_remote_code=trust_remote_code)
 
     @cached_property
     def weights(self) -> str:
@@ -250,7 +254,7 @@ class Bench:
             else:
                 result = train(model, self.tokenizer, plan, rows, work, settings, progress=False)
             if result.interrupted:
-                raise KeyboardInterrupt
+                end_by(result.signal)
             yield result, _peak_bytes(), work
         finally:
             shutil.rmtree(work, ignore_errors=True)
