@@ -99,7 +99,7 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, TypeError, ImportError) as error:
             if needs_remote_code(error):
-                raise ConfigurationError(remote_code_refusal(path)) from error
+                raise remote_code_refusal(ConfigurationError, path) from error
             raise ConfigurationError(
                 f"the configuration {path} cannot be read.\n  found:  {_first_line(error)}\n"
                 "  fix:    give a config.json of a model type that this version of transformers knows"

@@ -77,7 +77,7 @@ def load_model(
         if isinstance(error, ImportError) and extra:
             raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
         if needs_remote_code(error):
-            raise ModelLoadError(remote_code_refusal(text)) from error
+            raise remote_code_refusal(ModelLoadError, text) from error
         reason = str(error).strip().partition("\n")[0]
         raise ModelLoadError(
             f"the model {text!r} cannot be loaded.\n  found:  {reason}\n"

@@ -11,6 +11,7 @@ from torch import nn
 
 from apportion.adapters.merging import obstacle
 from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
+from apportion.errors import ConfigurationError
 
 
 class WrappedModule(nn.Module, BaseTunerLayer):
@@ -71,8 +72,8 @@ class WrappedModule(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return self.run([], *args, **kwargs)
         if self.merged:
-            raise ValueError(
-                "rows cannot use different adapters while adapters are merged.\n  fix:  call unmerge_adapter first"
+            raise ConfigurationError(
+                "rows cannot use different adapters while adapters are merged.", fix="call unmerge_adapter first"
             )
         return self._run_mixed(adapter_names, args, kwargs)
 

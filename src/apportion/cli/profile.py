@@ -111,10 +111,9 @@ def _save(measured: Profile, output: Path, partial: str) -> None:
     except OSError as error:
         if not own_partial(partial).is_file():
             raise
-        reason = str(error) if isinstance(error, OutputWriteError) else str(write_error(output, error))
-        raise OutputWriteError(
-            f"{reason}\n  kept:   what was measured, in {partial}: the same command goes on from it"
-        ) from error
+        reason = error if isinstance(error, OutputWriteError) else write_error(output, error)
+        kept = f"what was measured, in {partial}: the same command goes on from it"
+        raise reason.adding(details={"kept": kept}) from error
     remove_partial(partial)
 
 
@@ -129,7 +128,7 @@ def _with_labels(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerB
     try:
         return trainable_rows(rows, tokenizer, max_length)
     except DataError as error:
-        raise DataError(f"task {task!r}: {error}") from error
+        raise error.within(f"task {task!r}") from error
 
 
 def _warn_of_sizes(sizes: dict[str, int], *, sensitive: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from apportion.errors import ApportionError, ApportionWarning, OutputWriteError
+from apportion.errors import ApportionError, ApportionWarning, OutputWriteError, lay_out
 from apportion.signals import Terminated, raising_terminated
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -58,10 +58,11 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
     except Exception as error:
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         if isinstance(error, OSError) and error.errno in _REFUSED:
-            _fail(f"{place}{error.strerror}.\n  fix:  choose another place, or change what may be written there", 1)
+            fix = "choose another place, or change what may be written there"
+            _fail(lay_out(f"{place}{error.strerror}.", {"fix": fix}), 1)
         full = isinstance(error, OSError) and error.errno in _FULL
         if full or "No space left on device" in str(error):  # safetensors wraps the system's error
-            _fail(f"{place}the disk is full.\n  fix:  make room, then run it again", 1)
+            _fail(lay_out(f"{place}the disk is full.", {"fix": "make room, then run it again"}), 1)
         raise
     if as_json and first:
         sys.stdout.write(json.dumps(result) + "\n")

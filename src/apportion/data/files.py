@@ -46,7 +46,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     try:
         return _READERS[path.suffix](path)
     except OSError as error:
-        raise DataError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
 
 
 def _json_list(path: Path) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
     try:
         data = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError(f"{path} is no list of rows.\n  fix:  give [{{...}}, {{...}}], or one row per line as .jsonl")
     return data
@@ -135,7 +135,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     except (pyarrow.ArrowException, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -177,9 +177,9 @@ def _refuse_duplicates(names: Sequence[str], path: Path) -> None:
         raise DataError(f"{path} has two columns {twice[0]!r}.\n  fix:  rename or remove one")
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: Path, error: Exception) -> DataError:
     """Say that a file cannot be read, and why."""
-    return f"{path} cannot be read as {path.suffix.lstrip('.')}.\n  found:  {error}"
+    return DataError(f"{path} cannot be read as {path.suffix.lstrip('.')}.", found=str(error))
 
 
 _READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {

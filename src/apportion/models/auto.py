@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,13 +15,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from apportion.errors import ConfigurationError
+from apportion.errors import ApportionError, ConfigurationError
 
 _CLASSES: tuple[tuple[Any, Any], ...] = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
 )
+_Error = TypeVar("_Error", bound=ApportionError)
 
 
 def needs_remote_code(error: Exception) -> bool:
@@ -29,11 +30,11 @@ def needs_remote_code(error: Exception) -> bool:
     return "trust_remote_code=True" in str(error)
 
 
-def remote_code_refusal(name: str) -> str:
-    """Say that a model comes with code, and what that means."""
-    return (
-        f"the model {name!r} comes with Python code of its own, which was not run.\n"
-        "  fix:  if you trust its authors, run that code with --trust-remote-code (in Python: trust_remote_code=True)"
+def remote_code_refusal(kind: type[_Error], name: str) -> _Error:
+    """Say, as an error of the fitting kind, that a model comes with code, and what that means."""
+    return kind(
+        f"the model {name!r} comes with Python code of its own, which was not run.",
+        fix="if you trust its authors, run that code with --trust-remote-code (in Python: trust_remote_code=True)",
     )
 
 

@@ -281,11 +281,9 @@ def _is_valid(state: Mapping[str, Tensor], placement: Placement, site: Site) -> 
 def _refuse(names: list[str], what: str, place: str) -> None:
     """Raise an error about some tensors, if there are any."""
     if names:
-        more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
         verb = "tensor is" if len(names) == 1 else "tensors are"
         raise AdapterError(
-            f"{place} cannot be loaded: {len(names)} {verb} {what}.\n"
-            f"  tensors:  {', '.join(names[:3])}{more}\n  fix:      {_FIX}"
+            f"{place} cannot be loaded: {len(names)} {verb} {what}.", details={"tensors": names}, fix=_FIX
         )
 
 

@@ -94,7 +94,7 @@ def profile(
         try:
             _measure(model, layout, part, totals, procedure, lambda *, now=False: file.keep(lambda: measured, now=now))
         except (DataError, ProfileError) as error:
-            raise type(error)(f"task {name!r}: {error}") from error
+            raise error.within(f"task {name!r}") from error
     device = execution_device(model)
     for name, totals in measured.items():
         sites = [site.name for site in layout.sites() if site.storage != "weight"] if procedure else []

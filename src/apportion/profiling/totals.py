@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apportion.errors import ApportionWarning
+from apportion.errors import ApportionWarning, lay_out
 from apportion.records.files import whole_file
 from apportion.records.site import Layout
 from apportion.records.tensors import digest
@@ -138,7 +138,10 @@ class PartialFile:
             return self._read(self.path, layout)
         except _DAMAGE as error:
             warnings.warn(
-                f"the totals in {self.path} cannot be used, so everything is measured again.\n  found:  {error}",
+                lay_out(
+                    f"the totals in {self.path} cannot be used, so everything is measured again.",
+                    {"found": str(error)},
+                ),
                 ApportionWarning,
                 stacklevel=2,
             )

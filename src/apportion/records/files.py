@@ -128,9 +128,9 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
         raise OutputExistsError(f"{path} is a file; a folder was expected.\n  fix:  choose another output folder")
     names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
     if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise OutputExistsError(
-            f"the output folder {path} already has something in it.\n  found:  {shown}\n"
-            "  fix:    choose another folder or empty this one (a training run goes on with --resume)"
+            f"the output folder {path} already has something in it.",
+            found=names,
+            fix="choose another folder or empty this one (a training run goes on with --resume)",
         )
     return path

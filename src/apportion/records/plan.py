@@ -356,7 +356,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     try:
         return Plan.from_dict(data)
     except PlanError as error:
-        raise PlanError(f"the plan {file} cannot be used: {error}\n  fix:    plan again") from error
+        raise error.within(f"the plan {file} cannot be used").adding(fix="plan again") from error
 
 
 def group_placements(placements: Iterable[Placement]) -> list[PlacementGroup]:

@@ -78,7 +78,7 @@ class Pool:
         each = self._here if self.sitting.processes == 1 else self._in_processes
         for job, result in each(jobs, trial=trial):
             if isinstance(result, ApportionError):
-                failed.append(f"{job.name}: {str(result).partition(chr(10))[0]}")
+                failed.append(result.within(job.name).what)
             else:
                 found[job] = result
                 told(job, result)

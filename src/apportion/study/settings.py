@@ -294,7 +294,7 @@ def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None
     except ValidationError as error:
         raise _explained(error, place) from error
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error}\n  place:  {place}" if place else str(error)) from error
+        raise error.at(place) from error
     for source in (*settings.tasks.values(), *settings.eval.values(), settings.unrelated or ""):
         if source.startswith("task:"):
             name = source.removeprefix("task:").partition("?")[0].partition(":")[0]
@@ -317,16 +317,15 @@ def _explained(error: ValidationError, place: str) -> ConfigurationError:
     where = ".".join(map(str, first["loc"]))
     own = first.get("ctx", {}).get("error")
     if isinstance(own, ConfigurationError):
-        return ConfigurationError(f"{own}\n  place:  {place}" if place else str(own))
+        return own.at(place)
     if first["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"training": Training, "tuning": Tuning, "profile": Profiling}
         known = models.get(str(first["loc"][0]), StudySettings).model_fields
-        text = f"there is no key {where!r}.\n  fix:  {_near(str(first['loc'][-1]), known, 'choose among')}"
-    elif first["type"] == "missing":
-        text = f"the key {where!r} is missing.\n  fix:  give it"
-    else:
-        text = f"{where} = {first['input']!r} is wrong: {first['msg']}."
-    return ConfigurationError(f"{text}\n  place:  {place}" if place else text)
+        near = _near(str(first["loc"][-1]), known, "choose among")
+        return ConfigurationError(f"there is no key {where!r}.", place=place, fix=near)
+    if first["type"] == "missing":
+        return ConfigurationError(f"the key {where!r} is missing.", place=place, fix="give it")
+    return ConfigurationError(f"{where} = {first['input']!r} is wrong: {first['msg']}.", place=place)
 
 
 def _near(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -31,7 +31,7 @@ from trl import SFTConfig, SFTTrainer
 from apportion.cpu_caches import CPU_CACHES
 from apportion.data.batches import TrainableRows, trainable_rows
 from apportion.data.sources import Row
-from apportion.errors import ApportionWarning, DataError, TrainingError
+from apportion.errors import ApportionWarning, DataError, TrainingError, lay_out
 from apportion.peft.state import non_finite
 from apportion.training.balance import BalanceLoss
 from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, seal_checkpoint, unseal_checkpoint
@@ -107,7 +107,7 @@ def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_leng
         )
     if trainable.left_out:
         warnings.warn(
-            f"{trainable.left_out_message(max_length)} and were left out.\n  fix:  raise --max-length",
+            lay_out(f"{trainable.left_out_message(max_length)} and were left out.", {"fix": "raise --max-length"}),
             ApportionWarning,
             stacklevel=3,
         )
