@@ -63,13 +63,14 @@ def cost(
         layout = layout_of(model_or_config, trust_remote_code=trust_remote_code)
     if profile is not None and profile.fingerprint != layout.fingerprint:
         raise PlanMismatchError(
-            "the profile was made for another architecture.\n"
-            f"  model:    {layout.describe()}\n  profile:  {profile.layout.describe()}\n  fix:      profile this model"
+            "the profile was made for another architecture.",
+            details={"model": layout.describe(), "profile": profile.layout.describe()},
+            fix="profile this model",
         )
     if profile is None and find_method(method).reads_tasks:
         raise ProfileError(
-            f"what {method} costs depends on the tasks.\n"
-            "  fix:  give a profile, for all of these methods but random_votes one made with --sensitivity"
+            f"what {method} costs depends on the tasks.",
+            fix="give a profile, for all of these methods but random_votes one made with --sensitivity",
         )
     settings = check_settings(rank, alpha, seed)
     measured = even_profile(layout) if profile is None else profile
@@ -101,8 +102,9 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote
             if needs_remote_code(error):
                 raise remote_code_refusal(ConfigurationError, path) from error
             raise ConfigurationError(
-                f"the configuration {path} cannot be read.\n  found:  {_first_line(error)}\n"
-                "  fix:    give a config.json of a model type that this version of transformers knows"
+                f"the configuration {path} cannot be read.",
+                found=_first_line(error),
+                fix="give a config.json of a model type that this version of transformers knows",
             ) from error
     auto = auto_class(config, trust_remote_code=trust_remote_code)
     try:
@@ -110,8 +112,9 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ConfigurationError(
-            f"no {config.model_type} model can be built from this configuration.\n  found:  {_first_line(error)}\n"
-            "  fix:    mend its sizes"
+            f"no {config.model_type} model can be built from this configuration.",
+            found=_first_line(error),
+            fix="mend its sizes",
         ) from error
     return find_sites(model)
 

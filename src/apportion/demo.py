@@ -193,8 +193,8 @@ def _open(folder: Path, settings: DemoSettings) -> Path:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(
-            f"{folder} already holds something else, or a demonstration with other settings.\n"
-            "  fix:  choose another folder with -o, or remove this one"
+            f"{folder} already holds something else, or a demonstration with other settings.",
+            fix="choose another folder with -o, or remove this one",
         )
     write_text(note, json.dumps({"identity": identity, "settings": asdict(settings)}, indent=1) + "\n")
     return folder

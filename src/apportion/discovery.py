@@ -118,8 +118,8 @@ def find_sites(model: nn.Module) -> Layout:
     model_class = type(base_model(model)).__name__
     if not others and not blocks:
         raise ConfigurationError(
-            f"{model_class} has no place for an adapter: no linear layer inside a numbered decoder layer was found.\n"
-            "  fix:  give a transformers language model"
+            f"{model_class} has no place for an adapter: no linear layer inside a numbered decoder layer was found.",
+            fix="give a transformers language model",
         )
     model_type = getattr(config, "model_type", model_class)
     return Layout(
@@ -234,9 +234,9 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertB
             continue
         if not shared and not path.startswith(known):
             raise ConfigurationError(
-                "the experts of this model are stored in a form that is not supported.\n"
-                f"  place:  {path} ({class_name})\n"
-                "  fix:    use PEFT's own LoRA on attention, or a model that docs/architectures.md lists"
+                "the experts of this model are stored in a form that is not supported.",
+                place=f"{path} ({class_name})",
+                fix="use PEFT's own LoRA on attention, or a model that docs/architectures.md lists",
             )
 
 
@@ -260,11 +260,13 @@ def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: o
             if type(value) is int and 0 < value <= num_experts:
                 return value
     raise ConfigurationError(
-        "it is not known how many experts a token is routed to.\n"
-        f"  place:     {path} ({type(modules[path]).__name__}), {num_experts} experts\n"
-        f"  expected:  {', '.join(_TOP_K_NAMES[:-1])} or {_TOP_K_NAMES[-1]}, from 1 to {num_experts}, in its router, "
-        "in the module around it or in the configuration\n"
-        "  fix:       set num_experts_per_tok in the model's configuration"
+        "it is not known how many experts a token is routed to.",
+        place=f"{path} ({type(modules[path]).__name__}), {num_experts} experts",
+        expected=(
+            f"{', '.join(_TOP_K_NAMES[:-1])} or {_TOP_K_NAMES[-1]}, from 1 to {num_experts}, in its router, in the "
+            "module around it or in the configuration"
+        ),
+        fix="set num_experts_per_tok in the model's configuration",
     )
 
 

@@ -183,7 +183,7 @@ def completion_loss(
             count += int((labels != -100).sum())
             bar.update(len(labels))
     if count == 0:
-        raise DataError(f"no completion token is left within {max_length} tokens.\n  fix:  raise --max-length")
+        raise DataError(f"no completion token is left within {max_length} tokens.", fix="raise --max-length")
     return total / count, count, sum(row.truncated for row in encoded)
 
 

@@ -80,8 +80,9 @@ def load_model(
             raise remote_code_refusal(ModelLoadError, text) from error
         reason = str(error).strip().partition("\n")[0]
         raise ModelLoadError(
-            f"the model {text!r} cannot be loaded.\n  found:  {reason}\n"
-            "  fix:    give embedded, a folder with a model, a .gguf file, or a hub id while the hub can be reached"
+            f"the model {text!r} cannot be loaded.",
+            found=reason,
+            fix="give embedded, a folder with a model, a .gguf file, or a hub id while the hub can be reached",
         ) from error
     if extra:
         _forget_gguf(model)
@@ -123,7 +124,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     if name.endswith(".gguf"):
         path = Path(name)
         if not path.is_file():
-            raise ModelLoadError(f"there is no file {name}.\n  fix:  give the path of a .gguf file")
+            raise ModelLoadError(f"there is no file {name}.", fix="give the path of a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
     return name, {}
 

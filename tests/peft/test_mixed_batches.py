@@ -133,3 +133,12 @@ def test_experts_in_a_list_are_refused_since_they_see_tokens_without_rows(
     adapted = _adapted(build_tiny("listed"), profile_of, {"one": ("hellora", {"hot": 2})})
     with pytest.raises(ConfigurationError, match=r"sees tokens without their rows.\n  place:  .*experts"):
         adapted(input_ids=tokens, adapter_names=["one"] * len(tokens))
+
+
+def test_merged_experts_are_refused_with_a_way_out(profile_of: ProfileOf, tokens: Tensor) -> None:
+    plans = {name: ("hellora", {"hot": 2, "targets": ["experts"]}) for name in ("one", "two")}
+    adapted = _adapted(build_tiny("olmoe"), profile_of, plans)
+    adapted.merge_adapter(["one"])
+    with pytest.raises(ConfigurationError, match="while adapters are merged") as caught:
+        adapted(input_ids=tokens, adapter_names=["two"] * len(tokens))
+    assert caught.value.fix == "call unmerge_adapter first"

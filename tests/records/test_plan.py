@@ -133,5 +133,7 @@ def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
     changes += [] if "num_experts" in change else [change]  # the plan's own rank and alpha
     for changed in (data | one for one in changes):
         (tmp_path / "plan.json").write_text(json.dumps(changed | {"seal": seal(changed)}))
-        with pytest.raises(PlanError, match=message):
+        with pytest.raises(PlanError, match=message) as caught:
             apportion.load_plan(tmp_path / "plan.json")
+        assert str(caught.value).count("fix:") == 1
+        assert str(caught.value).endswith(", or plan again")

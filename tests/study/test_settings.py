@@ -58,6 +58,15 @@ def test_a_wrong_study_is_refused(changes: dict[str, Any], words: list[str]) -> 
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("changes", [{"reference": "lorra"}, {"budgets": [0]}, {"colour": "red"}])
+def test_a_wrong_study_names_its_file_before_the_fix(changes: dict[str, Any]) -> None:
+    with pytest.raises(ApportionError) as caught:
+        check_settings(GOOD | changes, place="study.toml")
+    place, fix = str(caught.value).splitlines()[1:]
+    assert place == "  place:  study.toml"
+    assert fix.startswith("  fix:    ")
+
+
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ApportionError, match="'budgets' is missing"):
         check_settings({name: value for name, value in GOOD.items() if name != "budgets"})

@@ -23,5 +23,5 @@ def base_of(adapter: Path, model: str | None) -> str:
     """
     name = model or read_adapter_plan(adapter).base_model
     if name is None:
-        raise ConfigurationError(f"the adapter in {adapter} does not say which model it is for.\n  fix:  give --model")
+        raise ConfigurationError(f"the adapter in {adapter} does not say which model it is for.", fix="give --model")
     return name

@@ -55,16 +55,16 @@ def _weights(text: str | None, count: int) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigurationError(f"weights={text!r} is not understood.\n  fix:  give numbers: 0.5,0.5") from error
+        raise ConfigurationError(f"weights={text!r} is not understood.", fix="give numbers: 0.5,0.5") from error
     if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ConfigurationError(f"weights={text!r} are not {count} finite numbers.\n  fix:  give one an adapter")
+        raise ConfigurationError(f"weights={text!r} are not {count} finite numbers.", fix="give one an adapter")
     return weights
 
 
 def _check_same_base(adapters: list[Path]) -> None:
     """Refuse adapters of several models, before a model is loaded."""
     if len(adapters) < 2:
-        raise ConfigurationError("one adapter is nothing to combine.\n  fix:  give two or more")
+        raise ConfigurationError("one adapter is nothing to combine.", fix="give two or more")
     plans = {path: read_adapter_plan(path) for path in adapters}
     first = plans[adapters[0]]
     for path, plan in plans.items():
@@ -72,6 +72,6 @@ def _check_same_base(adapters: list[Path]) -> None:
             raise PlanMismatchError(f"the adapters in {adapters[0]} and {path} are for different models.")
         if read_adapter_config(path).on_top_of:
             raise ConfigurationError(
-                f"the adapter in {path} was trained on top of another one, so it fits no other base.\n"
-                "  fix:  merge it instead"
+                f"the adapter in {path} was trained on top of another one, so it fits no other base.",
+                fix="merge it instead",
             )

@@ -50,8 +50,8 @@ def run(
         ]
         if told:
             raise ConfigurationError(
-                f"{study} is a study's folder, whose runs are only summarised, and {told[0]} was given.\n"
-                "  fix:  give the study's .toml file, or leave that out"
+                f"{study} is a study's folder, whose runs are only summarised, and {told[0]} was given.",
+                fix="give the study's .toml file, or leave that out",
             )
         summary: Summary | None = write_summary(study, say=lambda text: console.print(text, soft_wrap=True))
         folder = study
@@ -112,14 +112,14 @@ def _settings(study: Path | None, data: list[str] | None, options: dict[str, Any
     """Read the study file with what replaces its settings, or make a study of options alone."""
     if study is not None:
         if data:
-            raise ConfigurationError("a study file and --data were both given.\n  fix:  name the data in the file")
+            raise ConfigurationError("a study file and --data were both given.", fix="name the data in the file")
         return load_settings(study, options)
     missing = [name for name, given in (("--data", data), ("--method", "contenders" in options),
                                         ("--budget", "budgets" in options)) if not given]  # fmt: skip
     if missing:
         raise ConfigurationError(
-            f"there is no study file, and {' and '.join(missing)} is missing.\n"
-            "  fix:  give a STUDY.toml, or --data, --method and --budget"
+            f"there is no study file, and {' and '.join(missing)} is missing.",
+            fix="give a STUDY.toml, or --data, --method and --budget",
         )
     return check_settings({"name": "comparison", "tasks": named_sources(data or [])}, options)
 

@@ -32,7 +32,7 @@ def run(
     check_output(output, "plan", inputs=(profile,), force=force)
     if picture:
         if picture.resolve() == output.resolve():
-            raise ConfigurationError(f"plan and picture would both be written to {output}.\n  fix:  give two files")
+            raise ConfigurationError(f"plan and picture would both be written to {output}.", fix="give two files")
         check_output(picture, "picture", inputs=(profile,), force=force)
     measured = load_profile(profile)
     made = plan(measured, method, rank=rank, alpha=alpha, seed=seed, **options)

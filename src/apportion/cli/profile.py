@@ -47,11 +47,11 @@ def run(
     """Read the data, run the model over them, save and show the profile."""
     quiet()
     if procedure and not sensitivity:
-        raise ConfigurationError("a procedure was given, and no sensitivity asked for.\n  fix:  add --sensitivity")
+        raise ConfigurationError("a procedure was given, and no sensitivity asked for.", fix="add --sensitivity")
     if loading.low_memory and sensitivity:
         raise ConfigurationError(
-            "gradients need all weights in memory, and --low-memory leaves them on disk.\n"
-            "  fix:  leave out --sensitivity or --low-memory"
+            "gradients need all weights in memory, and --low-memory leaves them on disk.",
+            fix="leave out --sensitivity or --low-memory",
         )
     sources = named_sources(data)
     check_output(output, "profile", inputs=(model, *sources.values()), force=force)

@@ -45,7 +45,7 @@ def run(
     checked.check()
     name = model or chosen.base_model
     if name is None:
-        raise ConfigurationError("the plan does not say which model it is for.\n  fix:  give --model")
+        raise ConfigurationError("the plan does not say which model it is for.", fix="give --model")
     inputs: list[str | Path] = [name, *([on_top_of] if on_top_of else [])]
     on_first(lambda: check_output_folder(output, inputs=inputs, may_hold=resume))
     sources, shares = named_sources(data), parse_weights(weights)

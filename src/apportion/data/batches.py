@@ -81,13 +81,13 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None 
     else:
         if tokenizer.chat_template is None:
             raise DataError(
-                "the rows are messages, but the model's tokenizer has no chat template.\n"
-                "  fix:  give prompt and completion as text"
+                "the rows are messages, but the model's tokenizer has no chat template.",
+                fix="give prompt and completion as text",
             )
         ids = _chat_ids(row["prompt"] + row["completion"], tokenizer, generate=False)
         num_prompt = _num_common(_chat_ids(row["prompt"], tokenizer, generate=True), ids)
     if not ids:
-        raise DataError("a row has no token.\n  fix:  leave out empty rows")
+        raise DataError("a row has no token.", fix="leave out empty rows")
     kept = ids[:max_length]
     return Encoded(kept, min(num_prompt, len(kept)), truncated=len(kept) < len(ids))
 
@@ -119,8 +119,9 @@ def trainable_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_
     if not kept:
         limit = f"{max_length} token" if max_length == 1 else f"{max_length} tokens"
         raise DataError(
-            f"no row has a completion token within {limit}.\n  found:  the longest prompt has {longest} tokens\n"
-            "  fix:    raise --max-length"
+            f"no row has a completion token within {limit}.",
+            found=f"the longest prompt has {longest} tokens",
+            fix="raise --max-length",
         )
     return TrainableRows(kept, truncated, len(rows) - len(kept))
 

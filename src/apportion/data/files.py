@@ -39,7 +39,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix not in _READERS:
         raise DataError(
-            f"the format of {path} is not known.\n  fix:  give a file that ends in {', '.join(FILE_FORMATS)}"
+            f"the format of {path} is not known.", fix=f"give a file that ends in {', '.join(FILE_FORMATS)}"
         )
     if not path.is_file():
         raise DataError(f"there is no file {path}.")
@@ -56,7 +56,7 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
-        raise DataError(f"{path} is no list of rows.\n  fix:  give [{{...}}, {{...}}], or one row per line as .jsonl")
+        raise DataError(f"{path} is no list of rows.", fix="give [{...}, {...}], or one row per line as .jsonl")
     return data
 
 
@@ -69,10 +69,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read.\n  place:  line {number}\n  found:  {error}") from error
+            raise DataError(f"{path} cannot be read.", place=f"line {number}", found=str(error)) from error
         if not isinstance(row, dict):
             shown = line[:_SHOWN_CHARS]
-            raise DataError(f"{path} has a line that is no row.\n  place:  line {number}\n  found:  {shown}")
+            raise DataError(f"{path} has a line that is no row.", place=f"line {number}", found=shown)
         rows.append(row)
     return rows
 
@@ -89,9 +89,11 @@ def _csv(path: Path) -> list[dict[str, Any]]:
                 _refuse_duplicates([name for name in names if name], path)
             elif len(cells) != len(names):
                 raise DataError(
-                    f"a row of {path} has another number of columns than the header.\n  place:     line {line}\n"
-                    f"  expected:  {len(names)} columns ({', '.join(names)})\n  found:     {len(cells)}\n"
-                    "  fix:       remove the extra comma, or put cells that contain commas in double quotes"
+                    f"a row of {path} has another number of columns than the header.",
+                    place=f"line {line}",
+                    expected=f"{len(names)} columns ({', '.join(names)})",
+                    found=str(len(cells)),
+                    fix="remove the extra comma, or put cells that contain commas in double quotes",
                 )
             else:
                 rows.append(dict(zip(names, cells, strict=True)))
@@ -107,7 +109,7 @@ def _numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{path} cannot be read as csv.\n  place:  line {line}\n  found:  {error}") from error
+            raise DataError(f"{path} cannot be read as csv.", place=f"line {line}", found=str(error)) from error
         if cells:
             yield line, cells
 
@@ -165,8 +167,10 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
         raise DataError(
-            f"{path} is not UTF-8.\n  place:  line {line}\n  found:  byte 0x{byte:02x} ({error.reason})\n"
-            "  fix:    save it as UTF-8"
+            f"{path} is not UTF-8.",
+            place=f"line {line}",
+            found=f"byte 0x{byte:02x} ({error.reason})",
+            fix="save it as UTF-8",
         ) from error
 
 
@@ -174,7 +178,7 @@ def _refuse_duplicates(names: Sequence[str], path: Path) -> None:
     """Refuse a name that several columns have."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise DataError(f"{path} has two columns {twice[0]!r}.\n  fix:  rename or remove one")
+        raise DataError(f"{path} has two columns {twice[0]!r}.", fix="rename or remove one")
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

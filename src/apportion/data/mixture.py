@@ -30,9 +30,9 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
         try:
             value = float(number)
         except ValueError as error:
-            raise ConfigurationError(f"weights={text!r} is not understood.\n  fix:  give TASK=NUMBER,...") from error
+            raise ConfigurationError(f"weights={text!r} is not understood.", fix="give TASK=NUMBER,...") from error
         if name.strip() in weights:
-            raise ConfigurationError(f"weights={text!r} gives {name.strip()!r} two weights.\n  fix:  give one a task")
+            raise ConfigurationError(f"weights={text!r} gives {name.strip()!r} two weights.", fix="give one a task")
         weights[name.strip()] = value
     return weights
 
@@ -56,18 +56,19 @@ def mix(rows: Mapping[str, Sequence[Row]], weights: Mapping[str, float] | None =
     """
     empty = [name for name, part in rows.items() if not part]
     if empty:
-        raise ConfigurationError(f"task {empty[0]!r} has no row.\n  fix:  give it rows, or leave it out")
+        raise ConfigurationError(f"task {empty[0]!r} has no row.", fix="give it rows, or leave it out")
     if weights is None:
         return [row for part in rows.values() for row in part]
     unknown = [name for name in weights if name not in rows] + [name for name in rows if name not in weights]
     if unknown:
         raise ConfigurationError(
-            f"the weights and the data name different tasks: {unknown[0]!r}.\n  data:  {', '.join(rows)}\n"
-            "  fix:   give one weight a task"
+            f"the weights and the data name different tasks: {unknown[0]!r}.",
+            details={"data": ", ".join(rows)},
+            fix="give one weight a task",
         )
     bad = [name for name, weight in weights.items() if not (weight > 0 and math.isfinite(weight))]
     if bad:
-        raise ConfigurationError(f"weight {weights[bad[0]]} of task {bad[0]!r} is no share.\n  fix:  give it above 0")
+        raise ConfigurationError(f"weight {weights[bad[0]]} of task {bad[0]!r} is no share.", fix="give it above 0")
     total, whole = sum(map(len, rows.values())), sum(weights.values())
     mixed: list[Row] = []
     for name, part in rows.items():

@@ -41,7 +41,7 @@ def checked_row(row: dict[str, Any], source: str, number: int) -> dict[str, Any]
     except _WrongFormError as error:
         found, expected = error.args
         raise DataError(
-            f"row {number} of {source} cannot be used: {found}.\n  expected:  {expected}\n  fix:       mend the row"
+            f"row {number} of {source} cannot be used: {found}.", expected=expected, fix="mend the row"
         ) from None
 
 
@@ -55,8 +55,8 @@ def _body(row: dict[str, Any], source: str, number: int) -> dict[str, Any]:
         messages = _messages("messages", row["messages"], _EXPECTED[1])
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(
-                f"row {number} of {source} has messages that do not end with the assistant's.\n"
-                "  fix:  give at least one message and the assistant's reply as the last"
+                f"row {number} of {source} has messages that do not end with the assistant's.",
+                fix="give at least one message and the assistant's reply as the last",
             )
         return {"prompt": messages[:-1], "completion": messages[-1:]}
     if row.get("text") is not None:
@@ -66,8 +66,9 @@ def _body(row: dict[str, Any], source: str, number: int) -> dict[str, Any]:
         return {"text": row["text"]}
     columns = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
     raise DataError(
-        f"row {number} of {source} has neither prompt and completion, nor messages, nor text.\n"
-        f"  found:  {columns or 'no column'}\n  fix:    rename or add the columns"
+        f"row {number} of {source} has neither prompt and completion, nor messages, nor text.",
+        found=columns or "no column",
+        fix="rename or add the columns",
     )
 
 

@@ -62,7 +62,7 @@ def named_sources(texts: list[str]) -> dict[str, str]:
     named = [named_source(text) for text in texts]
     sources = dict(named)
     if len(sources) < len(named):
-        raise DataError("two data sets have the same name.\n  fix:  name them: --data NAME=DATA")
+        raise DataError("two data sets have the same name.", fix="name them: --data NAME=DATA")
     return sources
 
 
@@ -92,7 +92,7 @@ def read_rows(source: str, *, num_rows: int | None = None, split: Split = "train
     rows = file_rows(Path(source)) if _looks_like_file(source) else _hub_rows(source, split)
     rows = rows[:num_rows]
     if not rows:
-        raise DataError(f"{source} has no row.\n  fix:  give data with at least one row")
+        raise DataError(f"{source} has no row.", fix="give data with at least one row")
     return [checked_row(row, source, number) for number, row in enumerate(rows, start=1)]
 
 
@@ -114,8 +114,9 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
     except Exception as error:  # the hub's clients raise errors of many kinds
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the data set {source!r} is no file and cannot be read from the hub.\n  found:  {reason}\n"
-            "  fix:    give a file, task:NAME, or a hub data set while the hub can be reached"
+            f"the data set {source!r} is no file and cannot be read from the hub.",
+            found=reason,
+            fix="give a file, task:NAME, or a hub data set while the hub can be reached",
         ) from error
 
 

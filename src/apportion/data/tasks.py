@@ -54,10 +54,10 @@ def task_rows(
     """
     if split not in ("train", "test"):
         raise DataError(
-            f"split {split!r} of task {name!r} is unknown.\n  fix:  use task:{name}:train or task:{name}:test"
+            f"split {split!r} of task {name!r} is unknown.", fix=f"use task:{name}:train or task:{name}:test"
         )
     if num_rows < 1:
-        raise DataError(f"{num_rows} rows of task {name!r} were asked for.\n  fix:  ask for at least one")
+        raise DataError(f"{num_rows} rows of task {name!r} were asked for.", fix="ask for at least one")
     rows: list[TaskRow] = []
     for item in _items(name, split, seed, config or {}):
         row = _row(name, item)
@@ -74,19 +74,19 @@ def _items(name: str, split: Split, seed: int, config: dict[str, Any]) -> Iterat
     if name not in registry:
         near = difflib.get_close_matches(name, registry, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see reasoning_gym.factory.DATASETS"
-        raise DataError(f"there is no task {name!r}.\n  fix:  {hint}")
+        raise DataError(f"there is no task {name!r}.", fix=hint)
     dataset_class, config_class = registry[name]
     known = {field.name for field in dataclasses.fields(config_class)} - {"seed", "size"}
     for option in config:
         if option not in known:
-            raise DataError(f"task {name!r} has no option {option!r}.\n  options:  {', '.join(sorted(known))}")
+            raise DataError(f"task {name!r} has no option {option!r}.", details={"options": ", ".join(sorted(known))})
     first_seed = seed * _SEEDS_PER_RUN + (_TEST_SEED_OFFSET if split == "test" else 0)
     try:
         settings = config_class(seed=first_seed, size=_SEEDS_PER_RUN, **config)
         getattr(settings, "validate", lambda: None)()  # not every generator has one
         dataset = dataset_class(settings)
     except (AssertionError, TypeError, ValueError) as error:
-        raise DataError(f"task {name!r} refuses its options {config}.\n  found:  {error}") from error
+        raise DataError(f"task {name!r} refuses its options {config}.", found=str(error)) from error
     for index in range(_SEEDS_PER_RUN):
         yield dataset[index]
 
@@ -96,7 +96,7 @@ def _row(name: str, item: dict[str, Any]) -> TaskRow:
     answer = item["answer"]
     if answer is None or not str(answer).strip():
         raise DataError(
-            f"task {name!r} has no single written answer, so exact match cannot score it.\n  fix:  choose another task"
+            f"task {name!r} has no single written answer, so exact match cannot score it.", fix="choose another task"
         )
     answer = str(answer).strip()
     return {"prompt": f"{item['question'].strip()}\nAnswer:", "completion": f" {answer}", "answer": answer}

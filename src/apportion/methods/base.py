@@ -44,11 +44,11 @@ class MethodOptions(BaseModel):
         for kind, rank in value.items():
             if kind not in KINDS:
                 raise ConfigurationError(
-                    f"there is no kind {kind!r} to give a rank.\n  fix:  choose among {', '.join(KINDS)}"
+                    f"there is no kind {kind!r} to give a rank.", fix=f"choose among {', '.join(KINDS)}"
                 )
             if rank < 1:
                 raise ConfigurationError(
-                    f"rank={rank} of {kind} is not a rank.\n  fix:  give a whole number of at least 1"
+                    f"rank={rank} of {kind} is not a rank.", fix="give a whole number of at least 1"
                 )
         return value
 
@@ -69,8 +69,9 @@ class MethodOptions(BaseModel):
         for kind in self.ranks:
             if not any(site.kind == kind for site in sites):
                 raise ConfigurationError(
-                    f"a rank was given for {kind}, and no {kind} is adapted.\n"
-                    f"  model:  {layout.describe()}\n  fix:    leave the rank out, or add {kind} to the targets"
+                    f"a rank was given for {kind}, and no {kind} is adapted.",
+                    details={"model": layout.describe()},
+                    fix=f"leave the rank out, or add {kind} to the targets",
                 )
         return sites
 

@@ -37,8 +37,8 @@ def parse_budget(value: Any) -> str | None:
     number = int(re.sub("[_,]", "", match[2]) or 0) if match else 0
     if match is None or number < 1:
         raise ConfigurationError(
-            f"budget={value!r} is not understood.\n"
-            "  fix:  give parameters (5000000), operations a token (flops=80000) or LoRA experts (experts=688)"
+            f"budget={value!r} is not understood.",
+            fix="give parameters (5000000), operations a token (flops=80000) or LoRA experts (experts=688)",
         )
     return f"{match[1] or 'parameters'}={number}"
 
@@ -58,8 +58,8 @@ def parse_plain_budget(value: Any) -> str | None:
     budget = parse_budget(value)
     if budget and budget.startswith("experts="):
         raise ConfigurationError(
-            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.\n"
-            "  fix:  give parameters (5000000) or operations a token (flops=80000)"
+            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.",
+            fix="give parameters (5000000) or operations a token (flops=80000)",
         )
     return budget
 
@@ -151,8 +151,9 @@ class RoutedOptions(MethodOptions):
         """
         if self.top_k != RoutedOptions.model_fields["top_k"].default and self.top_k > most:
             raise ConfigurationError(
-                f"top_k={self.top_k} is above the number of LoRA experts that a site can have.\n"
-                f"  found:  at most {most}\n  fix:    give a top_k of at most {most}"
+                f"top_k={self.top_k} is above the number of LoRA experts that a site can have.",
+                found=f"at most {most}",
+                fix=f"give a top_k of at most {most}",
             )
 
 

@@ -52,7 +52,7 @@ def place_gradient(profile: Profile, options: GradientOptions, settings: Adapter
     Differs: no votes and no groups; a norm a parameter is an addition.
     """
     if options.budget and options.keep != GradientOptions.model_fields["keep"].default:
-        raise ConfigurationError("keep and budget were both given.\n  fix:  give one of them")
+        raise ConfigurationError("keep and budget were both given.", fix="give one of them")
     shares = sensitivity_shares(profile, options)
     sizes = {site: site.in_features * site.out_features if options.per == "parameter" else 1 for site in shares}
     ranked = sorted(shares, key=lambda site: -shares[site] / sizes[site])
@@ -92,13 +92,14 @@ def sensitivity_shares(profile: Profile, options: MethodOptions) -> dict[Site, f
             shares[site] = sum(parts) / len(totals)
         elif by_name:
             raise ConfigurationError(
-                f"the sensitivity of {site.name} is not measured: it is no linear layer.\n"
-                f"  model:  {profile.layout.describe()}\n  fix:    leave {site.kind} out of the targets"
+                f"the sensitivity of {site.name} is not measured: it is no linear layer.",
+                details={"model": profile.layout.describe()},
+                fix=f"leave {site.kind} out of the targets",
             )
     shares = {site: share for site, share in shares.items() if share > 0}
     if not shares:
         raise ProfileError(
-            "no targeted matrix has a gradient in this profile.\n  fix:  choose other targets, or profile other data"
+            "no targeted matrix has a gradient in this profile.", fix="choose other targets, or profile other data"
         )
     return shares
 
@@ -116,8 +117,8 @@ def _affordable(budget: str, ranked: list[Site], profile: Profile, settings: Ada
             left -= price
     if not kept:
         raise ConfigurationError(
-            f"the budget {budget} is too small: the cheapest matrix takes {least:,.10g}.\n"
-            "  fix:  give more, a lower rank, or other targets"
+            f"the budget {budget} is too small: the cheapest matrix takes {least:,.10g}.",
+            fix="give more, a lower rank, or other targets",
         )
     return kept
 

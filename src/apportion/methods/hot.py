@@ -38,22 +38,20 @@ def parse_hot(value: Any) -> int | str:
         if text.endswith("%"):
             percent = float(text[:-1])
             if not 0 < percent <= 100:
-                raise ConfigurationError(
-                    f"hot={text} is out of range.\n  fix:  give a percentage above 0 and up to 100"
-                )
+                raise ConfigurationError(f"hot={text} is out of range.", fix="give a percentage above 0 and up to 100")
             return f"{percent:g}%"
         if text.startswith("coverage="):
             share = float(text.removeprefix("coverage="))
             if not 0 < share <= 1:
-                raise ConfigurationError(f"hot={text} is out of range.\n  fix:  give a share above 0 and up to 1")
+                raise ConfigurationError(f"hot={text} is out of range.", fix="give a share above 0 and up to 1")
             return f"coverage={share:g}"
         number = int(text)
     except ValueError as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"hot={value!r} is not understood.\n  fix:  give {forms}") from error
+        raise ConfigurationError(f"hot={value!r} is not understood.", fix=f"give {forms}") from error
     if number < 1:
-        raise ConfigurationError(f"hot={number} keeps no expert.\n  fix:  give at least 1, or use the method attention")
+        raise ConfigurationError(f"hot={number} keeps no expert.", fix="give at least 1, or use the method attention")
     return number
 
 
@@ -87,8 +85,8 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
     """
     if not profile.layout.is_moe:
         raise ConfigurationError(
-            f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.\n"
-            "  fix:  use --method lora or --method attention"
+            f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.",
+            fix="use --method lora or --method attention",
         )
     heats: dict[Criterion, Callable[[], Tensor]] = {
         "count": lambda: profile.total_counts().double(),
@@ -100,8 +98,9 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
     for block, row in zip(profile.layout.blocks, heat_LE, strict=True):
         if float(row.sum()) <= 0:
             raise ProfileError(
-                f"layer {block.layer} has no routed token in this profile, so none of its experts is hot.\n"
-                f"  place:  {block.name}\n  fix:    profile again, on more data"
+                f"layer {block.layer} has no routed token in this profile, so none of its experts is hot.",
+                place=block.name,
+                fix="profile again, on more data",
             )
     return heat_LE
 
@@ -123,7 +122,7 @@ def experts_kept(heat_E: Tensor, hot: int | str) -> int:
     if isinstance(hot, int):
         if hot > num_experts:
             raise ConfigurationError(
-                f"hot={hot} asks for more experts than a layer has.\n  found:  {num_experts} experts"
+                f"hot={hot} asks for more experts than a layer has.", found=f"{num_experts} experts"
             )
         return hot
     if hot.endswith("%"):
@@ -197,8 +196,8 @@ def sites_with_experts(profile: Profile, options: HotOptions, chosen: list[list[
     if not any(site.kind == "experts" for site in sites):
         narrowed = f"targets {','.join(options.targets)}" + (f" and layers {options.layers}" if options.layers else "")
         raise ConfigurationError(
-            f"{narrowed} leave out the routed experts, which this method chooses among.\n"
-            "  fix:  add experts to the targets, or use --method lora"
+            f"{narrowed} leave out the routed experts, which this method chooses among.",
+            fix="add experts to the targets, or use --method lora",
         )
     kept = {(block.layer, expert) for block, ids in zip(profile.layout.blocks, chosen, strict=True) for expert in ids}
     return [site for site in sites if site.kind != "experts" or (site.layer, site.expert) in kept]

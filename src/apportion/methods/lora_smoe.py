@@ -132,9 +132,7 @@ def count_votes(norms: Norms, groups: Sequence[Sequence[Site]], keep: float) -> 
 def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
     """Turn votes into placements, at the share that is asked for or that the budget allows."""
     if options.budget and options.keep != VoteOptions.model_fields["keep"].default:
-        raise ConfigurationError(
-            "keep and budget were both given.\n  fix:  give one of them: keep follows from a budget"
-        )
+        raise ConfigurationError("keep and budget were both given.", fix="give one of them: keep follows from a budget")
     options.check_top_k(len(norms))
     sites = _votable(profile, options.select(profile.layout), norms)
     groups = _grouped(sites, options.groups)
@@ -156,8 +154,8 @@ def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings:
     if low == 0:
         least, allowed = spent(options.budget, placed(shares[0]), profile)
         raise ConfigurationError(
-            f"the budget {options.budget} is too small: one matrix a task and group takes {least}.\n"
-            "  fix:  give more, a lower rank, or fewer targets"
+            f"the budget {options.budget} is too small: one matrix a task and group takes {least}.",
+            fix="give more, a lower rank, or fewer targets",
         )
     return placed(shares[low - 1])
 
@@ -168,8 +166,9 @@ def _votable(profile: Profile, sites: Sequence[Site], norms: Norms) -> list[Site
     for site in sites:
         if site.name not in first:
             raise ConfigurationError(
-                f"the sensitivity of {site.name} is not measured: it is no linear layer.\n"
-                f"  model:  {profile.layout.describe()}\n  fix:    leave {site.kind} out of the targets"
+                f"the sensitivity of {site.name} is not measured: it is no linear layer.",
+                details={"model": profile.layout.describe()},
+                fix=f"leave {site.kind} out of the targets",
             )
     return list(sites)
 

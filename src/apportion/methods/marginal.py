@@ -77,13 +77,13 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
     """
     if options.budget is None:
         raise ConfigurationError(
-            "marginal spends a budget, and none was given.\n"
-            "  fix:  give --budget: parameters (5000000) or operations a token (flops=80000)"
+            "marginal spends a budget, and none was given.",
+            fix="give --budget: parameters (5000000) or operations a token (flops=80000)",
         )
     if options.ranks:
         raise ConfigurationError(
-            f"a rank was given for {next(iter(options.ranks))}, and marginal chooses ranks itself.\n"
-            "  fix:  leave it out; --max-rank bounds them all"
+            f"a rank was given for {next(iter(options.ranks))}, and marginal chooses ranks itself.",
+            fix="leave it out; --max-rank bounds them all",
         )
     shares = sensitivity_shares(profile, options)
     unit = options.budget.partition("=")[0]
@@ -97,7 +97,8 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
     if not any(ranks):
         raise ConfigurationError(
             f"the budget {options.budget} is too small: the cheapest rank takes "
-            f"{min(offer.price for offer in offers):,.10g}.\n  fix:  give more, or other targets"
+            f"{min(offer.price for offer in offers):,.10g}.",
+            fix="give more, or other targets",
         )
     return [
         replace(single.place(site), rank=rank, alpha=single.alpha * rank)

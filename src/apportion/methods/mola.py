@@ -31,8 +31,8 @@ def parse_shape(value: Any) -> str:
     """
     if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
         raise ConfigurationError(
-            f"experts={str(value)[:60]!r} is not understood.\n"
-            "  fix:  give numbers from the first layers to the last: 2-4-6-8"
+            f"experts={str(value)[:60]!r} is not understood.",
+            fix="give numbers from the first layers to the last: 2-4-6-8",
         )
     return str(value)
 
@@ -81,7 +81,7 @@ def place_mola(profile: Profile, options: MolaOptions, settings: AdapterSettings
     layers = sorted({site.layer for site in sites})
     if len(numbers) > len(layers):
         raise ConfigurationError(
-            f"experts={options.experts} names {len(numbers)} parts of {len(layers)} layers.\n  fix:  give fewer numbers"
+            f"experts={options.experts} names {len(numbers)} parts of {len(layers)} layers.", fix="give fewer numbers"
         )
     number_of = {layer: numbers[place * len(numbers) // len(layers)] for place, layer in enumerate(layers)}
     return [settings.place(site, number_of[site.layer], options.top_k) for site in sites]
@@ -110,7 +110,7 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
         options.check_top_k(options.experts)
         return [settings.place(site, options.experts, options.top_k) for site in sites]
     if options.experts != UniformOptions.model_fields["experts"].default:
-        raise ConfigurationError("experts and budget were both given.\n  fix:  give one of them")
+        raise ConfigurationError("experts and budget were both given.", fix="give one of them")
 
     def placed(total: int) -> list[Placement]:
         numbers = spread(total, len(sites))
@@ -157,7 +157,7 @@ def _most_that_fits(budget: str, sites: Sequence[Site], profile: Profile, settin
     fitting = [total for total in range(rounds * len(sites), (rounds + 1) * len(sites)) if taken(total) <= int(allowed)]
     most = max(fitting, key=taken, default=0)
     if most == 0:
-        raise ConfigurationError(f"the budget {budget} buys no LoRA expert.\n  fix:  give more, or a lower rank")
+        raise ConfigurationError(f"the budget {budget} buys no LoRA expert.", fix="give more, or a lower rank")
     return most
 
 

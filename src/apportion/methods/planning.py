@@ -85,15 +85,15 @@ def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings
             0, not finite, or so large or small that float32 cannot hold alpha / rank.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_WIDTH:
-        raise ConfigurationError(f"rank={rank!r} is not a rank.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
+        raise ConfigurationError(f"rank={rank!r} is not a rank.", fix=f"give a whole number from 1 to {MAX_WIDTH}")
     if alpha is None:
         return AdapterSettings(rank, 2.0 * rank, seed)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise ConfigurationError(f"alpha={alpha!r} gives no scale.\n  fix:  give a number above 0")
+        raise ConfigurationError(f"alpha={alpha!r} gives no scale.", fix="give a number above 0")
     if not SMALLEST_SCALE * rank <= alpha <= LARGEST_SCALE * rank:
         raise ConfigurationError(
-            f"alpha={alpha!r} gives a scale alpha / rank that float32 cannot hold.\n"
-            "  fix:  give a number near the rank, such as twice the rank"
+            f"alpha={alpha!r} gives a scale alpha / rank that float32 cannot hold.",
+            fix="give a number near the rank, such as twice the rank",
         )
     return AdapterSettings(rank, alpha, seed)
 
@@ -123,9 +123,7 @@ def build_plan(
     targeted = checked.select(profile.layout)
     placements = _in_file_order(chosen.place(profile, checked, settings))
     if not placements:
-        raise PlanError(
-            f"method {name} places no adapter on {profile.layout.describe()}.\n  fix:  choose other targets"
-        )
+        raise PlanError(f"method {name} places no adapter on {profile.layout.describe()}.", fix="choose other targets")
     _check_placements(profile.layout, placements)
     return Plan(
         method=name,
@@ -196,7 +194,7 @@ def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:
     for option in options:
         if option not in known:
             raise ConfigurationError(
-                f"method {method.name} has no option {option!r}.\n  options:  {', '.join(sorted(known))}"
+                f"method {method.name} has no option {option!r}.", details={"options": ", ".join(sorted(known))}
             )
     try:
         return method.options(**options)
@@ -220,15 +218,17 @@ def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None
         site = layout.by_name[placement.site]
         if placement.is_routed and site.storage != "linear":
             raise ConfigurationError(
-                f"{placement.num_experts} LoRA experts cannot stand on {site.name}: its weight is no linear layer's.\n"
-                f"  fix:  leave {site.kind} out of the targets"
+                f"{placement.num_experts} LoRA experts cannot stand on {site.name}: its weight is no linear layer's.",
+                fix=f"leave {site.kind} out of the targets",
             )
         if site.kind != "router" and placement.rank > min(site.in_features, site.out_features):
             raise ConfigurationError(
-                f"rank {placement.rank} is above what {site.name} can have.\n"
-                f"  found:  a matrix of {site.out_features} x {site.in_features}\n"
-                f"  fix:    give a rank of at most {min(site.in_features, site.out_features)}, or leave "
-                f"{site.kind} out of the targets"
+                f"rank {placement.rank} is above what {site.name} can have.",
+                found=f"a matrix of {site.out_features} x {site.in_features}",
+                fix=(
+                    f"give a rank of at most {min(site.in_features, site.out_features)}, or leave {site.kind} out of "
+                    "the targets"
+                ),
             )
 
 

@@ -38,4 +38,4 @@ def find_method(name: str) -> Method:
         return METHODS[name]
     near = difflib.get_close_matches(name, METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(METHODS)}"
-    raise ConfigurationError(f"there is no method {name!r}.\n  fix:  {hint}")
+    raise ConfigurationError(f"there is no method {name!r}.", fix=hint)

@@ -29,13 +29,13 @@ def parse_targets(value: Any) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else list(value)
     targets = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not targets:
-        raise ConfigurationError(f"no targets were given.\n  fix:  choose among {', '.join(KINDS)}")
+        raise ConfigurationError("no targets were given.", fix=f"choose among {', '.join(KINDS)}")
     for target in targets:
         kind = target.partition(".")[0]
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(KINDS)}"
-            raise ConfigurationError(f"there is no target {target!r}.\n  fix:  {hint}")
+            raise ConfigurationError(f"there is no target {target!r}.", fix=hint)
     return targets
 
 
@@ -61,15 +61,13 @@ def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-            raise ConfigurationError(
-                f"layers={shown!r} is not understood.\n  fix:  give layers such as 4-15 or 0,2,4-7"
-            )
+            raise ConfigurationError(f"layers={shown!r} is not understood.", fix="give layers such as 4-15 or 0,2,4-7")
         # Comparing as it goes, this ends at the first layer that the model lacks, however far the range goes on.
         lacking = next((layer for layer in range(first, last + 1) if layer not in known), None)
         if lacking is not None:
             raise ConfigurationError(
-                f"layers={value!r} asks for layer {lacking}, which this model lacks.\n"
-                f"  found:  layers {min(known)} to {max(known)}"
+                f"layers={value!r} asks for layer {lacking}, which this model lacks.",
+                found=f"layers {min(known)} to {max(known)}",
             )
         layers.update(range(first, last + 1))
     return layers
@@ -105,7 +103,8 @@ def select_sites(
         if missing:
             known = sorted({f"{site.kind}.{site.projection}" for site in layout.sites()})
             raise ConfigurationError(
-                f"this model has nothing for the target {missing[0]!r}{' in these layers' if layers else ''}.\n"
-                f"  model:  {layout.describe()}\n  fix:    choose among {', '.join(known)}, or a whole kind"
+                f"this model has nothing for the target {missing[0]!r}{' in these layers' if layers else ''}.",
+                details={"model": layout.describe()},
+                fix=f"choose among {', '.join(known)}, or a whole kind",
             )
     return chosen

@@ -62,6 +62,6 @@ def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     raise ConfigurationError(
-        f"model type {config.model_type!r} is no causal language model that transformers knows.\n"
-        "  fix:  update transformers, or give another configuration"
+        f"model type {config.model_type!r} is no causal language model that transformers knows.",
+        fix="update transformers, or give another configuration",
     )

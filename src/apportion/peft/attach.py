@@ -122,15 +122,15 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
     """Refuse, before anything changes, what could not be attached whole."""
     if adapter_name in getattr(model, "peft_config", {}):
         raise ConfigurationError(
-            f"the model has an adapter {adapter_name!r} already.\n  fix:  choose another adapter_name"
+            f"the model has an adapter {adapter_name!r} already.", fix="choose another adapter_name"
         )
     if "." in adapter_name or not adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ConfigurationError(
-            f"{adapter_name!r} cannot be the name of an adapter: PyTorch's module dictionaries have no room for it.\n"
-            "  fix:  choose another name, without dots"
+            f"{adapter_name!r} cannot be the name of an adapter: PyTorch's module dictionaries have no room for it.",
+            fix="choose another name, without dots",
         )
     if not 0 <= dropout < 1:
-        raise ConfigurationError(f"dropout={dropout} is no share.\n  fix:  give a number from 0 to below 1")
+        raise ConfigurationError(f"dropout={dropout} is no share.", fix="give a number from 0 to below 1")
     check_architecture(layout, plan)
     for placement in plan.placements:
         routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
@@ -158,8 +158,9 @@ def _check_weights(path: str, module: nn.Module) -> None:
         reason = "are offloaded and not in memory"
     if reason:
         raise ConfigurationError(
-            f"no adapter can be attached to a model whose weights {reason}: its factors would not be trained right.\n"
-            f"  place:  {path}\n  fix:    attach the adapters before the model is sharded or offloaded"
+            f"no adapter can be attached to a model whose weights {reason}: its factors would not be trained right.",
+            place=path,
+            fix="attach the adapters before the model is sharded or offloaded",
         )
 
 
@@ -177,16 +178,18 @@ def check_architecture(layout: Layout, plan: Plan) -> None:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise PlanMismatchError(
-            f"the plan asks for {len(missing)} adapters that this model has no place for.\n"
-            f"  first:  {missing[0]}{more}\n  model:  {layout.describe()}\n  plan:   made for {plan.model}\n"
-            "  fix:    profile this model, or apply to the model that the plan was made for"
+            f"the plan asks for {len(missing)} adapters that this model has no place for.",
+            details={"first": f"{missing[0]}{more}", "model": layout.describe(), "plan": f"made for {plan.model}"},
+            fix="profile this model, or apply to the model that the plan was made for",
         )
     if plan.fingerprint != layout.fingerprint:
         raise PlanMismatchError(
-            "the plan was made for another architecture: names or shapes of the parameters differ.\n"
-            f"  model:  {layout.describe()}, fingerprint {layout.fingerprint[:12]}\n"
-            f"  plan:   made for {plan.model}, fingerprint {plan.fingerprint[:12]}\n"
-            "  fix:    profile this model, or apply to the model that the plan was made for"
+            "the plan was made for another architecture: names or shapes of the parameters differ.",
+            details={
+                "model": f"{layout.describe()}, fingerprint {layout.fingerprint[:12]}",
+                "plan": f"made for {plan.model}, fingerprint {plan.fingerprint[:12]}",
+            },
+            fix="profile this model, or apply to the model that the plan was made for",
         )
 
 
@@ -197,9 +200,9 @@ def _check_sparse(
     asked = {"mask": mask is not None, "dense_b": dense_b, "store_a": store_a}
     if not plan.is_sparse and any(asked.values()):
         name = next(name for name, given in asked.items() if given)
-        raise ConfigurationError(f"{name} was given, and the plan is not sparse.\n  fix:  leave it out")
+        raise ConfigurationError(f"{name} was given, and the plan is not sparse.", fix="leave it out")
     if dense_b and mask is not None:
-        raise ConfigurationError("mask and dense_b were both given.\n  fix:  give one: all of B trains, or a part")
+        raise ConfigurationError("mask and dense_b were both given.", fix="give one: all of B trains, or a part")
     if mask is None:
         return
     shapes = b_shapes(plan.placements, layout.by_name)
@@ -207,19 +210,19 @@ def _check_sparse(
     wrong += [site for site in mask.shapes if site not in shapes]
     if wrong:
         raise ConfigurationError(
-            f"the mask is for other sites or shapes than the plan.\n"
-            f"  first:  {wrong[0]}: mask {mask.shapes.get(wrong[0])}, plan {shapes.get(wrong[0])}\n"
-            "  fix:    give the mask of a plan with the same sites and ranks"
+            "the mask is for other sites or shapes than the plan.",
+            details={"first": f"{wrong[0]}: mask {mask.shapes.get(wrong[0])}, plan {shapes.get(wrong[0])}"},
+            fix="give the mask of a plan with the same sites and ranks",
         )
     kept = num_kept_entries(plan.placements, layout.by_name)
     if mask.num_kept != kept:
         raise ConfigurationError(
-            f"the mask keeps {mask.num_kept} entries, the plan {kept}.\n  fix:  give a mask of the plan's sparsity"
+            f"the mask keeps {mask.num_kept} entries, the plan {kept}.", fix="give a mask of the plan's sparsity"
         )
     if mask.a_checksum not in (None, checksum):
         raise ConfigurationError(
-            "the mask was made with another A than this seed draws.\n"
-            "  fix:  use the mask's own seed, or extract a mask with this one"
+            "the mask was made with another A than this seed draws.",
+            fix="use the mask's own seed, or extract a mask with this one",
         )
 
 

@@ -36,9 +36,9 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
         ConfigurationError: the adapters cannot be combined so.
     """
     if len(plans) != len(weights) or not plans:
-        raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.\n  fix:  give one each")
+        raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.", fix="give one each")
     if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigurationError(f"the weights {list(weights)} are not all finite.\n  fix:  give finite numbers")
+        raise ConfigurationError(f"the weights {list(weights)} are not all finite.", fix="give finite numbers")
     routed = [name for name, plan in plans.items() if not plan.is_mergeable]
     if routed:
         raise ConfigurationError(
@@ -55,10 +55,11 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
             if {p.site: p.rank for p in plan.placements} != dict(ranks):
                 raise ConfigurationError(
                     f"adapter {name!r} has other sites or ranks than {next(iter(plans))!r}, so factors cannot be "
-                    "added.\n  fix:  combine by cat"
+                    "added.",
+                    fix="combine by cat",
                 )
     elif how != "cat":
-        raise ConfigurationError(f"adapters cannot be combined by {how!r}.\n  fix:  choose cat or linear")
+        raise ConfigurationError(f"adapters cannot be combined by {how!r}.", fix="choose cat or linear")
     placements = tuple(Placement(site, rank, float(rank)) for site, rank in ranks.items())
     flops = [plan.cost.adapter_flops_per_token for plan in plans.values()]
     trainable = num_trainable(placements, layout.by_name)

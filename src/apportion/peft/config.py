@@ -61,7 +61,7 @@ class ApportionConfig(LoraConfig):
         ):
             if getattr(self, name, None):
                 raise ConfigurationError(
-                    f"{name} cannot be combined with a plan.\n  fix:  leave it out of the adapter's configuration"
+                    f"{name} cannot be combined with a plan.", fix="leave it out of the adapter's configuration"
                 )
 
     @property

@@ -34,8 +34,8 @@ def export_lora(model: PeftModel, folder: str | os.PathLike[str], *, adapter_nam
         if placement.is_routed or sites[placement.site].storage != "linear":
             what = "several LoRA experts" if placement.is_routed else "no linear layer of its own"
             raise ConfigurationError(
-                f"{placement.site} has {what}, which plain LoRA cannot say.\n"
-                "  fix:  merge the adapter into the model, or plan with targets attention,shared,dense"
+                f"{placement.site} has {what}, which plain LoRA cannot say.",
+                fix="merge the adapter into the model, or plan with targets attention,shared,dense",
             )
     require_empty(Path(folder))
     tensors = {}

@@ -47,7 +47,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
     check_architecture(layout, plan)
     if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
         raise ConfigurationError(
-            "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.\n  fix:  leave it out"
+            "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.", fix="leave it out"
         )
     state = _read_tensors(path)
     check_tensors(state, plan, layout, config.stores, f"the adapter in {os.fspath(path)}")
@@ -93,12 +93,10 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
     """
     folder = os.fspath(path)
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        raise ConfigurationError(f"there is no adapter in {folder}.\n  fix:  give a folder with adapter_config.json")
+        raise ConfigurationError(f"there is no adapter in {folder}.", fix="give a folder with adapter_config.json")
     config = ApportionConfig.from_pretrained(folder)
     if not isinstance(config, ApportionConfig):
-        raise ConfigurationError(
-            f"the adapter in {folder} was not made by apportion.\n  fix:  load it with peft itself"
-        )
+        raise ConfigurationError(f"the adapter in {folder} was not made by apportion.", fix="load it with peft itself")
     return config
 
 
@@ -115,9 +113,9 @@ def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
     routed = next((placement for placement in plan.placements if placement.is_routed), None)
     if routed is not None:
         raise ConfigurationError(
-            f"the adapter in {path} cannot be merged: its gates depend on the input.\n"
-            f"  place:  {routed.site} has {routed.num_experts} LoRA experts\n"
-            "  fix:    use the model with the adapter attached"
+            f"the adapter in {path} cannot be merged: its gates depend on the input.",
+            place=f"{routed.site} has {routed.num_experts} LoRA experts",
+            fix="use the model with the adapter attached",
         )
 
 
@@ -144,13 +142,14 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read an adapter's tensors."""
     file = Path(path, _TENSORS_FILE)
     if not file.is_file():
-        raise AdapterError(f"the adapter in {os.fspath(path)} has no {_TENSORS_FILE}.\n  fix:  copy the whole folder")
+        raise AdapterError(f"the adapter in {os.fspath(path)} has no {_TENSORS_FILE}.", fix="copy the whole folder")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
-            f"{file} cannot be read: it is truncated or damaged.\n  found:  {error}\n"
-            "  fix:    copy it again, or train it again"
+            f"{file} cannot be read: it is truncated or damaged.",
+            found=str(error),
+            fix="copy it again, or train it again",
         ) from error
 
 
@@ -167,8 +166,9 @@ def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Mo
     folder = Path(below["path"])
     if not folder.joinpath(_TENSORS_FILE).is_file() or _weights_digest(folder) != below["sha256"]:
         raise ConfigurationError(
-            f"the adapter in {path} was trained on top of another one, which is gone or was changed.\n"
-            f"  place:  {folder}\n  fix:    put that adapter back"
+            f"the adapter in {path} was trained on top of another one, which is gone or was changed.",
+            place=folder,
+            fix="put that adapter back",
         )
     merged, _ = merge_below(model, folder)
     return merged

@@ -44,7 +44,7 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
     matrices = {site: b_OR.cpu() for site, _, b_OR in site_factors(model, adapter_name)}
     shapes = b_shapes(plan.placements, sites)
     if not any(bool(matrices[site].any()) for site in shapes):
-        raise ConfigurationError("no entry of B is larger than another: B is zero.\n  fix:  train it first")
+        raise ConfigurationError("no entry of B is larger than another: B is zero.", fix="train it first")
     indices: dict[str, Tensor] = {}
     for sparsity in sorted({p.sparsity for p in plan.placements if p.sparsity}):
         groups: dict[str, list[str]] = {}

@@ -34,20 +34,22 @@ def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) ->
     """
     if tuner.training:
         raise ConfigurationError(
-            "rows cannot use different adapters in training.\n  fix:  call eval() first, or leave out adapter_names"
+            "rows cannot use different adapters in training.", fix="call eval() first, or leave out adapter_names"
         )
     used = set(adapter_names) - {BASE}
     unknown = sorted(used - set(tuner.peft_config))
     if unknown:
         raise ConfigurationError(
-            f"there is no adapter {unknown[0]!r}.\n  found:  {', '.join(tuner.peft_config)}\n"
-            "  fix:    name one of these per row, or __base__ for none"
+            f"there is no adapter {unknown[0]!r}.",
+            found=", ".join(tuner.peft_config),
+            fix="name one of these per row, or __base__ for none",
         )
     for name in used:
         for site in tuner.peft_config[name].routed_linear_sites:
             raise ConfigurationError(
-                f"adapter {name!r} cannot be used for single rows: one of its layers sees tokens without their rows.\n"
-                f"  place:  {site}\n  fix:    run the rows of each adapter as a batch of their own, with set_adapter"
+                f"adapter {name!r} cannot be used for single rows: one of its layers sees tokens without their rows.",
+                place=site,
+                fix="run the rows of each adapter as a batch of their own, with set_adapter",
             )
     names = [name for name in adapter_names for _ in range(num_beams)]
     with ExitStack() as stack:
@@ -66,7 +68,7 @@ def _check_rows(num_names: int, _module: nn.Module, args: tuple[Any, ...], kwarg
     inputs = next((value for value in given if value is not None), None)
     if inputs is not None and len(inputs) != num_names:
         raise ConfigurationError(
-            f"adapter_names has {num_names} names, and the batch {len(inputs)} rows.\n  fix:  give one name per row"
+            f"adapter_names has {num_names} names, and the batch {len(inputs)} rows.", fix="give one name per row"
         )
 
 

@@ -233,8 +233,9 @@ def check_digests(state: Mapping[str, Tensor], expected: str, place: str) -> Non
     told = [expected[start : start + _DIGEST_LENGTH] for start in range(0, len(expected), _DIGEST_LENGTH)]
     if len(told) != len(names):
         raise AdapterError(
-            f"{place} cannot be loaded: its configuration belongs to other tensors.\n"
-            f"  found:  {len(names)} tensors, digests of {len(told)}\n  fix:    {_FIX}"
+            f"{place} cannot be loaded: its configuration belongs to other tensors.",
+            found=f"{len(names)} tensors, digests of {len(told)}",
+            fix=_FIX,
         )
     changed = [name for name, one in zip(names, told, strict=True) if _digest(name, state[name]) != one]
     _refuse(changed, "not those that were saved", place)
@@ -264,8 +265,9 @@ def _check_indices(state: Mapping[str, Tensor], plan: Plan, layout: Layout, plac
     count = sum(len(state[f"{placement.site}.lora_B.indices"]) for placement in sparse)
     if sparse and count != num_kept_entries(sparse, layout.by_name):
         raise AdapterError(
-            f"{place} cannot be loaded: it keeps another number of entries than its plan.\n"
-            f"  found:  {count:,}, expected {num_kept_entries(sparse, layout.by_name):,}\n  fix:    {_FIX}"
+            f"{place} cannot be loaded: it keeps another number of entries than its plan.",
+            found=f"{count:,}, expected {num_kept_entries(sparse, layout.by_name):,}",
+            fix=_FIX,
         )
 
 

@@ -55,9 +55,9 @@ class ApportionModel(LoraModel):
     ) -> None:
         if isinstance(peft_config, ApportionConfig):  # PeftModel gives a dictionary
             raise ConfigurationError(
-                "an adapter of apportion can only be used as a PeftModel: loading it into a plain model would leave "
-                "the experts' factors at their random start.\n"
-                "  fix:  apportion.load(model, folder), or PeftModel.from_pretrained(model, folder)"
+                "an adapter of apportion can only be used as a PeftModel: loading it into a plain model would "
+                "leave the experts' factors at their random start.",
+                fix="apportion.load(model, folder), or PeftModel.from_pretrained(model, folder)",
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
@@ -152,9 +152,10 @@ class ApportionModel(LoraModel):
         if config.a_checksum and not config.store_a and drawn != config.a_checksum:
             raise ConfigurationError(
                 "the frozen A that the seed draws here is not the one that the adapter was trained with: another "
-                "version of torch draws other numbers.\n"
-                "  fix:  use the torch version that the adapter was trained with, or train it with the A stored "
-                "(--store-a)"
+                "version of torch draws other numbers.",
+                fix=(
+                    "use the torch version that the adapter was trained with, or train it with the A stored (--store-a)"
+                ),
             )
 
     def add_weighted_adapter(
@@ -179,10 +180,10 @@ class ApportionModel(LoraModel):
             AdapterError: the combined factors are not finite.
         """
         if adapter_name in self.peft_config:
-            raise ConfigurationError(f"the model has an adapter {adapter_name!r} already.\n  fix:  choose another name")
+            raise ConfigurationError(f"the model has an adapter {adapter_name!r} already.", fix="choose another name")
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown:
-            raise ConfigurationError(f"there is no adapter {unknown[0]!r}.\n  found:  {', '.join(self.peft_config)}")
+            raise ConfigurationError(f"there is no adapter {unknown[0]!r}.", found=", ".join(self.peft_config))
         plans = {name: self.peft_config[name].read_plan() for name in adapters}
         plan = combined_plan(plans, weights, combination_type, find_sites(self.model))
         first = self.peft_config[adapters[0]]
@@ -202,8 +203,8 @@ class ApportionModel(LoraModel):
         ):
             self.delete_adapter(adapter_name)
             raise AdapterError(
-                f"with the weights {list(weights)} the combined adapter has numbers that are not finite.\n"
-                "  fix:  give smaller weights"
+                f"with the weights {list(weights)} the combined adapter has numbers that are not finite.",
+                fix="give smaller weights",
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
@@ -238,18 +239,20 @@ class ApportionModel(LoraModel):
             gated = [name for name in names if isinstance(module, LinearLora) and module.num_experts[name] > 1]
             if gated:
                 raise ConfigurationError(
-                    f"adapter {gated[0]!r} cannot be merged: its gates depend on the input.\n"
-                    f"  place:  {path} has {module.num_experts[gated[0]]} LoRA experts\n"
-                    "  fix:    use the model with the adapter attached"
+                    f"adapter {gated[0]!r} cannot be merged: its gates depend on the input.",
+                    place=f"{path} has {module.num_experts[gated[0]]} LoRA experts",
+                    fix="use the model with the adapter attached",
                 )
             parameters = module.merged_parameters() if isinstance(module, WrappedModule) else ("weight",)
             for parameter in parameters if names else ():
                 if reason := obstacle(module.get_base_layer(), parameter):
                     raise ConfigurationError(
-                        f"adapter {names[0]!r} cannot be merged: a weight that it stands on {reason}.\n"
-                        f"  place:  {path}.{parameter}\n"
-                        "  fix:    use the model with the adapter attached, or load the model unquantised and on one "
-                        "process, and merge there"
+                        f"adapter {names[0]!r} cannot be merged: a weight that it stands on {reason}.",
+                        place=f"{path}.{parameter}",
+                        fix=(
+                            "use the model with the adapter attached, or load the model unquantised and on one "
+                            "process, and merge there"
+                        ),
                     )
 
     @classmethod
@@ -303,8 +306,8 @@ def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
         site = layout.by_name.get(placement.site)
         if site is None:
             raise PlanMismatchError(
-                f"the adapter stands on {placement.site}, which this model lacks.\n"
-                f"  model:    {layout.describe()}\n  adapter:  made for {plan.model}"
+                f"the adapter stands on {placement.site}, which this model lacks.",
+                details={"model": layout.describe(), "adapter": f"made for {plan.model}"},
             )
         fused = site.storage == "fused"
         modules[site.name.rsplit(".", 2)[0] if fused else site.name].append(placement)

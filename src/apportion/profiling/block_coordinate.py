@@ -91,8 +91,9 @@ def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, d
             weight = getattr(modules[site.name], "weight", None)
             if is_quantised(modules[site.name]) or not isinstance(weight, nn.Parameter):
                 raise ConfigurationError(
-                    "block-coordinate moves weights, and those of this model are quantised.\n"
-                    f"  first:  {site.name}\n  fix:    measure with the one-pass procedure"
+                    "block-coordinate moves weights, and those of this model are quantised.",
+                    details={"first": site.name},
+                    fix="measure with the one-pass procedure",
                 )
             layers[site.layer][weight] = site.name
     for block in layout.blocks:

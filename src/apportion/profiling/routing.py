@@ -105,13 +105,13 @@ def without_labels(inputs: Inputs) -> Inputs:
 def _inputs(batch: Batch, device: torch.device) -> Inputs:
     """Check a batch and put its tensors on the model's device."""
     if "input_ids" not in batch:
-        raise DataError(f"a batch has no input_ids.\n  found:  {', '.join(batch) or 'nothing'}")
+        raise DataError("a batch has no input_ids.", found=", ".join(batch) or "nothing")
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape != inputs["input_ids"].shape:
         raise DataError(
-            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(inputs['input_ids'].shape)}.\n"
-            "  fix:  give one mask value a token"
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(inputs['input_ids'].shape)}.",
+            fix="give one mask value a token",
         )
     return inputs
 
@@ -147,8 +147,9 @@ def _counting(
         real_T = mask.value.reshape(-1) != 0
         if len(real_T) != len(ids_TK):
             raise ProfileError(
-                f"layer {block.layer} routed {len(ids_TK)} positions of a batch of {len(real_T)}.\n"
-                f"  place:  {block.name}\n  fix:    profile with batches of one sequence, without padding"
+                f"layer {block.layer} routed {len(ids_TK)} positions of a batch of {len(real_T)}.",
+                place=block.name,
+                fix="profile with batches of one sequence, without padding",
             )
         ids = ids_TK[real_T].reshape(-1).cpu()
         weights = weights_TK.detach()[real_T].reshape(-1).double().cpu()
@@ -198,5 +199,6 @@ def _selected_by_router(
             return ids, weights
     raise ProfileError(
         f"the router of {block.name} returns neither expert ids nor one logit an expert, so its choice cannot be "
-        "counted.\n  fix:  use the architecture's own class in transformers"
+        "counted.",
+        fix="use the architecture's own class in transformers",
     )

@@ -82,7 +82,7 @@ def profile(
     procedure = _procedure(sensitivity)
     tasks = cast("Mapping[str, Iterable[Batch]]", batches if isinstance(batches, Mapping) else {task: batches})
     if not tasks:
-        raise DataError("there is no task to profile.\n  fix:  give at least one data set")
+        raise DataError("there is no task to profile.", fix="give at least one data set")
     layout = find_sites(model)
     facts = {"tasks": list(tasks), "sensitivity": procedure, "provenance": provenance or {}}
     file = PartialFile(
@@ -147,7 +147,7 @@ def _procedure(sensitivity: SensitivityProcedure | bool) -> SensitivityProcedure
         return "one-pass" if sensitivity else None
     if sensitivity not in get_args(SensitivityProcedure):
         known = ", ".join(get_args(SensitivityProcedure))
-        raise ConfigurationError(f"there is no procedure {sensitivity!r}.\n  fix:  choose among {known}")
+        raise ConfigurationError(f"there is no procedure {sensitivity!r}.", fix=f"choose among {known}")
     return sensitivity
 
 
@@ -171,8 +171,8 @@ def _measure(
                 keep()
             elif number + 1 == done and seen != totals.seen:
                 raise DataError(
-                    "the batches are not those that the measurement was begun with.\n"
-                    "  fix:  remove the file of partial totals, and measure again"
+                    "the batches are not those that the measurement was begun with.",
+                    fix="remove the file of partial totals, and measure again",
                 )
     keep(now=True)
 
@@ -181,17 +181,19 @@ def _check(task: str, totals: TaskTotals, layout: Layout, *, sensitive: bool) ->
     """Refuse totals that nothing can be planned from."""
     if totals.tokens == 0:
         raise DataError(
-            f"there is nothing to profile: the data of task {task!r} hold no token.\n"
-            "  fix:  give at least one row of text"
+            f"there is nothing to profile: the data of task {task!r} hold no token.",
+            fix="give at least one row of text",
         )
     unmeasured = [s.name for s in layout.sites() if s.storage != "weight" and s.name not in totals.sensitivity]
     if sensitive and unmeasured:
         raise ProfileError(
-            f"task {task!r} has {totals.sequences} rows, too few to measure every layer: block-coordinate takes one "
-            f"row a layer.\n  first:  {unmeasured[0]} was not measured\n  fix:    give at least one row a layer"
+            f"task {task!r} has {totals.sequences} rows, too few to measure every layer: block-coordinate takes "
+            "one row a layer.",
+            details={"first": f"{unmeasured[0]} was not measured"},
+            fix="give at least one row a layer",
         )
     if sensitive and not any(value > 0 for value in totals.sensitivity.values()):
         raise ProfileError(
-            f"the gradient of task {task!r} is zero everywhere: its rows teach this model nothing.\n"
-            "  fix:  look at its completions, or leave the task out"
+            f"the gradient of task {task!r} is zero everywhere: its rows teach this model nothing.",
+            fix="look at its completions, or leave the task out",
         )

@@ -84,11 +84,11 @@ def summed_sample_losses(model: nn.Module, inputs: Inputs) -> Tensor:
         DataError: there is no labelled token.
     """
     if "labels" not in inputs:
-        raise DataError("a batch has no labels, and sensitivity needs a loss.\n  fix:  give labels, -100 where ignored")
+        raise DataError("a batch has no labels, and sensitivity needs a loss.", fix="give labels, -100 where ignored")
     targets_NP = inputs["labels"][:, 1:]
     labelled_NP = targets_NP != IGNORED
     if not bool(labelled_NP.any()):
-        raise DataError("a batch has no labelled token.\n  fix:  raise the length that rows are cut to")
+        raise DataError("a batch has no labelled token.", fix="raise the length that rows are cut to")
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
     logits = model(**unlabelled, use_cache=False).logits[:, :-1][labelled_NP]
     losses = functional.cross_entropy(logits.float(), targets_NP[labelled_NP], reduction="none")
@@ -100,8 +100,8 @@ def check_loss(loss: Tensor, sample: int) -> None:
     """Refuse a loss that is not finite."""
     if not bool(torch.isfinite(loss)):
         raise ProfileError(
-            f"the loss is {float(loss.detach())} within the first {sample} samples, so no gradient can be measured.\n"
-            "  fix:  look for broken rows there, or load the model in float32 or bfloat16"
+            f"the loss is {float(loss.detach())} within the first {sample} samples, so no gradient can be measured.",
+            fix="look for broken rows there, or load the model in float32 or bfloat16",
         )
 
 
@@ -153,8 +153,8 @@ class _Meter:
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
             raise ProfileError(
-                f"the sensitivity of {unused[0]}{more} cannot be measured: the model did not call the layer.\n"
-                "  fix:  profile without sensitivity"
+                f"the sensitivity of {unused[0]}{more} cannot be measured: the model did not call the layer.",
+                fix="profile without sensitivity",
             )
         names = list(self.norms)
         device = self.norms[names[0]].device if names else None  # layers may lie on several
@@ -167,8 +167,9 @@ class _Meter:
         if rows.numel() // rows.shape[-1] == num_samples * positions or num_samples == 1:
             return rows.reshape(num_samples, -1, rows.shape[-1])
         raise ProfileError(
-            f"{name} was given {rows.numel() // rows.shape[-1]} rows for {num_samples} x {positions} tokens, so its "
-            "samples cannot be told apart.\n  fix:  profile with batches of one row"
+            f"{name} was given {rows.numel() // rows.shape[-1]} rows for {num_samples} x {positions} tokens, so "
+            "its samples cannot be told apart.",
+            fix="profile with batches of one row",
         )
 
     def rows(self, x: Tensor, name: str) -> Rows:
@@ -229,7 +230,7 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
         copies = form.num_experts if top_k_index is None else 1
         tokens = hidden_states.numel() // hidden_states.shape[-1] // copies
         if num_samples > 1 and tokens != num_samples * positions:
-            raise ProfileError(f"{path} was given {tokens} tokens.\n  fix:  profile with batches of one row")
+            raise ProfileError(f"{path} was given {tokens} tokens.", fix="profile with batches of one row")
         samples_S = token_of_rows(own, hidden_states, top_k_index) // (tokens // num_samples)
 
         def product(parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:

@@ -64,8 +64,9 @@ def write_error(path: str | os.PathLike[str], error: Exception) -> OutputWriteEr
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     full = is_full(error)
     return OutputWriteError(
-        f"{os.fspath(path)} was not written{': the disk is full' if full else ''}.\n  found:  {reason}\n"
-        f"  fix:    {'make room, then run it again' if full else 'choose another place for the output'}"
+        f"{os.fspath(path)} was not written{': the disk is full' if full else ''}.",
+        found=reason,
+        fix="make room, then run it again" if full else "choose another place for the output",
     )
 
 
@@ -125,7 +126,7 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(folder)
     if path.is_file():
-        raise OutputExistsError(f"{path} is a file; a folder was expected.\n  fix:  choose another output folder")
+        raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
     names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
     if names:
         raise OutputExistsError(

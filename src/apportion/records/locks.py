@@ -37,7 +37,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     path = Path(folder)
     if path.is_file():
-        raise OutputExistsError(f"{path} is a file; a folder was expected.\n  fix:  choose another output folder")
+        raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
     is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     owner = path / _OWNER_FILE
@@ -46,8 +46,9 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise FolderInUseError(
-            f"{path} is in use by another process.\n  found:  {_describe_owner(owner)}\n"
-            "  fix:    wait until it has ended, or choose another folder"
+            f"{path} is in use by another process.",
+            found=_describe_owner(owner),
+            fix="wait until it has ended, or choose another folder",
         ) from error
     try:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")

@@ -107,7 +107,7 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
     """
     file = Path(path)
     if not file.is_file():
-        raise PlanError(f"there is no mask {file}.\n  fix:  give the mask.safetensors that training wrote")
+        raise PlanError(f"there is no mask {file}.", fix="give the mask.safetensors that training wrote")
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[_HEADER])
@@ -116,13 +116,13 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
         if header["schema_version"] != SCHEMA_VERSION:
             raise PlanError(f"the mask {file} has schema version {header['schema_version']}, not {SCHEMA_VERSION}.")
         if digest != _digest(header, indices):
-            raise PlanError(f"the mask {file} was changed after it was written.\n  fix:  extract it again")
+            raise PlanError(f"the mask {file} was changed after it was written.", fix="extract it again")
         shapes = {site: (int(rows), int(columns)) for site, (rows, columns) in header["shapes"].items()}
         return Mask({site: indices[site] for site in shapes}, shapes, header["a_checksum"], header["provenance"])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         if isinstance(error, PlanError):
             raise
-        raise PlanError(f"{file} is no mask, or is damaged.\n  found:  {error}\n  fix:    extract it again") from error
+        raise PlanError(f"{file} is no mask, or is damaged.", found=str(error), fix="extract it again") from error
 
 
 def b_shapes(placements: Iterable[Placement], sites: Mapping[str, Site]) -> dict[str, tuple[int, int]]:

@@ -49,13 +49,13 @@ def check_output(
         _check_no_input(target, Path(name), kind)
     mode = _mode(target)
     if stat.S_ISDIR(mode):
-        raise OutputExistsError(f"{target} is a folder; a file was expected.\n  fix:  give a file for the {kind}")
+        raise OutputExistsError(f"{target} is a folder; a file was expected.", fix=f"give a file for the {kind}")
     if mode and not stat.S_ISREG(mode):
-        raise OutputExistsError(f"{target} is no regular file.\n  fix:  give another file for the {kind}")
+        raise OutputExistsError(f"{target} is no regular file.", fix=f"give another file for the {kind}")
     if mode and not force and not _may_be_replaced(target, kind):
         raise OutputExistsError(
-            f"{target} is there already, and is no {kind} that this one could replace.\n"
-            "  fix:  choose another file, or replace it with --force"
+            f"{target} is there already, and is no {kind} that this one could replace.",
+            fix="choose another file, or replace it with --force",
         )
     _try_to_write(target.parent, target.name)
 
@@ -87,8 +87,9 @@ def check_output_folder(
     for source in map(Path, inputs):
         if stat.S_ISDIR(_mode(source)) and _real(folder).is_relative_to(_real(source)):
             raise OutputExistsError(
-                f"the output folder {folder} lies in a folder that is read.\n  found:  {source}\n"
-                "  fix:    choose a folder outside it"
+                f"the output folder {folder} lies in a folder that is read.",
+                found=source,
+                fix="choose a folder outside it",
             )
     if not may_hold or stat.S_ISREG(_mode(folder)):
         require_empty(folder)
@@ -106,7 +107,7 @@ def _check_no_input(target: Path, source: Path, kind: OutputKind) -> None:
     within = stat.S_ISDIR(_mode(source)) and _mode(target) and _real(target).is_relative_to(_real(source))
     if same or (within and not _may_be_replaced(target, kind)):
         raise OutputExistsError(
-            f"{target} is an input, and would be replaced by the {kind}.\n  fix:  choose another file for the {kind}"
+            f"{target} is an input, and would be replaced by the {kind}.", fix=f"choose another file for the {kind}"
         )
 
 
@@ -177,7 +178,7 @@ def _try_to_write(folder: Path, name: str) -> None:
             raise write_error(folder / name, error) from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OutputPathError(
-            f"nothing can be written to {folder}.\n  found:  {reason}\n  fix:    choose another place for the output"
+            f"nothing can be written to {folder}.", found=reason, fix="choose another place for the output"
         ) from error
     finally:
         if probe is not None:

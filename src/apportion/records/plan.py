@@ -55,18 +55,16 @@ class Placement:
         """Refuse numbers that no adapter can have."""
         _check_size(self.site, self.rank, self.alpha)
         if not 0 <= self.sparsity < 1:
-            raise PlanError(
-                f"{self.site} has sparsity {self.sparsity}.\n  fix:  give a share of at least 0 and below 1"
-            )
+            raise PlanError(f"{self.site} has sparsity {self.sparsity}.", fix="give a share of at least 0 and below 1")
         if not 1 <= self.top_k <= self.num_experts:
             raise PlanError(
-                f"{self.site} has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.\n"
-                "  fix:  give a top_k of at least 1 and at most the number of experts"
+                f"{self.site} has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.",
+                fix="give a top_k of at least 1 and at most the number of experts",
             )
         if self.num_experts * self.rank > MAX_WIDTH:
             raise PlanError(
-                f"{self.site} has {self.num_experts} LoRA experts of rank {self.rank}.\n"
-                f"  fix:  give fewer experts or a lower rank: experts times rank may be at most {MAX_WIDTH}"
+                f"{self.site} has {self.num_experts} LoRA experts of rank {self.rank}.",
+                fix=f"give fewer experts or a lower rank: experts times rank may be at most {MAX_WIDTH}",
             )
 
     @property
@@ -226,7 +224,7 @@ class Plan:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the whole file"
-            raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {first['msg']}") from error
+            raise PlanError("it is no valid plan.", place=place, found=first["msg"]) from error
         if file.schema_version != SCHEMA_VERSION:
             raise PlanError(f"it has schema version {file.schema_version}; this apportion reads {SCHEMA_VERSION}.")
         if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
@@ -253,11 +251,11 @@ class Plan:
 def _check_size(owner: str, rank: int, alpha: float) -> None:
     """Refuse a rank that no matrix has, and a scale that float32 cannot hold."""
     if not 1 <= rank <= MAX_WIDTH:
-        raise PlanError(f"{owner} has rank {rank}.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
+        raise PlanError(f"{owner} has rank {rank}.", fix=f"give a whole number from 1 to {MAX_WIDTH}")
     if not SMALLEST_SCALE <= alpha / rank <= LARGEST_SCALE:
         raise PlanError(
-            f"{owner} has alpha {alpha} and rank {rank}: float32 cannot hold the scale alpha / rank.\n"
-            "  fix:  give an alpha near the rank, such as twice the rank"
+            f"{owner} has alpha {alpha} and rank {rank}: float32 cannot hold the scale alpha / rank.",
+            fix="give an alpha near the rank, such as twice the rank",
         )
 
 
@@ -271,12 +269,10 @@ def _check_number_of_sites(groups: Sequence[PlacementGroup]) -> None:
             try:
                 total += num_expanded(pattern)
             except PlanError as error:
-                raise PlanError(
-                    f"a line of it names no sites: {error}.\n  place:  {place}\n  found:  {shown}"
-                ) from error
+                raise PlanError(f"a line of it names no sites: {error}.", place=place, found=shown) from error
             if total > MAX_SITES:
                 raise PlanError(
-                    f"it names more than {MAX_SITES:,} sites, which no model has.\n  place:  {place}\n  found:  {shown}"
+                    f"it names more than {MAX_SITES:,} sites, which no model has.", place=place, found=shown
                 )
 
 
@@ -345,14 +341,14 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     file = Path(path)
     if not file.is_file():
         raise PlanError(
-            f"there is no plan {file}.\n  fix:  make one with: apportion plan PROFILE --method NAME -o {file}"
+            f"there is no plan {file}.", fix=f"make one with: apportion plan PROFILE --method NAME -o {file}"
         )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {error}\n  fix:    plan again") from error
+        raise PlanError(f"the plan {file} is truncated or no JSON.", found=str(error), fix="plan again") from error
     if not isinstance(data, dict):
-        raise PlanError(f"the plan {file} is no plan: it holds a {type(data).__name__}.\n  fix:  plan again")
+        raise PlanError(f"the plan {file} is no plan: it holds a {type(data).__name__}.", fix="plan again")
     try:
         return Plan.from_dict(data)
     except PlanError as error:

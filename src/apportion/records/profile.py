@@ -104,8 +104,8 @@ class Profile:
         without = [task for task in self.tasks if task not in self.sensitivity]
         if without:
             raise ProfileError(
-                f"the sensitivity of task {without[0]!r} was not measured.\n"
-                "  fix:  profile with --sensitivity, and give that profile"
+                f"the sensitivity of task {without[0]!r} was not measured.",
+                fix="profile with --sensitivity, and give that profile",
             )
         return self.sensitivity
 
@@ -132,7 +132,7 @@ class Profile:
             ProfileError: there is no such task.
         """
         if task not in self.tokens:
-            raise ProfileError(f"the profile has no task {task!r}.\n  found:  {', '.join(self.tasks)}")
+            raise ProfileError(f"the profile has no task {task!r}.", found=", ".join(self.tasks))
         return Profile(
             layout=self.layout,
             counts={task: self.counts[task]},
@@ -181,7 +181,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     file = Path(path)
     if not file.is_file():
         raise ProfileError(
-            f"there is no profile {file}.\n  fix:  make one with: apportion profile MODEL --data DATA -o {file}"
+            f"there is no profile {file}.", fix=f"make one with: apportion profile MODEL --data DATA -o {file}"
         )
     try:
         with safe_open(file, framework="pt") as opened:
@@ -189,12 +189,13 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise ProfileError(
-            f"the profile {file} cannot be read: it is truncated or not a safetensors file.\n"
-            f"  found:  {error}\n  fix:    profile again"
+            f"the profile {file} cannot be read: it is truncated or not a safetensors file.",
+            found=str(error),
+            fix="profile again",
         ) from error
     if PROFILE_HEADER not in metadata:
         raise ProfileError(
-            f"{file} is a safetensors file, but not a profile.\n  fix:  give a file that apportion profile wrote"
+            f"{file} is a safetensors file, but not a profile.", fix="give a file that apportion profile wrote"
         )
     try:
         header = json.loads(metadata[PROFILE_HEADER])
@@ -202,7 +203,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         if header["schema_version"] != SCHEMA_VERSION:
             raise ProfileError(
                 f"the profile {file} has schema version {header['schema_version']}; this apportion reads "
-                f"{SCHEMA_VERSION}.\n  fix:  profile again, or install the version that wrote it"
+                f"{SCHEMA_VERSION}.",
+                fix="profile again, or install the version that wrote it",
             )
         profile = Profile(
             layout=Layout.from_dict(header["layout"]),
@@ -213,10 +215,10 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             provenance=header["provenance"],
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ProfileError(f"the profile {file} is damaged.\n  found:  {error!r}\n  fix:    profile again") from error
+        raise ProfileError(f"the profile {file} is damaged.", found=repr(error), fix="profile again") from error
     if written != digest(header, tensors):
         raise ProfileError(
-            f"the profile {file} was changed after it was written: its contents do not match its digest.\n"
-            "  fix:  profile again"
+            f"the profile {file} was changed after it was written: its contents do not match its digest.",
+            fix="profile again",
         )
     return profile

@@ -59,15 +59,16 @@ def read_material(path: str | os.PathLike[str], profile: str | os.PathLike[str] 
     """
     source = Path(path)
     if profile is not None and source.suffix != ".json":
-        raise ConfigurationError(f"a profile was given, and {source} is no plan.\n  fix:  leave --profile out")
+        raise ConfigurationError(f"a profile was given, and {source} is no plan.", fix="leave --profile out")
     if (source / STUDY_FILE).is_file():
         return _read_study(source)
     if (source / RESULTS_FILE).is_file():
         return _read_demo(source)
     if source.is_dir():
         raise ConfigurationError(
-            f"{source} is the folder of neither a study nor a finished demonstration: it has no {STUDY_FILE} and no "
-            f"{RESULTS_FILE}.\n  fix:  give {_TAKEN}"
+            f"{source} is the folder of neither a study nor a finished demonstration: it has no {STUDY_FILE} and "
+            f"no {RESULTS_FILE}.",
+            fix=f"give {_TAKEN}",
         )
     if source.suffix == ".safetensors":
         measured = load_profile(source)
@@ -76,7 +77,7 @@ def read_material(path: str | os.PathLike[str], profile: str | os.PathLike[str] 
     if source.suffix == ".json":
         return _read_plan(source, profile)
     missing = "is neither a folder, a .safetensors file nor a .json file" if source.exists() else "does not exist"
-    raise ConfigurationError(f"{source} {missing}.\n  fix:  give {_TAKEN}")
+    raise ConfigurationError(f"{source} {missing}.", fix=f"give {_TAKEN}")
 
 
 def _read_plan(source: Path, profile: str | os.PathLike[str] | None) -> Material:
@@ -88,8 +89,9 @@ def _read_plan(source: Path, profile: str | os.PathLike[str] | None) -> Material
     measured = load_profile(profile)
     if made.fingerprint != measured.fingerprint:
         raise PlanMismatchError(
-            f"the plan {source} and the profile {profile} belong to different models.\n  plan:     {made.model}\n"
-            f"  profile:  {measured.layout.describe()}\n  fix:      give the profile that the plan was made from"
+            f"the plan {source} and the profile {profile} belong to different models.",
+            details={"plan": made.model, "profile": measured.layout.describe()},
+            fix="give the profile that the plan was made from",
         )
     before = profile_command(measured, os.fspath(profile))
     commands = (before, command) if before else (command,)
@@ -119,11 +121,9 @@ def _read_demo(folder: Path) -> Material:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigurationError(
-            f"{file} is damaged.\n  found:  {error}\n  fix:    run the demonstration again"
-        ) from error
+        raise ConfigurationError(f"{file} is damaged.", found=str(error), fix="run the demonstration again") from error
     if not isinstance(results, dict) or not {"settings", "runs"} <= set(results):
-        raise ConfigurationError(f"{file} holds no results of a demonstration.\n  fix:  give {_TAKEN}")
+        raise ConfigurationError(f"{file} holds no results of a demonstration.", fix=f"give {_TAKEN}")
     measured = load_profile(folder / "profile.safetensors")
     return Material(
         "demonstration",

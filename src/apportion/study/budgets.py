@@ -63,9 +63,11 @@ def fit(profile: Profile, contender: Contender, unit: Unit, budget: int, toleran
     taken = spent_by(made, unit)
     if taken > budget or (taken < (1 - tolerance) * budget and not contender.below_budget):
         raise ConfigurationError(
-            f"{contender.name} cannot be planned at {budget:,} {unit}: the nearest plan takes {taken:,}.\n"
-            f"  fix:  choose another budget, other options for {contender.name}, a tolerance above {tolerance:g}, or "
-            "below_budget = true"
+            f"{contender.name} cannot be planned at {budget:,} {unit}: the nearest plan takes {taken:,}.",
+            fix=(
+                f"choose another budget, other options for {contender.name}, a tolerance above {tolerance:g}, or "
+                "below_budget = true"
+            ),
         )
     return made
 
@@ -83,7 +85,8 @@ def _largest(profile: Profile, contender: Contender, unit: Unit, budget: int, se
     if spent_by(least, unit) > budget:
         raise ConfigurationError(
             f"the budget of {budget:,} {unit} is too small for {contender.name}: at rank 1 it takes "
-            f"{spent_by(least, unit):,}.\n  fix:  give more, or adapt fewer sites"
+            f"{spent_by(least, unit):,}.",
+            fix="give more, or adapt fewer sites",
         )
     highest = _highest_ranks(least, profile, given)
 

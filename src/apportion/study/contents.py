@@ -76,7 +76,8 @@ def read_study_rows(settings: StudySettings) -> StudyRows:
         if kept < 1:
             raise DataError(
                 f"the data of task {task!r} have {len(rows)} rows, and {settings.tuning.rows} of them are to "
-                "choose learning rates.\n  fix:  give more rows, or fewer to tuning.rows"
+                "choose learning rates.",
+                fix="give more rows, or fewer to tuning.rows",
             )
         train[task], validation[task] = rows[:kept], rows[kept:]
 

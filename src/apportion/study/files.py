@@ -36,7 +36,7 @@ def read_record(path: Path, kind: type[R]) -> R:
         record = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ConfigurationError(
-            f"{path} is damaged, or of another version of apportion.\n  fix:  remove it, and run the study again"
+            f"{path} is damaged, or of another version of apportion.", fix="remove it, and run the study again"
         ) from error
     if getattr(record, "key", path.stem) != path.stem:
         raise foreign(path, f"the key {getattr(record, 'key', None)}")
@@ -110,7 +110,7 @@ def read_plan(folder: Path, plan: str, plan_seal: str | None) -> Plan:
     made = load_plan(path)
     if made.as_dict()["seal"] != plan_seal:
         raise PlanError(
-            f"{path} holds another plan than the one of this study.\n  fix:  remove it, and run the study again"
+            f"{path} holds another plan than the one of this study.", fix="remove it, and run the study again"
         )
     return made
 
@@ -163,5 +163,5 @@ def foreign(path: Path, found: str) -> ConfigurationError:
         The error to raise.
     """
     return ConfigurationError(
-        f"{path} does not belong to this study.\n  found:  {found}\n  fix:    remove it, and run the study again"
+        f"{path} does not belong to this study.", found=found, fix="remove it, and run the study again"
     )

@@ -136,7 +136,7 @@ def plan_study(folder: Path, settings: StudySettings, bench: Callable[[str], Ben
         budgets = [resolve_budget(budget, profile, settings.unit) for budget in settings.budgets]
         if len(set(budgets)) < len(budgets):
             raise ConfigurationError(
-                f"two budgets are the same on {model}: {', '.join(map(str, budgets))}.\n  fix:  leave one out"
+                f"two budgets are the same on {model}: {', '.join(map(str, budgets))}.", fix="leave one out"
             )
         for task in settings.tasks:
             part = profile.of_task(task)

@@ -73,15 +73,16 @@ def find_study(folder: str | os.PathLike[str], settings: StudySettings, versions
     if note is None:
         if path.exists() and (not path.is_dir() or any(not _is_ours(entry) for entry in path.iterdir())):
             raise OutputExistsError(
-                f"{path} already holds something else than a study.\n  fix:  choose another folder with -o"
+                f"{path} already holds something else than a study.", fix="choose another folder with -o"
             )
         return None
     before, now = note.settings.model_dump(mode="json"), settings.model_dump(mode="json")
     differing = [key for key in now if before[key] != now[key]]
     if differing and (differing != ["seeds"] or settings.seeds < note.settings.seeds):
         raise OutputExistsError(
-            f"{path} holds the results of another study.\n  differs in:  {', '.join(differing)}\n"
-            "  fix:         choose another folder with -o, or remove this one"
+            f"{path} holds the results of another study.",
+            details={"differs in": ", ".join(differing)},
+            fix="choose another folder with -o, or remove this one",
         )
     if note.versions != versions:
         found = [
@@ -90,8 +91,9 @@ def find_study(folder: str | os.PathLike[str], settings: StudySettings, versions
             if note.versions.get(key) != version
         ]
         raise OutputExistsError(
-            f"{path} was begun with other versions, which give other numbers.\n  found:  {', '.join(found)}\n"
-            "  fix:    install those, or choose another folder with -o"
+            f"{path} was begun with other versions, which give other numbers.",
+            found=", ".join(found),
+            fix="install those, or choose another folder with -o",
         )
     return note
 
@@ -174,7 +176,7 @@ def read_note(path: Path) -> Note | None:
         return Note.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise ConfigurationError(
-            f"{file} is damaged, or of another version of apportion.\n  fix:  choose another folder with -o"
+            f"{file} is damaged, or of another version of apportion.", fix="choose another folder with -o"
         ) from error
 
 
@@ -189,8 +191,9 @@ def _refuse_changes(path: Path, note: Note, contents: Contents) -> None:
     if changed:
         shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise OutputExistsError(
-            f"{path} holds the results of other data or models.\n  changed:  {shown}\n"
-            "  fix:      choose another folder with -o, or restore what was changed"
+            f"{path} holds the results of other data or models.",
+            details={"changed": shown},
+            fix="choose another folder with -o, or restore what was changed",
         )
 
 

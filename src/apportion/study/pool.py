@@ -111,8 +111,8 @@ class Pool:
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
             raise TrainingError(
-                "a process of the study was killed, perhaps for want of memory.\n"
-                "  fix:  run the same command again with fewer --jobs: finished runs are not repeated"
+                "a process of the study was killed, perhaps for want of memory.",
+                fix="run the same command again with fewer --jobs: finished runs are not repeated",
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -61,18 +61,18 @@ class Contender(_Settings):
         value = {"method": value} if isinstance(value, str) else dict(value)
         value |= value.pop("options", {})
         if "method" not in value:
-            raise ConfigurationError(f"contender {value.get('name', value)!r} has no method.\n  fix:  give it one")
+            raise ConfigurationError(f"contender {value.get('name', value)!r} has no method.", fix="give it one")
         method = value["method"]
         if method != FULL and method not in METHODS:
             raise ConfigurationError(
-                f"there is no method {method!r}.\n  fix:  {_near(method, [*METHODS, FULL], 'choose among')}"
+                f"there is no method {method!r}.", fix=_near(method, [*METHODS, FULL], "choose among")
             )
         options = () if method == FULL else METHODS[method].options.model_fields
         for key in value:
             if key not in (*_OWN_KEYS, *options):
                 raise ConfigurationError(
-                    f"contender {value.get('name', method)!r} has an unknown key {key!r}.\n"
-                    f"  fix:  {_near(key, [*_OWN_KEYS, *options], 'choose among')}"
+                    f"contender {value.get('name', method)!r} has an unknown key {key!r}.",
+                    fix=_near(key, [*_OWN_KEYS, *options], "choose among"),
                 )
         own = {key: value[key] for key in _OWN_KEYS if key in value}
         return {"name": method} | own | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
@@ -181,11 +181,10 @@ class StudySettings(_Settings):
             if isinstance(budget, str):
                 if method not in METHODS or not rank.isdigit() or int(rank) < 1:
                     raise ConfigurationError(
-                        f"the budget {budget!r} is not understood.\n"
-                        "  fix:  give a number, or METHOD:RANK such as lora:2"
+                        f"the budget {budget!r} is not understood.", fix="give a number, or METHOD:RANK such as lora:2"
                     )
             elif budget < 1:
-                raise ConfigurationError(f"the budget {budget} buys nothing.\n  fix:  give a number above 0")
+                raise ConfigurationError(f"the budget {budget} buys nothing.", fix="give a number above 0")
         return value
 
     @model_validator(mode="after")
@@ -193,43 +192,42 @@ class StudySettings(_Settings):
         names = [contender.name for contender in self.contenders]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise ConfigurationError(f"two contenders have the name {twice!r}.\n  fix:  give each a name of its own")
+            raise ConfigurationError(f"two contenders have the name {twice!r}.", fix="give each a name of its own")
         if not self.reference:
             object.__setattr__(self, "reference", names[0])
         if self.reference not in names:
             raise ConfigurationError(
-                f"the reference {self.reference!r} is no contender.\n  fix:  {_near(self.reference, names, 'choose')}"
+                f"the reference {self.reference!r} is no contender.", fix=_near(self.reference, names, "choose")
             )
         if self.contender(self.reference).method == FULL:
             raise ConfigurationError(
-                "full fine-tuning has no budget, so nothing can be compared with it at an equal one.\n"
-                "  fix:  choose another reference"
+                "full fine-tuning has no budget, so nothing can be compared with it at an equal one.",
+                fix="choose another reference",
             )
         if self.tuning.seed in range(self.seeds):
             raise ConfigurationError(
-                f"the tuning seed {self.tuning.seed} is one of the study's.\n  fix:  give at least {self.seeds}"
+                f"the tuning seed {self.tuning.seed} is one of the study's.", fix=f"give at least {self.seeds}"
             )
         for task in self.eval:
             if task not in self.tasks:
                 raise ConfigurationError(
-                    f"eval names a task {task!r} that the study does not have.\n"
-                    f"  fix:  {_near(task, self.tasks, 'choose among')}"
+                    f"eval names a task {task!r} that the study does not have.",
+                    fix=_near(task, self.tasks, "choose among"),
                 )
         for contender in self.contenders:
             low, high = self.learning_rates(contender)
             if contender.rank is not None and not contender.told_budget:
                 raise ConfigurationError(
-                    f"contender {contender.name!r} was given a rank, which follows from the budget.\n"
-                    "  fix:  leave it out"
+                    f"contender {contender.name!r} was given a rank, which follows from the budget.", fix="leave it out"
                 )
             if "budget" in contender.options:
                 raise ConfigurationError(
-                    f"contender {contender.name!r} was given a budget of its own.\n  fix:  leave it to budgets"
+                    f"contender {contender.name!r} was given a budget of its own.", fix="leave it to budgets"
                 )
             if low > high:
                 raise ConfigurationError(
-                    f"contender {contender.name!r} has no learning rate from {low:g} to {high:g}.\n"
-                    "  fix:  give the lower one first"
+                    f"contender {contender.name!r} has no learning rate from {low:g} to {high:g}.",
+                    fix="give the lower one first",
                 )
         return self
 
@@ -263,11 +261,11 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigurationError(f"there is no study file {file}.\n  fix:  give a .toml file, or options")
+        raise ConfigurationError(f"there is no study file {file}.", fix="give a .toml file, or options")
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the study file {file} is no TOML.\n  found:  {error}") from error
+        raise ConfigurationError(f"the study file {file} is no TOML.", found=str(error)) from error
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 
 
@@ -300,13 +298,14 @@ def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None
             name = source.removeprefix("task:").partition("?")[0].partition(":")[0]
             known = task_names()
             if name not in known:
-                raise DataError(f"there is no task {name!r}.\n  fix:  {_near(name, known, 'see reasoning-gym:')}")
+                raise DataError(f"there is no task {name!r}.", fix=_near(name, known, "see reasoning-gym:"))
     for task, source in settings.tasks.items():
         own_split = source.partition("?")[0].count(":") > 1 or Path(source).suffix in FILE_FORMATS
         if own_split and task not in settings.eval:
             raise DataError(
-                f"the data of task {task!r} have no test split beside the rows that are trained on.\n"
-                f"  found:  {source}\n  fix:    give held-out data: [eval] {task} = ..."
+                f"the data of task {task!r} have no test split beside the rows that are trained on.",
+                found=source,
+                fix=f"give held-out data: [eval] {task} = ...",
             )
     return settings
 

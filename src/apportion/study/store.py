@@ -85,7 +85,7 @@ def load_study(folder: str | os.PathLike[str]) -> StoredStudy:
     note = read_note(path)
     if note is None:
         raise ConfigurationError(
-            f"{path} holds no study.\n  fix:  make one with: apportion compare STUDY.toml -o {path}"
+            f"{path} holds no study.", fix=f"make one with: apportion compare STUDY.toml -o {path}"
         )
     trials, other_trials = _read_all(path / TUNING, Trial, note.settings, note.trials)
     runs, other_runs = _read_all(path / RUNS, Run, note.settings, note.runs)

@@ -85,8 +85,8 @@ def choose_rates(settings: StudySettings, cells: dict[TuningCell, Job], try_all:
     for cell, study in studies.items():
         if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials):
             raise TrainingError(
-                f"training diverged at every learning rate of {cells[cell].name}.\n"
-                f"  fix:  give {cells[cell].contender} a lower lr_low"
+                f"training diverged at every learning rate of {cells[cell].name}.",
+                fix=f"give {cells[cell].contender} a lower lr_low",
             )
         chosen[cell] = float(study.best_params["lr"])
     return chosen

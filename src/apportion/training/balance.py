@@ -28,8 +28,8 @@ class BalanceLoss:
         self.layers = [module for module in model.modules() if isinstance(module, LinearLora) and module.lora_router]
         if not self.layers:
             raise ConfigurationError(
-                "a balance loss was asked for, and no adapter has several LoRA experts.\n"
-                "  fix:  leave it out, or plan with lora_smoe, mola or uniform"
+                "a balance loss was asked for, and no adapter has several LoRA experts.",
+                fix="leave it out, or plan with lora_smoe, mola or uniform",
             )
         self.sums = [BalanceSums() for _ in self.layers]
         for layer, sums in zip(self.layers, self.sums, strict=True):
@@ -60,8 +60,9 @@ class BalanceLoss:
         mean = torch.stack([loss.to(used[0].device) for loss in used]).mean()
         if not mean.requires_grad:
             raise TrainingError(
-                "the balance loss has no gradient, so it would train nothing: reentrant gradient checkpointing cuts it "
-                "off.\n  fix:  use_reentrant=False, or leave the balance loss out"
+                "the balance loss has no gradient, so it would train nothing: reentrant gradient checkpointing "
+                "cuts it off.",
+                fix="use_reentrant=False, or leave the balance loss out",
             )
         return mean
 

@@ -78,7 +78,7 @@ def train_sparse(
     num_rows = len(check_rows(rows, tokenizer, settings.max_length).rows)
     unused = [name for name in settings.of_sparse_plans() if name != "store_a"]
     if mask is not None and unused:
-        raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.\n  fix:  leave them out")
+        raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.", fix="leave them out")
     run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
     on_first(lambda: write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n"))
     common: dict[str, Any] = {"resume": True, "progress": progress, "facts": facts}

@@ -101,7 +101,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """
     bad = non_finite({name: tensor for name, tensor in model.named_parameters() if "lora_" in name})
     if bad:
-        raise AdapterError(f"the adapter cannot be saved: {bad[0]} is not finite.\n  fix:  lower the weights or rates")
+        raise AdapterError(f"the adapter cannot be saved: {bad[0]} is not finite.", fix="lower the weights or rates")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter.", dir=target) as temporary:

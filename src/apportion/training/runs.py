@@ -71,8 +71,8 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
     changed = [name for name, value in identity.items() if before.get(name) != value]
     if changed:
         raise ConfigurationError(
-            f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.\n"
-            "  fix:  resume with the same plan, data and settings, or choose another output folder"
+            f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.",
+            fix="resume with the same plan, data and settings, or choose another output folder",
         )
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     warn_of_unfinished(folder / CHECKPOINTS, checkpoint)
@@ -88,6 +88,7 @@ def _read_identity(run_file: Path) -> dict[str, Any]:
         raise TypeError("identity is no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigurationError(
-            f"{run_file} is damaged, so the run cannot be resumed.\n  found:  {error!r}\n"
-            "  fix:    put the file back, or train into another folder"
+            f"{run_file} is damaged, so the run cannot be resumed.",
+            found=repr(error),
+            fix="put the file back, or train into another folder",
         ) from error

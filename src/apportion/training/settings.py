@@ -68,25 +68,25 @@ class TrainSettings:
         at_least_one = ("batch_size", "gradient_accumulation", "max_length", "save_every")
         for name in at_least_one:
             if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)} is too small.\n  fix:  give at least 1")
+                raise ConfigurationError(f"{name}={getattr(self, name)} is too small.", fix="give at least 1")
         if self.steps is not None and self.steps < 1:
-            raise ConfigurationError(f"steps={self.steps} trains nothing.\n  fix:  give at least 1")
+            raise ConfigurationError(f"steps={self.steps} trains nothing.", fix="give at least 1")
         if self.steps is None and not self.epochs > 0:
-            raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
+            raise ConfigurationError(f"epochs={self.epochs} trains nothing.", fix="give a number above 0")
         if self.dense_steps is not None and self.dense_steps < 2:
             raise ConfigurationError(
-                f"dense_steps={self.dense_steps} finds no mask: the first step warms up.\n  fix:  give at least 2"
+                f"dense_steps={self.dense_steps} finds no mask: the first step warms up.", fix="give at least 2"
             )
         if self.dense_lr is not None and not self.dense_lr > 0:
-            raise ConfigurationError(f"dense_lr={self.dense_lr} trains nothing.\n  fix:  give a number above 0")
+            raise ConfigurationError(f"dense_lr={self.dense_lr} trains nothing.", fix="give a number above 0")
         if self.mask_granularity not in get_args(Granularity):
             known = ", ".join(get_args(Granularity))
             raise ConfigurationError(f"mask_granularity={self.mask_granularity!r} is none of {known}.")
         for name in ("router_aux_loss", "balance_loss"):
             if not getattr(self, name) >= 0:
-                raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.\n  fix:  give 0 or more")
+                raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.", fix="give 0 or more")
         if not self.lr > 0:
-            raise ConfigurationError(f"lr={self.lr} trains nothing.\n  fix:  give a number above 0")
+            raise ConfigurationError(f"lr={self.lr} trains nothing.", fix="give a number above 0")
 
     def of_sparse_plans(self) -> list[str]:
         """Name the settings that were given and that sparse plans alone have."""

@@ -68,13 +68,13 @@ def train(
     settings.check()
     if settings.balance_loss and plan.is_mergeable:
         raise ConfigurationError(
-            "a balance loss was asked for, and no adapter has several LoRA experts.\n"
-            "  fix:  leave it out, or plan with lora_smoe, mola or uniform"
+            "a balance loss was asked for, and no adapter has several LoRA experts.",
+            fix="leave it out, or plan with lora_smoe, mola or uniform",
         )
     if not plan.is_sparse and (mask is not None or settings.of_sparse_plans()):
         asked = "a mask" if mask is not None else ", ".join(settings.of_sparse_plans())
         raise ConfigurationError(
-            f"{asked} was given, and the plan is not sparse.\n  fix:  leave it out, or plan with lori or hellori"
+            f"{asked} was given, and the plan is not sparse.", fix="leave it out, or plan with lori or hellori"
         )
     folder = Path(output)
     common: dict[str, Any] = {"resume": resume, "progress": progress, "facts": facts}

@@ -103,7 +103,7 @@ def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_leng
     }
     if len(formats) > 1:
         raise DataError(
-            f"the rows have several formats: {' and '.join(sorted(formats))}.\n  fix:  bring all tasks into one format"
+            f"the rows have several formats: {' and '.join(sorted(formats))}.", fix="bring all tasks into one format"
         )
     if trainable.left_out:
         warnings.warn(
@@ -256,8 +256,9 @@ class _Trainer(SFTTrainer):
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
         raise TrainingError(
-            f"{reason}; training stopped.\n"
-            f"  found:  {kept}\n  fix:    lower the learning rate, or look for broken rows near this step"
+            f"{reason}; training stopped.",
+            found=kept,
+            fix="lower the learning rate, or look for broken rows near this step",
         )
 
 
