@@ -17,7 +17,7 @@ from apportion.errors import ApportionWarning, ConfigurationError, PlanError, Pr
 from apportion.methods.budget import parse_budget
 from apportion.methods.lora_smoe import num_kept
 from apportion.methods.mola import spread
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 from apportion.records.site import Layout, Site
 from tiny_models import build_dense, build_tiny

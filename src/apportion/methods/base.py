@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from apportion.errors import ConfigurationError
 from apportion.methods.targets import ALL_TARGETS, parse_layers, parse_targets, select_sites
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
+from apportion.records.shapes import lora_shape
 from apportion.records.site import KINDS, Layout, Site
 
 
@@ -103,7 +104,8 @@ class AdapterSettings:
         rank = self.ranks.get(site.kind, self.rank)
         alpha = self.alpha * rank / self.rank
         top_k = min(top_k, num_experts)
-        return Placement(site.name, rank, alpha, num_experts=num_experts, top_k=top_k, sparsity=self.sparsity)
+        shape = lora_shape(rank, alpha, num_experts=num_experts, top_k=top_k, sparsity=self.sparsity)
+        return Placement(site.name, shape)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from apportion.counting import count, flops_per_token
 from apportion.errors import ConfigurationError
 from apportion.methods.base import MethodOptions
 from apportion.methods.targets import ALL_TARGETS
-from apportion.records.plan import Placement, num_trainable
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 
 LINEAR_TARGETS: tuple[str, ...] = tuple(kind for kind in ALL_TARGETS if kind in ("attention", "shared", "dense"))
@@ -78,24 +79,6 @@ def parse_share(value: Any) -> Any:
     return float(number) / 100 if text != number and number.replace(".", "", 1).isdigit() else value
 
 
-def flops_per_token(placements: Iterable[Placement], profile: Profile) -> float:
-    """Count the operations that adapters add to the forward pass of one token.
-
-    Args:
-        placements: The adapters.
-        profile: For the sites, and for the routed slots a token that fall on each expert.
-
-    Returns:
-        Two operations a multiply-add, summed over the adapters that a token meets on average.
-    """
-    total = 0.0
-    for placement in placements:
-        site = profile.layout.by_name[placement.site]
-        per_use = 2 * placement.num_parameters(site)
-        total += per_use * (1.0 if site.expert is None else profile.slots_per_token[site.layer, site.expert])
-    return total
-
-
 def spending(unit: str, placements: Iterable[Placement], profile: Profile) -> float:
     """Count what placements take, in a budget's unit.
 
@@ -111,7 +94,7 @@ def spending(unit: str, placements: Iterable[Placement], profile: Profile) -> fl
         return sum(placement.num_experts for placement in placements)
     if unit == "flops":
         return flops_per_token(placements, profile)
-    return num_trainable(list(placements), profile.layout.by_name)
+    return count(placements, profile.layout.by_name).trained
 
 
 def spent(budget: str, placements: Iterable[Placement], profile: Profile) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from apportion.methods.hot import (
     rows_of_blocks,
     sites_with_experts,
 )
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from apportion.errors import ConfigurationError, ProfileError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
 from apportion.methods.budget import parse_plain_budget, parse_share, spending, spent
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 from apportion.records.site import Site
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apportion.methods.base import AdapterSettings, Method
 from apportion.methods.hot import HotOptions, experts_kept, heat, hottest, rows_of_blocks, sites_with_experts
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 
 

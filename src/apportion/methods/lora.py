@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 
 

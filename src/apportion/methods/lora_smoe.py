@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from apportion.errors import ApportionWarning, ConfigurationError
 from apportion.methods.base import AdapterSettings, Method
 from apportion.methods.budget import BudgetOptions, parse_share, spent
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 from apportion.records.site import Site
 

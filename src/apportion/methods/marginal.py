@@ -13,8 +13,9 @@ from apportion.errors import ConfigurationError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
 from apportion.methods.budget import parse_plain_budget, spending, spent
 from apportion.methods.gradient import sensitivity_shares
-from apportion.records.plan import Placement
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
+from apportion.records.shapes import lora_shape
 
 # Measured by benchmarks/marginal_calibration.py; docs/methods.md has the figures. Adam makes gains first order in the
 # gradient: they go with its norm and with its singular values.
@@ -100,7 +101,7 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
             f"{min(offer.price for offer in offers):,.10g}.\n  fix:  give more, or other targets"
         )
     return [
-        replace(single.place(site), rank=rank, alpha=single.alpha * rank)
+        Placement(site.name, lora_shape(rank, single.alpha * rank, sparsity=single.sparsity))
         for site, rank in zip(shares, ranks, strict=True)
         if rank
     ]

@@ -11,23 +11,16 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from apportion.counting import count, flops_per_token
 from apportion.errors import ConfigurationError, PlanError
 from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.methods.budget import flops_per_token
 from apportion.methods.registry import find_method
-from apportion.records.braces import expand_braces
 from apportion.records.cost import Cost, RoutingSource
-from apportion.records.plan import (
-    LARGEST_SCALE,
-    MAX_WIDTH,
-    SMALLEST_SCALE,
-    Placement,
-    Plan,
-    group_placements,
-    num_kept_entries,
-    num_trainable,
-)
+from apportion.records.placement import Placement
+from apportion.records.plan import LORI, PLAIN, Plan
+from apportion.records.plan_schema import in_file_order
 from apportion.records.profile import Profile
+from apportion.records.shapes import LARGEST_SCALE, MAX_WIDTH, SMALLEST_SCALE
 from apportion.records.site import Layout
 
 
@@ -121,7 +114,7 @@ def build_plan(
     checked = _check_options(chosen, options)
     settings = replace(settings, ranks=checked.ranks, sparsity=checked.sparsity)
     targeted = checked.select(profile.layout)
-    placements = _in_file_order(chosen.place(profile, checked, settings))
+    placements = in_file_order(chosen.place(profile, checked, settings))
     if not placements:
         raise PlanError(
             f"method {name} places no adapter on {profile.layout.describe()}.\n  fix:  choose other targets"
@@ -139,6 +132,7 @@ def build_plan(
         profile_digest=profile.digest if routing == "profile" else None,
         cost=count_cost(profile, placements, replace(settings, sparsity=0.0).at(targeted), routing),
         placements=placements,
+        procedure={"name": LORI if settings.sparsity else PLAIN},
     )
 
 
@@ -175,18 +169,18 @@ def count_cost(
     """
     sites = profile.layout.by_name
     planned = list(placements)
-    trainable = num_trainable(planned, sites)
-    reference = list(everything)
+    counts, reference = count(planned, sites), list(everything)
     return Cost(
-        trainable_parameters=trainable,
-        stored_parameters=trainable,
+        trainable_parameters=counts.trained,
+        stored_parameters=counts.stored(),
+        frozen_parameters=counts.drawn,
         base_parameters=profile.layout.base_parameters,
         adapter_flops_per_token=flops_per_token(planned, profile),
-        lora_parameters=sum(p.num_parameters(sites[p.site]) for p in reference),
+        lora_parameters=count(reference, sites).trained,
         lora_flops_per_token=flops_per_token(reference, profile),
         routing=routing if profile.layout.is_moe else "none",
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
-        stored_indices=num_kept_entries(planned, sites),
+        stored_indices=counts.indices,
     )
 
 
@@ -230,13 +224,3 @@ def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None
                 f"  fix:    give a rank of at most {min(site.in_features, site.out_features)}, or leave "
                 f"{site.kind} out of the targets"
             )
-
-
-def _in_file_order(placements: list[Placement]) -> tuple[Placement, ...]:
-    """Put placements in the order in which a plan's file holds them, so that a loaded plan equals the saved one."""
-    return tuple(
-        Placement(site=site, **group.settings())
-        for group in group_placements(placements)
-        for pattern in group.sites
-        for site in expand_braces(pattern)
-    )

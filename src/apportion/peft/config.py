@@ -11,7 +11,8 @@ from peft.utils import PeftType
 from apportion.errors import ConfigurationError
 from apportion.peft.state import Stores
 from apportion.records.mask import Mask
-from apportion.records.plan import Placement, Plan
+from apportion.records.placement import Placement
+from apportion.records.plan import Plan
 from apportion.records.site import Storage
 
 PEFT_TYPE = "APPORTION"

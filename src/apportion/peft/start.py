@@ -50,7 +50,7 @@ def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | No
     total = hashlib.sha256()
     for placement in plan.placements:
         if placement.sparsity:
-            a_RI = torch.empty(placement.num_experts * placement.rank, sites[placement.site].in_features)
+            a_RI = torch.empty(placement.total_rank, sites[placement.site].in_features)
             _draw(a_RI, placement.site, seed)
             total.update(placement.site.encode())
             total.update(a_RI.numpy().tobytes())

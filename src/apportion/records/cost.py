@@ -18,7 +18,7 @@ class Cost:
 
     Args:
         trainable_parameters: Numbers that the optimizer moves.
-        stored_parameters: Numbers in the adapter's checkpoint.
+        stored_parameters: Numbers in the adapter's checkpoint, unless it is to hold the frozen ones too.
         base_parameters: Parameters of the model itself.
         adapter_flops_per_token: Floating-point operations that the adapters add to the forward pass of one token: two
             a multiply-add, an expert's weighted by the routed slots a token that fall on it.
@@ -28,6 +28,8 @@ class Cost:
             model without experts.
         sites_by_kind: Number of planned sites of each kind.
         stored_indices: Positions of kept entries in the checkpoint, where factors are sparse.
+        frozen_parameters: Numbers that are drawn from a seed and never move; a checkpoint holds them only on request.
+            None where an earlier version counted the plan without them.
     """
 
     trainable_parameters: int
@@ -39,6 +41,7 @@ class Cost:
     routing: RoutingSource
     sites_by_kind: dict[str, int]
     stored_indices: int = 0
+    frozen_parameters: int | None = 0
 
     @property
     def checkpoint_bytes(self) -> int:

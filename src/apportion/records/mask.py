@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apportion.errors import PlanError
 from apportion.records.files import whole_file
-from apportion.records.plan import Placement, num_kept
+from apportion.records.placement import Placement
 from apportion.records.site import Site
 
 SCHEMA_VERSION = 1
@@ -128,37 +128,7 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
 def b_shapes(placements: Iterable[Placement], sites: Mapping[str, Site]) -> dict[str, tuple[int, int]]:
     """Give the shape of every sparse B: (out, LoRA experts times rank)."""
     sparse = [placement for placement in placements if placement.sparsity]
-    return {p.site: (sites[p.site].out_features, p.num_experts * p.rank) for p in sparse}
-
-
-def random_mask(placements: Iterable[Placement], sites: Mapping[str, Site], seed: int) -> Mask:
-    """Draw kept entries at random: the control for a mask that training made.
-
-    Args:
-        placements: The plan's placements.
-        sites: The model's sites by name.
-        seed: Seed of the draw.
-
-    Returns:
-        A mask with exactly as many kept entries as the plan counts, spread over the sites by their size.
-    """
-    sparse = [placement for placement in placements if placement.sparsity]
-    shapes = b_shapes(sparse, sites)
-    indices: dict[str, Tensor] = {}
-    for sparsity in sorted({placement.sparsity for placement in sparse}):
-        group = [placement for placement in sparse if placement.sparsity == sparsity]
-        sizes = [placement.num_b_entries(sites[placement.site]) for placement in group]
-        total, seen, given = num_kept(sum(sizes), sparsity), 0, 0
-        for placement, size in zip(group, sizes, strict=True):
-            seen += size
-            count = total * seen // sum(sizes) - given
-            given += count
-            name = hashlib.sha256(f"{seed}/mask/{placement.site}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(name[:7]))
-            drawn = torch.randperm(size, generator=generator)[:count]
-            indices[placement.site] = drawn.sort().values.to(torch.int32)
-    ordered = {site: indices[site] for site in shapes}
-    return Mask(ordered, shapes, provenance={"made": "at random", "seed": seed})
+    return {p.site: (sites[p.site].out_features, p.total_rank) for p in sparse}
 
 
 def _digest(header: dict[str, Any], indices: Mapping[str, Tensor]) -> str:

@@ -108,7 +108,7 @@ def read_plan(folder: Path, plan: str, plan_seal: str | None) -> Plan:
     """
     path = folder / plan
     made = load_plan(path)
-    if made.as_dict()["seal"] != plan_seal:
+    if plan_seal not in made.known_seals:
         raise PlanError(
             f"{path} holds another plan than the one of this study.\n  fix:  remove it, and run the study again"
         )
@@ -128,7 +128,7 @@ def keep_plan(folder: Path, made: Plan) -> tuple[str, str]:
     Raises:
         PlanError: its file is there already and damaged, or holds another plan.
     """
-    plan_seal = made.as_dict()["seal"]
+    plan_seal = made.seal
     path = f"{PLANS}/{plan_seal[:KEY_DIGITS]}.json"
     if (folder / path).is_file():
         read_plan(folder, path, plan_seal)

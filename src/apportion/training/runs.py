@@ -36,7 +36,7 @@ def run_identity(
     shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
     base = {name: (facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
     return {
-        "plan": plan.as_dict()["seal"],
+        "plan": plan.seal,
         "rows": seal({"rows": list(rows)}),
         "settings": seal(shared),
         "model": seal(base),
