@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import apportion
+from apportion.counting import count
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError
 from apportion.peft.factors import site_factors
-from apportion.records.mask import Mask, load_mask, random_mask
-from apportion.records.plan import num_kept_entries
+from apportion.peft.masks import random_mask
+from apportion.records.mask import Mask, load_mask
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny
 
@@ -136,7 +137,7 @@ def test_masks_must_fit(profile_of: ProfileOf, tmp_path: Path) -> None:
     layout = find_sites(model)
     plan = _plan(model, profile_of)
     mask = random_mask(plan.placements, layout.by_name, seed=0)
-    assert mask.num_kept == num_kept_entries(plan.placements, layout.by_name)
+    assert mask.num_kept == count(plan.placements, layout.by_name).indices
     mask.save(tmp_path / "mask.safetensors")
     read = load_mask(tmp_path / "mask.safetensors")
     assert read.overlap(mask)["jaccard"] == 1.0

@@ -51,7 +51,7 @@ def test_a_truncated_plan_is_refused(plan: Plan, tmp_path: Path, cut: int) -> No
         ({"rank": "many"}, "place:  rank"),
         ({"colour": "red"}, "place:  colour"),
         ({"schema_version": 99}, "schema version 99"),
-        ({"placements": [{"rank": 4}]}, r"place:  placements\.0\.alpha"),
+        ({"placements": [{"shape": {}}]}, r"place:  placements\.0\.sites"),
     ],
 )
 def test_an_edited_plan_is_refused(plan: Plan, tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -121,7 +121,11 @@ INF, NAN = float("inf"), float("nan")
         ({"alpha": 0}, "has alpha 0.0 and rank 4"),
         ({"alpha": -8.0}, "has alpha -8.0 and rank 4"),
         ({"num_experts": 0}, "cannot use 1 of them"),
+        ({"num_experts": 1}, "has 1 LoRA experts of rank 4"),
         ({"num_experts": 65_536}, "has 65536 LoRA experts of rank 4"),
+        ({"kind": "cubic"}, "there is no shape 'cubic'"),
+        ({"colour": "red"}, "colour of shape 'low_rank'"),
+        ({"rank": "many"}, "rank of shape 'low_rank'"),
     ],
 )
 def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
@@ -129,8 +133,13 @@ def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
 ) -> None:
     data = plan.as_dict()
     del data["seal"]
-    changes = [{"placements": [data["placements"][0] | change]}]
-    changes += [] if "num_experts" in change else [change]  # the plan's own rank and alpha
+    shape = data["placements"][0]["shape"]
+    routed = {"kind": "routed", "expert": shape, "num_experts": 2, "top_k": 1}
+    changes = [
+        {"placements": [data["placements"][0] | {"shape": (routed if "num_experts" in change else shape) | change}]}
+    ]
+    if isinstance(next(iter(change.values())), (int, float)) and "num_experts" not in change:
+        changes.append(change)  # the plan's own rank and alpha
     for changed in (data | one for one in changes):
         (tmp_path / "plan.json").write_text(json.dumps(changed | {"seal": seal(changed)}))
         with pytest.raises(PlanError, match=message):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, PlanError
 from apportion.methods.targets import ALL_TARGETS, parse_layers, parse_targets, select_sites
 from apportion.records.placement import Placement
 from apportion.records.profile import Profile
@@ -100,11 +100,17 @@ class AdapterSettings:
 
         Returns:
             The placement.
+
+        Raises:
+            PlanError: no adapter can have these numbers.
         """
         rank = self.ranks.get(site.kind, self.rank)
         alpha = self.alpha * rank / self.rank
         top_k = min(top_k, num_experts)
-        shape = lora_shape(rank, alpha, num_experts=num_experts, top_k=top_k, sparsity=self.sparsity)
+        try:
+            shape = lora_shape(rank, alpha, num_experts=num_experts, top_k=top_k, sparsity=self.sparsity)
+        except PlanError as error:
+            raise PlanError(f"{error}\n  place:  {site.name}") from error
         return Placement(site.name, shape)
 
 

@@ -148,7 +148,7 @@ def read_schema(data: Mapping[str, Any]) -> dict[str, Any]:
     lora_shape(file.rank, file.alpha)
     groups: Sequence[_Group1 | _Group2] = file.placements if isinstance(file, _File1 | _File2) else ()
     _check_number_of_sites([group.sites for group in groups])
-    placements = tuple(placement for group in groups for placement in _placements(group))
+    placements = tuple(one for number, group in enumerate(groups) for one in _placements(number, group))
     sparse = any(placement.sparsity for placement in placements)
     return {name: getattr(file, name) for name in _HEAD} | {
         "cost": Cost.from_dict({"frozen_parameters": None} | file.cost),
@@ -175,14 +175,14 @@ def in_file_order(placements: Iterable[Placement]) -> tuple[Placement, ...]:
     )
 
 
-def _placements(group: _Group1 | _Group2) -> list[Placement]:
+def _placements(number: int, group: _Group1 | _Group2) -> list[Placement]:
     """Make a group's placements."""
-    if isinstance(group, _Group2):
-        shape = shape_from_dict(group.shape)
-    else:
-        shape = lora_shape(
+    try:
+        shape = shape_from_dict(group.shape) if isinstance(group, _Group2) else lora_shape(
             group.rank, group.alpha, num_experts=group.num_experts, top_k=group.top_k, sparsity=group.sparsity
-        )
+        )  # fmt: skip
+    except PlanError as error:
+        raise PlanError(f"{error}\n  place:  placements.{number}") from error
     return [Placement(site, shape) for pattern in group.sites for site in expand_braces(pattern)]
 
 

@@ -12,7 +12,7 @@ from apportion.errors import PlanError
 from apportion.records.site import Site
 
 MAX_WIDTH = 65_536  # rank of all LoRA experts of a site together: above every matrix of a known model
-SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30  # alpha / rank with room to spare in float32
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127  # in float32, in which adapters are computed
 
 
 class Part(NamedTuple):
@@ -76,7 +76,7 @@ class Shape(Protocol):
 class _Factors:
     """Two factors at a scale."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     rank: int
     alpha: float
@@ -84,11 +84,11 @@ class _Factors:
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
         if not 1 <= self.rank <= MAX_WIDTH:
-            raise PlanError(f"rank {self.rank} is not a rank.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
+            raise PlanError(f"an adapter has rank {self.rank}.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
         if not SMALLEST_SCALE <= self.alpha / self.rank <= LARGEST_SCALE:
             raise PlanError(
-                f"alpha {self.alpha} gives a scale alpha / rank that float32 cannot hold.\n"
-                "  fix:  give a number near the rank, such as twice the rank"
+                f"an adapter has alpha {self.alpha} and rank {self.rank}: float32 cannot hold the scale alpha / rank.\n"
+                "  fix:  give an alpha near the rank, such as twice the rank"
             )
 
     @property
@@ -140,7 +140,7 @@ class Sparse(_Factors):
         """Refuse numbers that no adapter can have."""
         super().__post_init__()
         if not 0 < self.sparsity < 1:
-            raise PlanError(f"sparsity {self.sparsity} is impossible.\n  fix:  give a share above 0 and below 1")
+            raise PlanError(f"an adapter has sparsity {self.sparsity}.\n  fix:  give a share above 0 and below 1")
 
     def parts(self, site: Site) -> Iterator[Part]:
         """Give the frozen A and the kept entries of B."""
@@ -160,7 +160,7 @@ class Routed:
     Source: LoRA-SMoE, arXiv:2505.06272.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = ConfigDict(extra="forbid")
     kind: ClassVar[str] = "routed"
 
     expert: LowRank | Sparse
@@ -169,15 +169,15 @@ class Routed:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
-        if self.num_experts < 2 or self.num_experts * self.expert.rank > MAX_WIDTH:
-            raise PlanError(
-                f"{self.num_experts} LoRA experts of rank {self.expert.rank} are impossible.\n"
-                f"  fix:  give at least 2, of at most rank {MAX_WIDTH} together"
-            )
         if not 1 <= self.top_k <= self.num_experts:
             raise PlanError(
-                f"a token cannot use {self.top_k} of {self.num_experts} LoRA experts.\n"
+                f"an adapter has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.\n"
                 "  fix:  give a top_k of at least 1 and at most the number of experts"
+            )
+        if self.num_experts < 2 or self.num_experts * self.expert.rank > MAX_WIDTH:
+            raise PlanError(
+                f"an adapter has {self.num_experts} LoRA experts of rank {self.expert.rank}.\n"
+                f"  fix:  give at least 2; experts times rank may be at most {MAX_WIDTH}"
             )
 
     @property
@@ -263,6 +263,9 @@ def shape_from_dict(data: Mapping[str, Any]) -> Shape:
         shape: Shape = TypeAdapter(_KINDS[kind]).validate_python(rest)
     except ValidationError as error:
         first = error.errors()[0]
+        reason = first.get("ctx", {}).get("error")
+        if isinstance(reason, PlanError):
+            raise reason from error
         raise PlanError(f"{'.'.join(map(str, first['loc']))} of shape {kind!r}: {first['msg']}") from error
     return shape
 

@@ -16,6 +16,7 @@ from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, warn_of
 from apportion.training.settings import TrainSettings
 
 RUN_FILE = "run.json"
+_EARLIER_PLAN = "plan_schema_1"
 
 
 def run_identity(
@@ -37,6 +38,7 @@ def run_identity(
     base = {name: (facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
     return {
         "plan": plan.seal,
+        _EARLIER_PLAN: plan.known_seals[1],
         "rows": seal({"rows": list(rows)}),
         "settings": seal(shared),
         "model": seal(base),
@@ -68,7 +70,9 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
         require_empty(folder)
         return None
     before = _read_identity(run_file)
-    changed = [name for name, value in identity.items() if before.get(name) != value]
+    accepted: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in identity.items() if name != _EARLIER_PLAN}
+    accepted["plan"] += (identity[_EARLIER_PLAN],)  # of a run that an earlier version began
+    changed = [name for name, values in accepted.items() if before.get(name) not in values]
     if changed:
         raise ConfigurationError(
             f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.\n"
