@@ -9,26 +9,26 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
 
-from apportion.errors import PlanError
+from apportion.errors import PlanError, shortened
 from apportion.records.braces import expand_braces, fold_braces, num_expanded
 from apportion.records.cost import Cost
 from apportion.records.files import seal, write_text
-from apportion.records.site import Site
+from apportion.records.json_file import JsonError, check_depth, read_json
+from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
+from apportion.records.site import MAX_SITES, Site
 
 SCHEMA_VERSION = 1
 MAX_WIDTH = 65_536  # rows of an A, over all LoRA experts of a site: no published model has a matrix as wide
-MAX_SITES = 1_000_000  # of a plan: the largest published models have about 100,000
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127  # in float32, in which adapters are computed
 
 _STRICT = ConfigDict(extra="forbid")
-_SHOWN = 60  # characters of a line in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +98,12 @@ class Placement:
 class PlacementGroup:
     """Placements that differ in their site alone, their names written with braces: ``a.{0,3}.{gate,up}``."""
 
-    rank: int
-    alpha: float
+    rank: WholeNumber
+    alpha: AnyFloat
     sites: list[str]
-    num_experts: int = 1
-    top_k: int = 1
-    sparsity: float = 0.0
+    num_experts: WholeNumber = 1
+    top_k: WholeNumber = 1
+    sparsity: AnyFloat = 0.0
 
     def settings(self) -> dict[str, Any]:
         """Give everything but the sites."""
@@ -114,12 +114,12 @@ class PlacementGroup:
 class _PlanFile:
     """The plan's JSON, field by field."""
 
-    schema_version: int
+    schema_version: WholeNumber
     method: str
     options: dict[str, Any]
-    rank: int
-    alpha: float
-    seed: int
+    rank: WholeNumber
+    alpha: AnyFloat
+    seed: StrictInt
     model: str
     base_model: str | None
     fingerprint: str
@@ -222,17 +222,28 @@ class Plan:
                 match the seal, or they ask for what no adapter can be.
         """
         try:
-            file = TypeAdapter(_PlanFile).validate_python(data)
+            check_depth(data)
+            file = _validator().validate_python(data)
+        except JsonError as error:
+            raise PlanError(f"it is no valid plan.\n  found:  {error}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the whole file"
-            raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {first['msg']}") from error
+            place, problem = first_problem(error)
+            raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {problem}") from error
         if file.schema_version != SCHEMA_VERSION:
-            raise PlanError(f"it has schema version {file.schema_version}; this apportion reads {SCHEMA_VERSION}.")
+            raise PlanError(
+                f"it has schema version {shortened(str(file.schema_version))}; this apportion reads {SCHEMA_VERSION}."
+            )
         if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
             raise PlanError("it was changed after it was written: its contents do not match its seal.")
         _check_size("the plan", file.rank, file.alpha)
         _check_number_of_sites(file.placements)
+        placements = tuple(
+            Placement(site=site, **group.settings())
+            for group in file.placements
+            for pattern in group.sites
+            for site in expand_braces(pattern)
+        )
+        _check_no_site_twice(placements)
         return cls(
             **{
                 name: getattr(file, name)
@@ -241,13 +252,14 @@ class Plan:
             fingerprint=file.fingerprint,
             profile_digest=file.profile_digest,
             cost=Cost.from_dict(file.cost),
-            placements=tuple(
-                Placement(site=site, **group.settings())
-                for group in file.placements
-                for pattern in group.sites
-                for site in expand_braces(pattern)
-            ),
+            placements=placements,
         )
+
+
+@cache
+def _validator() -> TypeAdapter[_PlanFile]:
+    """Prepare the check of a plan's fields."""
+    return TypeAdapter(_PlanFile)
 
 
 def _check_size(owner: str, rank: int, alpha: float) -> None:
@@ -267,7 +279,7 @@ def _check_number_of_sites(groups: Sequence[PlacementGroup]) -> None:
     for number, group in enumerate(groups):
         for line, pattern in enumerate(group.sites):
             place = f"placements.{number}.sites.{line}"
-            shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}..."
+            shown = shortened(pattern)
             try:
                 total += num_expanded(pattern)
             except PlanError as error:
@@ -278,6 +290,13 @@ def _check_number_of_sites(groups: Sequence[PlacementGroup]) -> None:
                 raise PlanError(
                     f"it names more than {MAX_SITES:,} sites, which no model has.\n  place:  {place}\n  found:  {shown}"
                 )
+
+
+def _check_no_site_twice(placements: Sequence[Placement]) -> None:
+    """Refuse two adapters at one site."""
+    site, count = next(iter(Counter(placement.site for placement in placements).most_common(1)), ("", 0))
+    if count > 1:
+        raise PlanError(f"it names a site {count} times.\n  place:  placements\n  found:  {shortened(site)}")
 
 
 def num_kept_entries(placements: Iterable[Placement], sites: Mapping[str, Site]) -> int:
@@ -347,12 +366,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(
             f"there is no plan {file}.\n  fix:  make one with: apportion plan PROFILE --method NAME -o {file}"
         )
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {error}\n  fix:    plan again") from error
-    if not isinstance(data, dict):
-        raise PlanError(f"the plan {file} is no plan: it holds a {type(data).__name__}.\n  fix:  plan again")
+    data = read_json(
+        file,
+        lambda found: PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {found}\n  fix:    plan again"),
+    )
     try:
         return Plan.from_dict(data)
     except PlanError as error:
