@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+_SHOWN = 60
+
+
+def shortened(text: str, length: int = _SHOWN) -> str:
+    """Give a text, or its beginning where it is too long for a message.
+
+    Args:
+        text: What was found, as a user would know it again.
+        length: Characters to show.
+
+    Returns:
+        The text, or its beginning and three dots.
+    """
+    return text if len(text) <= length else f"{text[:length]}..."
+
 
 class ApportionError(Exception):
     """Base of every error that apportion raises on purpose; the command line prints it and exits with code 2."""

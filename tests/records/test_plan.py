@@ -144,3 +144,44 @@ def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
         (tmp_path / "plan.json").write_text(json.dumps(changed | {"seal": seal(changed)}))
         with pytest.raises(PlanError, match=message):
             apportion.load_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"trainable_parameters": "5"}, "trainable_parameters"),
+        ({"stored_parameters": -1}, "stored_parameters"),
+        ({"base_parameters": 0}, "base_parameters"),
+        ({"adapter_flops_per_token": INF}, "adapter_flops_per_token"),
+        ({"lora_flops_per_token": NAN}, "lora_flops_per_token"),
+        ({"routing": "astrology"}, "routing"),
+        ({"sites_by_kind": {"router": 1.5}}, r"sites_by_kind\.router"),
+        ({"stored_indices": True}, "stored_indices"),
+    ],
+)
+def test_an_impossible_cost_is_refused_though_resealed(plan: Plan, changes: dict[str, object], place: str) -> None:
+    data = {name: value for name, value in plan.as_dict().items() if name != "seal"}
+    data["cost"] = data["cost"] | changes
+    with pytest.raises(PlanError, match=rf"its cost is impossible\.\n  place:  cost\.{place}\n"):
+        Plan.from_dict(data | {"seal": seal(data)})
+
+
+def test_a_cost_without_a_figure_is_refused_though_resealed(plan: Plan) -> None:
+    data = {name: value for name, value in plan.as_dict().items() if name != "seal"}
+    del data["cost"]["lora_parameters"]
+    with pytest.raises(PlanError, match=r"cost\.lora_parameters"):
+        Plan.from_dict(data | {"seal": seal(data)})
+
+
+def test_a_site_that_is_named_twice_is_refused_though_resealed(plan: Plan) -> None:
+    data = {name: value for name, value in plan.as_dict().items() if name != "seal"}
+    data["placements"] = data["placements"] * 2
+    with pytest.raises(PlanError, match="names a site 2 times"):
+        Plan.from_dict(data | {"seal": seal(data)})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"a":' * 100 + "1" + "}" * 100, '{"model": "\\ud800"}'])
+def test_text_that_python_cannot_read_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match=r"plan\.json is truncated or no JSON"):
+        apportion.load_plan(tmp_path / "plan.json")

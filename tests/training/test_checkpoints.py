@@ -272,3 +272,17 @@ def test_sealing_names_files_in_subfolders(tmp_path: Path) -> None:
     (checkpoint / "part" / "data").write_text("2")
     with pytest.raises(TrainingError, match="part/data was changed"):
         last_checkpoint(tmp_path)
+
+
+def test_a_list_from_which_a_file_was_struck_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    for name in ("optimizer.pt", "rng_state.pth"):
+        (checkpoint / name).write_text(name)
+    seal_checkpoint(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["files"]["rng_state.pth"]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / "rng_state.pth").unlink()
+    with pytest.raises(TrainingError, match=f"{MANIFEST} was changed"):
+        last_checkpoint(tmp_path)

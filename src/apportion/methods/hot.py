@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from apportion.errors import ConfigurationError, ProfileError
+from apportion.errors import ConfigurationError, ProfileError, shortened
 from apportion.methods.base import MethodOptions
 from apportion.records.profile import Profile
 from apportion.records.site import Site
@@ -39,19 +39,21 @@ def parse_hot(value: Any) -> int | str:
             percent = float(text[:-1])
             if not 0 < percent <= 100:
                 raise ConfigurationError(
-                    f"hot={text} is out of range.\n  fix:  give a percentage above 0 and up to 100"
+                    f"hot={shortened(text)} is out of range.\n  fix:  give a percentage above 0 and up to 100"
                 )
             return f"{percent:g}%"
         if text.startswith("coverage="):
             share = float(text.removeprefix("coverage="))
             if not 0 < share <= 1:
-                raise ConfigurationError(f"hot={text} is out of range.\n  fix:  give a share above 0 and up to 1")
+                raise ConfigurationError(
+                    f"hot={shortened(text)} is out of range.\n  fix:  give a share above 0 and up to 1"
+                )
             return f"coverage={share:g}"
         number = int(text)
     except ValueError as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"hot={value!r} is not understood.\n  fix:  give {forms}") from error
+        raise ConfigurationError(f"hot={shortened(repr(value))} is not understood.\n  fix:  give {forms}") from error
     if number < 1:
         raise ConfigurationError(f"hot={number} keeps no expert.\n  fix:  give at least 1, or use the method attention")
     return number
@@ -123,7 +125,7 @@ def experts_kept(heat_E: Tensor, hot: int | str) -> int:
     if isinstance(hot, int):
         if hot > num_experts:
             raise ConfigurationError(
-                f"hot={hot} asks for more experts than a layer has.\n  found:  {num_experts} experts"
+                f"hot={shortened(str(hot))} asks for more experts than a layer has.\n  found:  {num_experts} experts"
             )
         return hot
     if hot.endswith("%"):

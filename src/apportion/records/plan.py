@@ -12,6 +12,7 @@ from typing import Any
 from apportion.errors import PlanError
 from apportion.records.cost import Cost
 from apportion.records.files import write_text
+from apportion.records.json_file import read_json
 from apportion.records.placement import Placement
 from apportion.records.plan_schema import read_schema, seal_of_schema_1, write_schema
 
@@ -137,12 +138,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(
             f"there is no plan {file}.\n  fix:  make one with: apportion plan PROFILE --method NAME -o {file}"
         )
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {error}\n  fix:    plan again") from error
-    if not isinstance(data, dict):
-        raise PlanError(f"the plan {file} is no plan: it holds a {type(data).__name__}.\n  fix:  plan again")
+    data = read_json(
+        file,
+        lambda found: PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {found}\n  fix:    plan again"),
+    )
     try:
         return Plan.from_dict(data)
     except PlanError as error:

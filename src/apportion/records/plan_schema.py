@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 
-from apportion.errors import PlanError
+from apportion.errors import PlanError, shortened
 from apportion.records.braces import expand_braces, num_expanded
 from apportion.records.cost import Cost
 from apportion.records.files import seal
+from apportion.records.json_file import JsonError, check_depth
+from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
 from apportion.records.placement import Placement, group_placements
 from apportion.records.shapes import lora_shape, shape_as_dict, shape_from_dict
+from apportion.records.site import MAX_SITES
 
 SCHEMA_VERSION = 2
-MAX_SITES = 1_000_000  # of a plan: the largest published models have about 100,000
-
-_SHOWN = 60  # characters of a line in a message
 _HEAD = ("method", "options", "rank", "alpha", "seed", "model", "base_model", "fingerprint", "profile_digest")
 
 
@@ -30,12 +31,12 @@ class _Strict(BaseModel):
 class _File(_Strict):
     """What both schemas have."""
 
-    schema_version: int
+    schema_version: WholeNumber
     method: str
     options: dict[str, Any]
-    rank: int
-    alpha: float
-    seed: int
+    rank: WholeNumber
+    alpha: AnyFloat
+    seed: StrictInt
     model: str
     base_model: str | None
     fingerprint: str
@@ -47,12 +48,12 @@ class _File(_Strict):
 class _Group1(_Strict):
     """Placements of one shape in schema 1."""
 
-    rank: int
-    alpha: float
+    rank: WholeNumber
+    alpha: AnyFloat
     sites: list[str]
-    num_experts: int = 1
-    top_k: int = 1
-    sparsity: float = 0.0
+    num_experts: WholeNumber = 1
+    top_k: WholeNumber = 1
+    sparsity: AnyFloat = 0.0
 
 
 class _Group2(_Strict):
@@ -60,6 +61,14 @@ class _Group2(_Strict):
 
     shape: dict[str, Any]
     sites: list[str]
+
+
+class _Procedure(BaseModel):
+    """What happens to adapters in training: its name and its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
 
 
 class _File1(_File):
@@ -71,7 +80,7 @@ class _File1(_File):
 class _File2(_File):
     """Schema 2."""
 
-    procedure: dict[str, Any]
+    procedure: _Procedure
     derived_from: list[str]
     placements: list[_Group2]
 
@@ -121,7 +130,7 @@ def seal_of_schema_1(values: Mapping[str, Any]) -> str:
     return seal({"schema_version": 1, **head, "cost": cost, "placements": placements})
 
 
-def read_schema(data: Mapping[str, Any]) -> dict[str, Any]:
+def read_schema(data: Any) -> dict[str, Any]:
     """Read a plan's data, of either schema, and check that they are whole and possible.
 
     Args:
@@ -134,26 +143,32 @@ def read_schema(data: Mapping[str, Any]) -> dict[str, Any]:
         PlanError: a field is missing, unknown or of the wrong type, the schema is another, the contents do not match
             the seal, or they ask for what no adapter can be.
     """
+    if not isinstance(data, Mapping):
+        raise PlanError(f"it holds a {type(data).__name__}, and no plan.")
     version = data.get("schema_version")
     if version not in (1, SCHEMA_VERSION):
-        raise PlanError(f"it has schema version {version}; this apportion reads 1 and {SCHEMA_VERSION}.")
+        found = shortened(str(version))
+        raise PlanError(f"it has schema version {found}; this apportion reads 1 and {SCHEMA_VERSION}.")
     try:
+        check_depth(data)
         file = (_File1 if version == 1 else _File2).model_validate(data)
+    except JsonError as error:
+        raise PlanError(f"it is no valid plan.\n  found:  {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole file"
-        raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {first['msg']}") from error
+        place, problem = first_problem(error)
+        raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {problem}") from error
     if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
         raise PlanError("it was changed after it was written: its contents do not match its seal.")
     lora_shape(file.rank, file.alpha)
     groups: Sequence[_Group1 | _Group2] = file.placements if isinstance(file, _File1 | _File2) else ()
     _check_number_of_sites([group.sites for group in groups])
     placements = tuple(one for number, group in enumerate(groups) for one in _placements(number, group))
-    sparse = any(placement.sparsity for placement in placements)
+    _check_no_site_twice(placements)
+    earlier = {"name": "lori" if any(placement.sparsity for placement in placements) else "plain"}
     return {name: getattr(file, name) for name in _HEAD} | {
         "cost": Cost.from_dict({"frozen_parameters": None} | file.cost),
         "placements": placements,
-        "procedure": file.procedure if isinstance(file, _File2) else {"name": "lori" if sparse else "plain"},
+        "procedure": file.procedure.model_dump() if isinstance(file, _File2) else earlier,
         "derived_from": tuple(file.derived_from) if isinstance(file, _File2) else (),
     }
 
@@ -192,7 +207,7 @@ def _check_number_of_sites(groups: Sequence[Sequence[str]]) -> None:
     for number, patterns in enumerate(groups):
         for line, pattern in enumerate(patterns):
             place = f"placements.{number}.sites.{line}"
-            shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}..."
+            shown = shortened(pattern)
             try:
                 total += num_expanded(pattern)
             except PlanError as error:
@@ -203,3 +218,10 @@ def _check_number_of_sites(groups: Sequence[Sequence[str]]) -> None:
                 raise PlanError(
                     f"it names more than {MAX_SITES:,} sites, which no model has.\n  place:  {place}\n  found:  {shown}"
                 )
+
+
+def _check_no_site_twice(placements: Sequence[Placement]) -> None:
+    """Refuse two adapters at one site."""
+    site, count = next(iter(Counter(placement.site for placement in placements).most_common(1)), ("", 0))
+    if count > 1:
+        raise PlanError(f"it names a site {count} times.\n  place:  placements\n  found:  {shortened(site)}")

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from apportion.errors import PlanError
+from apportion.errors import PlanError, shortened
+from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
 from apportion.records.site import Site
 
 MAX_WIDTH = 65_536  # rank of all LoRA experts of a site together: above every matrix of a known model
@@ -78,8 +79,8 @@ class _Factors:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    rank: int
-    alpha: float
+    rank: WholeNumber
+    alpha: AnyFloat
 
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
@@ -134,7 +135,7 @@ class Sparse(_Factors):
 
     kind: ClassVar[str] = "sparse"
 
-    sparsity: float
+    sparsity: AnyFloat
 
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
@@ -164,8 +165,8 @@ class Routed:
     kind: ClassVar[str] = "routed"
 
     expert: LowRank | Sparse
-    num_experts: int
-    top_k: int
+    num_experts: WholeNumber
+    top_k: WholeNumber
 
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
@@ -257,16 +258,16 @@ def shape_from_dict(data: Mapping[str, Any]) -> Shape:
     """
     rest = {name: shape_from_dict(v) if isinstance(v, Mapping) else v for name, v in data.items() if name != "kind"}
     kind = data.get("kind")
-    if kind not in _KINDS:
-        raise PlanError(f"there is no shape {kind!r}.\n  found:  {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise PlanError(f"there is no shape {shortened(repr(kind))}.\n  found:  {', '.join(_KINDS)}")
     try:
         shape: Shape = TypeAdapter(_KINDS[kind]).validate_python(rest)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = first.get("ctx", {}).get("error")
+        reason = error.errors()[0].get("ctx", {}).get("error")
         if isinstance(reason, PlanError):
             raise reason from error
-        raise PlanError(f"{'.'.join(map(str, first['loc']))} of shape {kind!r}: {first['msg']}") from error
+        place, problem = first_problem(error)
+        raise PlanError(f"{place} of shape {kind!r}: {problem}") from error
     return shape
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
 from apportion.records.files import require_empty, seal
+from apportion.records.json_file import read_json
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, warn_of_unfinished
@@ -71,7 +71,7 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
         return None
     before = _read_identity(run_file)
     accepted: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in identity.items() if name != _EARLIER_PLAN}
-    accepted["plan"] += (identity[_EARLIER_PLAN],)  # of a run that an earlier version began
+    accepted["plan"] += (identity.get(_EARLIER_PLAN),)  # of a run that an earlier version began
     changed = [name for name, values in accepted.items() if before.get(name) not in values]
     if changed:
         raise ConfigurationError(
@@ -85,13 +85,14 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
 
 def _read_identity(run_file: Path) -> dict[str, Any]:
     """Read what a run was started with."""
-    try:
-        identity = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
-        if isinstance(identity, dict):
-            return identity
-        raise TypeError("identity is no object")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigurationError(
-            f"{run_file} is damaged, so the run cannot be resumed.\n  found:  {error!r}\n"
+
+    def damaged(found: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{run_file} is damaged, so the run cannot be resumed.\n  found:  {found}\n"
             "  fix:    put the file back, or train into another folder"
-        ) from error
+        )
+
+    identity = read_json(run_file, damaged).get("identity")
+    if not isinstance(identity, dict):
+        raise damaged("it does not say what the run was started with")
+    return identity
