@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from apportion.errors import ConfigurationError, PlanError
-from apportion.methods.base import AdapterSettings, Method, MethodOptions
+from apportion.methods.base import AdapterSettings
 from apportion.methods.budget import flops_per_token
 from apportion.methods.registry import find_method
+from apportion.methods.targets import targeted_sites
 from apportion.records.braces import expand_braces
 from apportion.records.cost import Cost, RoutingSource
+from apportion.records.options import read_options
 from apportion.records.plan import (
     LARGEST_SCALE,
     MAX_WIDTH,
@@ -118,9 +119,9 @@ def build_plan(
         PlanError: the method places nothing.
     """
     chosen = find_method(name)
-    checked = _check_options(chosen, options)
+    checked = read_options(chosen.options, options, f"method {name}")
     settings = replace(settings, ranks=checked.ranks, sparsity=checked.sparsity)
-    targeted = checked.select(profile.layout)
+    targeted = targeted_sites(checked, profile.layout)
     placements = _in_file_order(chosen.place(profile, checked, settings))
     if not placements:
         raise PlanError(
@@ -188,26 +189,6 @@ def count_cost(
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
         stored_indices=num_kept_entries(planned, sites),
     )
-
-
-def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:
-    """Validate a method's options, with its own words for what is wrong."""
-    known = method.options.model_fields
-    for option in options:
-        if option not in known:
-            raise ConfigurationError(
-                f"method {method.name} has no option {option!r}.\n  options:  {', '.join(sorted(known))}"
-            )
-    try:
-        return method.options(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["ctx"]["error"] if "error" in first.get("ctx", {}) else first["msg"]
-        if isinstance(reason, ConfigurationError):
-            raise reason from error
-        raise ConfigurationError(
-            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of method {method.name} is wrong: {reason}"
-        ) from error
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:
