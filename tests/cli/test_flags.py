@@ -185,7 +185,7 @@ def test_a_default_of_sparse_training_that_is_typed_is_refused_for_whole_adapter
 
 def test_settings_of_runs_that_differ_in_spelled_out_defaults_are_the_same_run() -> None:
     spelled_out = TrainSettings(sparse=SparseTraining(mask_granularity="global", store_a=False))
-    assert spelled_out.identity() == TrainSettings().identity()
+    assert spelled_out.resolved() == TrainSettings().resolved()
     assert spelled_out.as_dict()["sparse"] == {"mask_granularity": "global", "store_a": False}
     assert TrainSettings(**spelled_out.as_dict()) == spelled_out
     assert TrainSettings().as_dict()["sparse"] == {}

@@ -48,12 +48,13 @@ class Run:
     facts: dict[str, Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return a digest of everything that two sittings of the run must share."""
+        """Return digests of what two sittings of the run must share; how often checkpoints are written may differ."""
+        shared = {name: value for name, value in self.settings.resolved().items() if name != "save_every"}
         base = {name: (self.facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
         return {
             "plan": self.plan.as_dict()["seal"],
             "rows": seal({"rows": list(self.rows)}),
-            "settings": seal(self.settings.identity()),
+            "settings": seal(shared),
             "model": seal(base),
             "mask": None if self.mask is None else self.mask.digest,
         }

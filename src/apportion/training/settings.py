@@ -81,7 +81,8 @@ class TrainSettings:
         """Return plain data for JSON: of the options of sparse plans, those that were given."""
         return asdict(self) | {"sparse": self.sparse.model_dump(mode="json", include=set(self.sparse.given))}
 
-    def identity(self) -> dict[str, Any]:
-        """Return everything that two sittings of a run must share: how often checkpoints are written may differ."""
-        shared = asdict(self) | self.sparse.model_dump(mode="json")
-        return {name: value for name, value in shared.items() if name not in ("save_every", "sparse")}
+    def resolved(self) -> dict[str, Any]:
+        """Return plain data in which it makes no difference whether a default was given: every setting, side by side."""
+        settings = asdict(self) | self.sparse.model_dump(mode="json")
+        del settings["sparse"]
+        return settings
