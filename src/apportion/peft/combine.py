@@ -17,6 +17,7 @@ from apportion.records.plan import Placement, Plan, num_trainable
 from apportion.records.site import Layout
 
 Combination = Literal["cat", "linear"]
+_LARGEST = 2.0**127  # float32 ends there
 
 
 def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Combination, layout: Layout) -> Plan:
@@ -37,8 +38,10 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
     """
     if len(plans) != len(weights) or not plans:
         raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.\n  fix:  give one each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigurationError(f"the weights {list(weights)} are not all finite.\n  fix:  give finite numbers")
+    if not all(abs(weight) < _LARGEST for weight in weights):
+        raise ConfigurationError(
+            f"the weights {list(weights)} are not all finite numbers of float32.\n  fix:  give smaller ones"
+        )
     routed = [name for name, plan in plans.items() if not plan.is_mergeable]
     if routed:
         raise ConfigurationError(
