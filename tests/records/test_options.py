@@ -43,6 +43,22 @@ def test_defaults_are_valid_and_count_as_given_where_they_are_given(model: type[
         assert again.given == (() if value is None else (name,))
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (GradientOptions, {"budget": "flops=80000", "per": "parameter"}),
+        (UniformOptions, {"budget": "experts=20", "targets": ["attention"]}),
+        (HotOptions, {"hot": "25%", "ranks": {"router": 2}}),
+        (SparseTraining, {"redraw_a": True}),
+    ],
+)
+def test_what_differs_in_complete_options_gives_the_same_options(model: type[Options], options: dict[str, Any]) -> None:
+    complete = model(**options).model_dump(mode="json")
+    assert complete.keys() == model.model_fields.keys()
+    assert model.differing(complete) == options
+    assert model(**model.differing(complete)) == model(**options)
+
+
 def test_none_counts_as_not_given() -> None:
     assert GradientOptions(budget=None, keep=0.25).given == ("keep",)
     assert SparseTraining(dense_steps=None).given == ()

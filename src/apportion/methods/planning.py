@@ -70,6 +70,27 @@ def plan(
     return build_plan(profile, method, check_settings(rank, alpha, seed), options)
 
 
+def replan(profile: Profile, made: Plan) -> Plan:
+    """Make a plan as another one was made, from the same profile or another one.
+
+    A plan's options are complete with defaults, so that `plan` would take all of them as given.
+
+    Args:
+        profile: What was measured.
+        made: The plan whose method, options, rank, scale and seed are taken.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: an option does not fit the profile's model.
+        ProfileError: the profile lacks what the method needs.
+        PlanError: the method places nothing.
+    """
+    options = find_method(made.method).options.differing(made.options)
+    return build_plan(profile, made.method, check_settings(made.rank, made.alpha, made.seed), options)
+
+
 def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings:
     """Refuse ranks and scales that no adapter can have.
 

@@ -121,6 +121,21 @@ class Options(BaseModel):
         return tuple(name for name in type(self).model_fields if name in fields_set and getattr(self, name) is not None)
 
     @classmethod
+    def differing(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of complete options, as a plan's file has them, that differ from the defaults.
+
+        A complete record does not say what was given, and may name options that exclude each other.
+
+        Args:
+            options: Plain data, as ``model_dump(mode="json")`` returns it.
+
+        Returns:
+            What to give in order to get the same options again.
+        """
+        defaults = cls().model_dump(mode="json")
+        return {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
+
+    @classmethod
     def flags(cls) -> list[OptionFlag]:
         """List the command line's flags for these options, in the fields' order."""
         flags = []

@@ -51,12 +51,12 @@ def plan_command(plan: Plan, profile: str, output: str) -> str:
     words = ["plan", profile, "--method", plan.method, "--rank", str(plan.rank), "--alpha", f"{plan.alpha:g}"]
     words += ["--seed", str(plan.seed)]
     model = METHODS[plan.method].options if plan.method in METHODS else MethodOptions
-    defaults = model().model_dump(mode="json")
+    given = model.differing(plan.options)
     for flag in model.flags():
-        value, default = plan.options.get(flag.option), defaults[flag.option]
+        value = given.get(flag.option)
         if flag.key is not None:
-            value, default = (value or {}).get(flag.key), default.get(flag.key)
-        if value is not None and value != default:
+            value = (value or {}).get(flag.key)
+        if value is not None:
             words += [flag.spelling, _text(value)]
     return _line([*words, "-o", output])
 

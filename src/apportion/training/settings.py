@@ -82,7 +82,7 @@ class TrainSettings:
         return asdict(self) | {"sparse": self.sparse.model_dump(mode="json", include=set(self.sparse.given))}
 
     def resolved(self) -> dict[str, Any]:
-        """Return plain data in which it makes no difference whether a default was given: every setting, side by side."""
+        """Return every setting as plain data, in which it makes no difference whether a default was given."""
         settings = asdict(self) | self.sparse.model_dump(mode="json")
         del settings["sparse"]
         return settings
