@@ -18,6 +18,7 @@ from torch import Tensor
 
 import apportion
 from apportion.errors import ApportionWarning
+from apportion.methods.planning import replan
 from apportion.methods.registry import METHODS
 from apportion.records.mask import load_mask
 from apportion.training.settings import TrainSettings
@@ -122,9 +123,7 @@ def test_a_plan_loads_and_is_made_again(name: str, profile: apportion.Profile, t
     written = json.loads((FIXTURES / "plans" / f"{name}.json").read_text())
     loaded = apportion.load_plan(FIXTURES / "plans" / f"{name}.json")
     again = apportion.plan(profile, **RECORDED["plans"][name])
-    from_file = apportion.plan(
-        profile, loaded.method, rank=loaded.rank, alpha=loaded.alpha, seed=loaded.seed, **loaded.options
-    )
+    from_file = replan(profile, loaded)
     loaded.save(tmp_path / "plan.json")
     for plan in (loaded, again, from_file, apportion.load_plan(tmp_path / "plan.json")):
         assert _settings_by_site(plan) == _written_settings(written)

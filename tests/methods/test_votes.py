@@ -14,11 +14,11 @@ from torch import Tensor
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError, ProfileError
-from apportion.methods.budget import parse_budget
 from apportion.methods.lora_smoe import num_kept
 from apportion.methods.mola import spread
+from apportion.records.option_texts import parse_budget
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
-from apportion.records.shapes import lora_shape
 from apportion.records.site import Layout, Site
 from tiny_models import build_dense, build_tiny
 
@@ -221,7 +221,7 @@ def test_wrong_numbers_of_experts_are_refused() -> None:
         with pytest.raises(ConfigurationError, match=message):
             apportion.plan(profile, method, rank=2, **options)
     with pytest.raises(PlanError, match="cannot use 3"):
-        lora_shape(2, 4.0, num_experts=2, top_k=3)
+        Placement("site", 2, 4.0, num_experts=2, top_k=3)
 
 
 def test_a_profile_without_sensitivity_is_refused(tokens: Tensor) -> None:

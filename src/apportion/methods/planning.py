@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from apportion.counting import count, flops_per_token
 from apportion.errors import ConfigurationError, PlanError
-from apportion.methods.base import AdapterSettings, Method, MethodOptions
+from apportion.methods.base import AdapterSettings
 from apportion.methods.registry import find_method
+from apportion.methods.targets import targeted_sites
 from apportion.records.cost import Cost, RoutingSource
+from apportion.records.options import read_options
 from apportion.records.placement import Placement
 from apportion.records.plan import LORI, PLAIN, Plan
 from apportion.records.plan_schema import in_file_order
@@ -60,6 +61,27 @@ def plan(
         166,400 trainable parameters
     """
     return build_plan(profile, method, check_settings(rank, alpha, seed), options)
+
+
+def replan(profile: Profile, made: Plan) -> Plan:
+    """Make a plan as another one was made, from the same profile or another one.
+
+    A plan's options are complete with defaults, so that `plan` would take all of them as given.
+
+    Args:
+        profile: What was measured.
+        made: The plan whose method, options, rank, scale and seed are taken.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: an option does not fit the profile's model.
+        ProfileError: the profile lacks what the method needs.
+        PlanError: the method places nothing.
+    """
+    options = find_method(made.method).options.differing(made.options)
+    return build_plan(profile, made.method, check_settings(made.rank, made.alpha, made.seed), options)
 
 
 def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings:
@@ -111,9 +133,9 @@ def build_plan(
         PlanError: the method places nothing.
     """
     chosen = find_method(name)
-    checked = _check_options(chosen, options)
+    checked = read_options(chosen.options, options, f"method {name}")
     settings = replace(settings, ranks=checked.ranks, sparsity=checked.sparsity)
-    targeted = checked.select(profile.layout)
+    targeted = targeted_sites(checked, profile.layout)
     placements = in_file_order(chosen.place(profile, checked, settings))
     if not placements:
         raise PlanError(
@@ -182,26 +204,6 @@ def count_cost(
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
         stored_indices=counts.indices,
     )
-
-
-def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:
-    """Validate a method's options, with its own words for what is wrong."""
-    known = method.options.model_fields
-    for option in options:
-        if option not in known:
-            raise ConfigurationError(
-                f"method {method.name} has no option {option!r}.\n  options:  {', '.join(sorted(known))}"
-            )
-    try:
-        return method.options(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["ctx"]["error"] if "error" in first.get("ctx", {}) else first["msg"]
-        if isinstance(reason, ConfigurationError):
-            raise reason from error
-        raise ConfigurationError(
-            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of method {method.name} is wrong: {reason}"
-        ) from error
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:

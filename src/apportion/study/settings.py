@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from apportion.data.sources import FILE_FORMATS
 from apportion.data.tasks import task_names
 from apportion.errors import ConfigurationError, DataError, shortened
-from apportion.methods.hot import parse_hot
 from apportion.methods.registry import METHODS
 from apportion.records.files import seal
 from apportion.records.json_file import check_depth
+from apportion.records.option_texts import parse_hot
 from apportion.study.records import Metric, Unit
 
 FULL = "full"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
-from apportion.records.files import require_empty, seal
+from apportion.records.files import require_empty, seal, write_text
 from apportion.records.json_file import read_json
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
@@ -19,31 +23,53 @@ RUN_FILE = "run.json"
 _EARLIER_PLAN = "plan_schema_1"
 
 
-def run_identity(
-    plan: Plan, rows: Sequence[Row], settings: TrainSettings, facts: dict[str, Any] | None, mask: Mask | None = None
-) -> dict[str, Any]:
-    """Give what two sittings of one run must share.
+@dataclass(frozen=True)
+class Run:
+    """A training run: what is trained on what, where and how.
 
     Args:
+        tokenizer: The model's tokenizer.
         plan: The plan.
         rows: Training rows.
-        settings: The run's settings; how often checkpoints are written may differ.
-        facts: For the ``model``, its ``dtype`` and what it is ``on_top_of``.
-        mask: The mask that the run was given, if any.
-
-    Returns:
-        A digest of each.
+        folder: Folder for the adapter, the checkpoints and the run's facts.
+        settings: Settings of the run.
+        mask: For a sparse plan, the entries to train, where they were given.
+        resume: Go on in a folder that the same run has left; begin if it is empty.
+        progress: Show a bar on standard error.
+        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``, ``on_top_of``.
     """
-    shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
-    base = {name: (facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
-    return {
-        "plan": plan.seal,
-        _EARLIER_PLAN: plan.known_seals[1],
-        "rows": seal({"rows": list(rows)}),
-        "settings": seal(shared),
-        "model": seal(base),
-        "mask": None if mask is None else mask.digest,
-    }
+
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    rows: Sequence[Row]
+    folder: Path
+    settings: TrainSettings
+    mask: Mask | None = None
+    resume: bool = False
+    progress: bool = True
+    facts: dict[str, Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return digests of what two sittings of the run must share; how often checkpoints are written may differ."""
+        shared = {name: value for name, value in self.settings.resolved().items() if name != "save_every"}
+        base = {name: (self.facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
+        return {
+            "plan": self.plan.seal,
+            _EARLIER_PLAN: self.plan.known_seals[1],
+            "rows": seal({"rows": list(self.rows)}),
+            "settings": seal(shared),
+            "model": seal(base),
+            "mask": None if self.mask is None else self.mask.digest,
+        }
+
+    def write(self, identity: dict[str, Any]) -> None:
+        """Write what the run was started with into its folder.
+
+        Args:
+            identity: As `identity` returns it, of this run or of the one that it is a phase of.
+        """
+        facts = {"identity": identity, "settings": self.settings.as_dict(), **(self.facts or {})}
+        write_text(self.folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
@@ -51,7 +77,7 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
 
     Args:
         folder: The folder.
-        identity: As `run_identity` gives it.
+        identity: As `Run.identity` returns it.
         resume: Whether a run in the folder may be gone on with.
 
     Returns:
