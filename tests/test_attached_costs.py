@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -113,9 +114,13 @@ def _options(data: st.DataObject, method: str, layout: Layout) -> dict[str, Any]
     return options
 
 
-def _attached(model: nn.Module, plan: apportion.Plan) -> int:
-    adapted = apportion.apply(copy.deepcopy(model), plan)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+def _attached(model: nn.Module, plan: apportion.Plan, *, store_a: bool) -> tuple[int, int, int]:
+    """Count what trains on the model, and the numbers and positions that a checkpoint holds."""
+    adapted = apportion.apply(copy.deepcopy(model), plan, store_a=store_a)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    state = get_peft_model_state_dict(adapted)
+    indices = sum(tensor.numel() for name, tensor in state.items() if name.endswith(".indices"))
+    return trained, sum(tensor.numel() for tensor in state.values()) - indices, indices
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -130,7 +135,11 @@ def test_costs_beforehand_equal_attached_parameters(method: str, data: st.DataOb
     profile = _profile(layout, seed)
     plan = apportion.plan(profile, method, rank=rank, seed=seed, **options)
     measured = apportion.cost(model, method, rank=rank, seed=seed, profile=profile, **options)
-    assert measured.trainable_parameters == plan.cost.trainable_parameters == _attached(model, plan)
+    store_a = plan.is_sparse and data.draw(st.booleans(), "store_a")
+    trained, stored, indices = _attached(model, plan, store_a=store_a)
+    assert measured == plan.cost
+    assert (measured.trainable_parameters, measured.stored_indices) == (trained, indices)
+    assert measured.stored_parameters + (measured.frozen_parameters if store_a else 0) == stored
     assert sum(plan.cost.sites_by_kind.values()) == len(plan.placements)
     without_profile = not METHODS[method].reads_tasks and not options.get("criterion", "").startswith("sensitivity")
     if without_profile and not str(options.get("hot", "")).startswith("coverage"):

@@ -40,23 +40,27 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layers": "0-1000000000"}, "ConfigurationError: layers='0-1000000000' asks for layer 2, which this model lacks"),
     ({"layers": "1000000000-2000000000"}, "asks for layer 1000000000, which this model lacks"),
     ({"layers": "0-" + "9" * 5000}, "ConfigurationError: layers='0-999"),
-    ({"method": "uniform", "budget": 10**15}, "PlanError: model.layers.0.self_attn.q_proj has 32768 LoRA experts"),
+    ({"method": "uniform", "budget": 10**15}, "PlanError: an adapter has 32768 LoRA experts"),
     ({"method": "uniform", "budget": "experts=1000000000000"}, "LoRA experts of rank 4"),
     ({"method": "uniform", "budget": "9" * 5000}, "is not understood"),
     ({"method": "uniform", "experts": 10**9}, "1000000000 LoRA experts of rank 4"),
     ({"method": "mola", "experts": "1000000000"}, "1000000000 LoRA experts of rank 4"),
     ({"method": "mola", "experts": "9" * 5000}, "ConfigurationError: experts='999"),
     ({"targets": "router", "rank": 10**9}, "ConfigurationError: rank=1000000000 is not a rank"),
-    ({"targets": "router", "ranks": {"router": 10**9}}, "PlanError: model.layers.0.mlp.gate has rank 1000000000"),
+    ({"targets": "router", "ranks": {"router": 10**9}}, "PlanError: an adapter has rank 1000000000"),
     ({"rank": "4"}, "ConfigurationError: rank='4' is not a rank"),
 ]
+PLAIN = {"kind": "low_rank", "rank": 4, "alpha": 8.0}
 PLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"sites": ["{0,1}" * 60]}, "more than 1,000,000 sites, which no model has.\n  place:  placements.0.sites.0\n"),
     ({"sites": ["m", "{0,1,2,3,4,5,6,7,8,9}" * 8]}, "place:  placements.0.sites.1"),
     ({"sites": ["{" + ",".join("a" * 1000) + "}"] * 2000}, "place:  placements.0.sites.1000"),
     ({"sites": ["a.{0,{1,2}}.b"]}, "a brace has no partner, or stands inside others"),
-    ({"rank": 10**9}, "has rank 1000000000"),
-    ({"num_experts": 10**9}, "has 1000000000 LoRA experts of rank 4"),
+    ({"shape": {"kind": "low_rank", "rank": 10**9, "alpha": 1e9}}, "has rank 1000000000"),
+    (
+        {"shape": {"kind": "routed", "expert": PLAIN, "num_experts": 10**9, "top_k": 1}},
+        "has 1000000000 LoRA experts of rank 4",
+    ),
 ]
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from apportion.peft.load import load
     from apportion.profiling.run import profile
     from apportion.records.cost import Cost
-    from apportion.records.plan import Placement, Plan, load_plan
+    from apportion.records.placement import Placement
+    from apportion.records.plan import Plan, load_plan
     from apportion.records.profile import Profile, load_profile
     from apportion.records.site import Layout, Site
 
@@ -44,7 +45,7 @@ _HOMES = {
     "ApportionError": "apportion.errors",
     "Cost": "apportion.records.cost",
     "Layout": "apportion.records.site",
-    "Placement": "apportion.records.plan",
+    "Placement": "apportion.records.placement",
     "Plan": "apportion.records.plan",
     "Profile": "apportion.records.profile",
     "Receipt": "apportion.peft.attach",

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion._version import __version__
 from apportion.data.batches import batches, encode
 from apportion.data.sources import Row, read_rows
-from apportion.errors import OutputExistsError
+from apportion.errors import ConfigurationError, OutputExistsError
 from apportion.evaluation import Evaluation, evaluate
 from apportion.loading import embedded
 from apportion.methods.planning import plan
 from apportion.profiling.run import profile
 from apportion.records.files import seal, write_text
+from apportion.records.json_file import read_json
+from apportion.records.numbers import describe_problem
 from apportion.records.outputs import check_output_folder
 from apportion.records.profile import Profile
 from apportion.signals import end_by
@@ -150,7 +153,7 @@ def run_demo(
                 after = evaluate(trained, tokenizer, rows, batch_size=64)
                 unrelated_after = evaluate(trained, tokenizer, unrelated_rows, batch_size=64)
                 _save_run(place, facts, (before, after, unrelated_before, unrelated_after))
-            runs.append(DemoRun(**json.loads((place / "result.json").read_text(encoding="utf-8"))))
+            runs.append(_read_run(place / "result.json"))
     result = DemoResult(settings, measured, runs)
     write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=1) + "\n")
     write_text(folder / TABLE_FILE, markdown_table(result.as_dict()))
@@ -189,7 +192,7 @@ def _open(folder: Path, settings: DemoSettings) -> Path:
     """Take an empty folder, or one that the same demonstration began in."""
     identity = {"settings": seal(asdict(settings)), "version": __version__}
     note = folder / SETTINGS_FILE
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("identity") == identity:
+    if note.is_file() and read_json(note, lambda found: _damaged(note, found)).get("identity") == identity:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(
@@ -240,6 +243,21 @@ def _train(
         end_by(result.signal)
     made.save(place / "plan.json")
     return result.model, {"task": task, "method": method, "cost": made.cost.as_dict(), "training": result.as_dict()}
+
+
+def _read_run(file: Path) -> DemoRun:
+    """Read one run's result."""
+    try:
+        return TypeAdapter(DemoRun).validate_python(read_json(file, lambda found: _damaged(file, found)))
+    except ValidationError as error:
+        raise _damaged(file, describe_problem(error)) from error
+
+
+def _damaged(file: Path, found: str) -> ConfigurationError:
+    """Say that a file of the demonstration cannot be read."""
+    return ConfigurationError(
+        f"{file} is damaged.\n  found:  {found}\n  fix:    remove it, and run the demonstration again"
+    )
 
 
 def _save_run(

@@ -35,7 +35,7 @@ class OwnConfig(OlmoeConfig):
 class OwnForCausalLM(OlmoeForCausalLM):
     config_class = OwnConfig
 """
-COMPARE = ["--method", "lora", "--method", "attention", "--budget", "attention:1", "--dry-run"]
+COMPARE = ["--method", "lora", "--method", "cold", "--budget", "lora:1", "--dry-run"]
 DATA = ["--data", "task:aiw", "--samples", "2"]
 
 

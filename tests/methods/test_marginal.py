@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, ProfileError
-from apportion.methods.budget import flops_per_token, parse_budget, parse_share
+from apportion.methods.budget import flops_per_token
 from apportion.methods.marginal import Offer, buy_ranks
+from apportion.records.option_texts import parse_budget, parse_share
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.records.site import Layout

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, ProfileError
-from apportion.methods.hot import coldest, drawn, experts_kept, hottest, parse_hot
+from apportion.methods.hot import coldest, drawn, experts_kept, hottest
 from apportion.methods.planning import even_profile
+from apportion.records.option_texts import parse_hot
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
 from tiny_models import build_dense, build_tiny

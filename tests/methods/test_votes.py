@@ -14,10 +14,10 @@ from torch import Tensor
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError, ProfileError
-from apportion.methods.budget import parse_budget
 from apportion.methods.lora_smoe import num_kept
 from apportion.methods.mola import spread
-from apportion.records.plan import Placement
+from apportion.records.option_texts import parse_budget
+from apportion.records.placement import Placement
 from apportion.records.profile import Profile
 from apportion.records.site import Layout, Site
 from tiny_models import build_dense, build_tiny

@@ -116,7 +116,7 @@ def test_what_cannot_be_combined_is_refused(profile_of: ProfileOf, tokens: Tenso
     assert set(both.peft_config) == {"one", "two", "routed"}
 
 
-@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0], [1e39, 1.0]])
+@pytest.mark.parametrize("weights", [[float("nan"), 1.0], [float("inf"), 1.0], [1e80, 1.0]])
 @pytest.mark.parametrize("how", ["cat", "linear"])
 def test_weights_that_give_no_finite_adapter_are_refused(weights: list[float], how: str, profile_of: ProfileOf) -> None:
     both = _two(build_tiny("olmoe"), profile_of, ("hellora", "hellora"))

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import apportion
+from apportion.counting import count
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError
 from apportion.peft.factors import site_factors
-from apportion.records.mask import Mask, load_mask, random_mask
-from apportion.records.plan import num_kept_entries
+from apportion.peft.masks import random_mask
+from apportion.records.mask import Mask, load_mask
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny
 
@@ -131,7 +137,7 @@ def test_masks_must_fit(profile_of: ProfileOf, tmp_path: Path) -> None:
     layout = find_sites(model)
     plan = _plan(model, profile_of)
     mask = random_mask(plan.placements, layout.by_name, seed=0)
-    assert mask.num_kept == num_kept_entries(plan.placements, layout.by_name)
+    assert mask.num_kept == count(plan.placements, layout.by_name).indices
     mask.save(tmp_path / "mask.safetensors")
     read = load_mask(tmp_path / "mask.safetensors")
     assert read.overlap(mask)["jaccard"] == 1.0
@@ -238,3 +244,41 @@ def test_sparse_factors_compose_with_routed_experts(tokens: Tensor, tmp_path: Pa
     adapted.save_pretrained(tmp_path)
     loaded = apportion.load(base, tmp_path)
     assert torch.equal(loaded(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+
+
+DRAW = """
+import torch
+from apportion.peft.start import drawn_checksum
+from apportion.records.plan import load_plan
+from apportion.records.profile import load_profile
+import sys
+
+print(drawn_checksum(load_plan(sys.argv[1]), load_profile(sys.argv[2]).layout.by_name, 0))
+"""
+
+
+def test_every_processor_draws_the_same_a(profile_of: ProfileOf, tmp_path: Path) -> None:
+    model = build_tiny("olmoe")
+    profile_of(model).save(tmp_path / "p.safetensors")
+    _plan(model, profile_of).save(tmp_path / "plan.json")
+    command = [sys.executable, "-c", DRAW, str(tmp_path / "plan.json"), str(tmp_path / "p.safetensors")]
+    drawn = {
+        capability: subprocess.run(
+            command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, check=True, capture_output=True, text=True
+        ).stdout
+        for capability in ("default", "avx2")
+    }
+    assert drawn["default"] == drawn["avx2"]
+
+
+def test_the_draw_is_that_of_pytorchs_uniform(profile_of: ProfileOf) -> None:
+    model = build_tiny("olmoe")
+    adapted = apportion.apply(model, _plan(model, profile_of), store_a=True)
+    for name, tensor in adapted.state_dict().items():
+        if name.endswith("q_proj.lora_A.default.weight"):
+            site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+            digest = hashlib.sha256(f"0/{site}".encode()).digest()[:7]
+            generator = torch.Generator().manual_seed(int.from_bytes(digest))
+            bound = 1 / math.sqrt(tensor.shape[1])
+            expected = torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator)
+            assert torch.allclose(tensor, expected, atol=1e-7, rtol=0)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import apportion
-from apportion.errors import AdapterError, ApportionWarning, ConfigurationError
+from apportion.errors import AdapterError, ApportionWarning, ConfigurationError, PlanError
+from apportion.peft.load import read_adapter_plan
 from apportion.records.profile import Profile
 from tiny_models import build_tiny
 
@@ -209,3 +210,78 @@ def test_transformers_own_loading_is_refused_with_what_works(how: str, profile_o
     load = base.load_adapter if how == "load_adapter" else AutoModelForCausalLM.from_pretrained
     with pytest.raises(ConfigurationError, match=r"apportion.load\(model, folder\)"):
         load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expecting value"),
+        (b'{"peft_type": "APPOR', "Unterminated string"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[" * 100_000, "deep inside each other"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b"5", "not an object"),
+    ],
+    ids=["empty", "cut", "not-utf-8", "deep", "digits", "number"],
+)
+def test_a_configuration_that_is_no_json_is_refused_by_name(
+    content: bytes, message: str, profile_of: ProfileOf, tmp_path: Path
+) -> None:
+    base = _saved(tmp_path, profile_of)
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    for read in (lambda: apportion.load(base, tmp_path), lambda: read_adapter_plan(tmp_path)):
+        with pytest.raises(AdapterError, match=f"(?s)adapter_config.json cannot be read.*{message}"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_dropout": 5}, "place:  lora_dropout"),
+        ({"lora_dropout": float("nan")}, "place:  lora_dropout"),
+        ({"on_top_of": {"x": "y"}}, r"place:  on_top_of\.path"),
+        ({"inference_mode": "maybe"}, "place:  inference_mode"),
+        ({"init_seed": "zero"}, "place:  init_seed"),
+        ({"rank_pattern": None}, "place:  rank_pattern"),
+        ({"tensor_digests": ["a"]}, "place:  tensor_digests"),
+        ({"plan": []}, "place:  plan"),
+        ({"task_type": "COOKING"}, "found:  Invalid task type"),
+    ],
+)
+def test_a_configuration_with_fields_of_another_type_is_refused_by_name(
+    changes: dict[str, Any], message: str, profile_of: ProfileOf, tmp_path: Path
+) -> None:
+    base = _saved(tmp_path, profile_of)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(AdapterError, match=f"(?s){tmp_path.name}.*{message}"):
+        apportion.load(base, tmp_path)
+
+
+@pytest.mark.parametrize("peft_type", ["LORA", "SORCERY", None, 5, ["APPORTION"]])
+def test_an_adapter_of_another_type_is_refused_by_name(peft_type: Any, profile_of: ProfileOf, tmp_path: Path) -> None:
+    base = _saved(tmp_path, profile_of)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": peft_type}))
+    with pytest.raises(ConfigurationError, match=rf"{tmp_path.name} was not made by apportion"):
+        apportion.load(base, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["use_bdlora", "kasa_config", "use_qalora", "layer_replication"])
+def test_a_variant_that_a_plan_cannot_place_is_refused(variant: str, profile_of: ProfileOf, tmp_path: Path) -> None:
+    base = _saved(tmp_path, profile_of)
+    file = tmp_path / "adapter_config.json"
+    value = {"use_qalora": True, "layer_replication": [[0, 1]]}.get(variant, {})
+    file.write_text(json.dumps(json.loads(file.read_text()) | {variant: value}))
+    with pytest.raises(ConfigurationError, match=f"(?s){tmp_path.name}.*{variant} cannot be combined with a plan"):
+        apportion.load(base, tmp_path)
+
+
+def test_a_changed_plan_in_an_adapter_is_refused_by_name(profile_of: ProfileOf, tmp_path: Path) -> None:
+    base = _saved(tmp_path, profile_of)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["plan"]["method"] = "other"
+    file.write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=f"the adapter in .*{tmp_path.name} cannot be loaded: it was changed"):
+        apportion.load(base, tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 import apportion
 from apportion.errors import ApportionError, MissingDependencyError, ProfileError
 from apportion.records.profile import Profile
+from apportion.records.tensors import digest
+
+Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
 
 @pytest.fixture
@@ -85,3 +91,55 @@ def test_an_unknown_task_is_refused(profile: Profile) -> None:
 def test_errors_can_be_pickled(error: ApportionError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (type(error), str(error))
+
+
+def _rewrite(path: Path, change: Change) -> None:
+    """Change a profile, and hash it again."""
+    with safe_open(path, "pt") as opened:
+        header = json.loads(opened.metadata()["apportion_profile"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    header.pop("digest")
+    change(header, tensors)
+    save_file(tensors, path, {"apportion_profile": json.dumps(header | {"digest": digest(header, tensors)})})
+
+
+IMPOSSIBLE: list[tuple[Change, str]] = [
+    (lambda header, tensors: tensors["counts/a"].neg_(), "negative or not finite"),
+    (lambda header, tensors: tensors["routing_mass/a"].fill_(float("inf")), "negative or not finite"),
+    (lambda header, tensors: tensors.update({"counts/a": tensors["counts/a"].int()}), "totals of type torch.int32"),
+    (lambda header, tensors: tensors.update({"counts/a": tensors["counts/a"][:1].clone()}), r"shape \(1, 8\)"),
+    (lambda header, tensors: tensors.pop("routing_mass/b"), "missing or that no task has: 'routing_mass/b'"),
+    (lambda header, tensors: header["tokens"].update(a=-1), r"tokens\.a: Input should be greater"),
+    (lambda header, tensors: header["tokens"].update(a="9"), r"tokens\.a: Input should be a valid integer"),
+    (lambda header, tensors: header.update(tokens=[1]), "tokens: "),
+    (lambda header, tensors: header["sensitivity"].update(c={}), "the sensitivity of a task 'c'"),
+    (lambda header, tensors: header["sensitivity"].update(a={"x": 1.0}), "the sensitivity of 'x', which the model"),
+    (lambda header, tensors: header["sensitivity"].update(a={"x": float("inf")}), r"sensitivity\.a\.x"),
+    (lambda header, tensors: header["sensitivity"].update(a={}), "no sensitivity of 'model.layers.0"),
+    (lambda header, tensors: header["layout"].update(base_parameters=-5), r"layout\.base_parameters"),
+    (lambda header, tensors: header["layout"]["others"][0].update(in_features=1e400), r"layout\.others\.0\.in_feat"),
+    (lambda header, tensors: header["layout"]["others"][0].update(expert=3), "an expert's site outside the experts"),
+    (lambda header, tensors: header["layout"]["others"].append(header["layout"]["others"][0]), "two sites of one name"),
+    (lambda header, tensors: header["layout"]["blocks"][0].update(num_experts=10**9), "sites, which no model has"),
+    (lambda header, tensors: header["layout"]["blocks"][0].update(num_experts=4), "totals of experts that their layer"),
+    (lambda header, tensors: header["layout"].update(blocks=5), r"layout\.blocks"),
+    (lambda header, tensors: header.update(provenance=[[]] * 3), "provenance"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
+def test_impossible_profiles_are_refused_though_hashed_again(
+    profile: Profile, tmp_path: Path, change: Change, message: str
+) -> None:
+    path = tmp_path / "p.safetensors"
+    profile.save(path)
+    _rewrite(path, change)
+    with pytest.raises(ProfileError, match=rf"(?s)the profile .*p\.safetensors (is damaged|holds what no).*{message}"):
+        apportion.load_profile(path)
+
+
+@pytest.mark.parametrize("header", ["5", "null", "[]", "{", "[" * 100_000, "9" * 5000])
+def test_a_header_that_is_none_is_refused(tmp_path: Path, header: str) -> None:
+    save_file({"counts/a": torch.zeros(2)}, tmp_path / "p.safetensors", {"apportion_profile": header})
+    with pytest.raises(ProfileError, match="is damaged"):
+        apportion.load_profile(tmp_path / "p.safetensors")

@@ -20,6 +20,7 @@ import apportion
 from apportion.cli.main import app
 from apportion.loading import load_model
 from apportion.study.runner import Bench
+from apportion.study.sitting import Sitting
 from apportion.study.store import load_study
 
 COMMAND = [sys.executable, "-c", "from apportion.cli.main import main; main()", "compare"]
@@ -186,7 +187,7 @@ def test_a_process_of_the_pool_refuses_rows_that_were_edited_meanwhile(
     settings = load_study("out").settings
     _write_rows(sums / "test.jsonl", 50)
     with pytest.raises(apportion.ApportionError, match="held-out rows of task 'sums'"):
-        pool._child_bench("out", settings.model_dump_json(), "model")
+        pool._child_bench("out", settings.model_dump_json(), Sitting(), "model")
 
 
 def test_records_that_are_not_this_studys_are_left_out_and_counted(sums: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from apportion.cli.main import app
-from apportion.errors import ApportionError
-from apportion.study.settings import StudySettings, check_settings
+from apportion.errors import ApportionError, ConfigurationError
+from apportion.study.settings import StudySettings, check_settings, load_settings
 
 GOOD: dict[str, Any] = {
     "name": "x",
@@ -49,6 +49,12 @@ GOOD: dict[str, Any] = {
         ({"seeds": 2000}, ["tuning seed 1000 is one of the study's"]),
         ({"unit": "bytes"}, ["unit = 'bytes' is wrong"]),
         ({"profile": {"hot": "x"}}, ["hot='x' is not understood"]),
+        ({"contenders": ["lora", 1.5]}, ["a contender is 1.5"]),
+        ({"contenders": ["lora", {"method": ["hellora"]}]}, ["no method ['hellora']"]),
+        ({"contenders": ["lora", {"method": "hellora", "options": 5}]}, ["give a method's name, or a table"]),
+        ({"budgets": ["lora:²"]}, ["'lora:²' is not understood", "lora:2"]),
+        ({"budgets": ["lora:" + "9" * 5000]}, ["'lora:999", "... is not understood"]),
+        ({"tuning": {"high": float("inf")}}, ["tuning.high = inf is wrong"]),
     ],
 )
 def test_a_wrong_study_is_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -58,13 +64,15 @@ def test_a_wrong_study_is_refused(changes: dict[str, Any], words: list[str]) -> 
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"reference": "lorra"}, {"budgets": [0]}, {"colour": "red"}])
-def test_a_wrong_study_names_its_file_before_the_fix(changes: dict[str, Any]) -> None:
-    with pytest.raises(ApportionError) as caught:
-        check_settings(GOOD | changes, place="study.toml")
-    place, fix = str(caught.value).splitlines()[1:]
-    assert place == "  place:  study.toml"
-    assert fix.startswith("  fix:    ")
+@pytest.mark.parametrize(
+    "text",
+    [b"a = " + b"[" * 5000, b"a = " + b"[" * 100 + b"]" * 100, b"seeds = " + b"9" * 5000, b'a = "\xff"', b"a ="],
+    ids=["very-deep", "deep", "digits", "not-utf-8", "cut"],
+)
+def test_a_study_file_that_cannot_be_read_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_bytes(text)
+    with pytest.raises(ConfigurationError, match=r"study\.toml is no TOML"):
+        load_settings(tmp_path / "study.toml")
 
 
 def test_a_missing_key_is_named() -> None:

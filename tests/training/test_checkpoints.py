@@ -23,12 +23,25 @@ from apportion.data.sources import read_rows
 from apportion.errors import ApportionWarning, ConfigurationError, FolderInUseError, TrainingError
 from apportion.records.locks import locked
 from apportion.records.plan import Plan
+from apportion.signals import raising_terminated
 from apportion.training.checkpoints import MANIFEST, last_checkpoint, seal_checkpoint
+from apportion.training.interrupts import StopOnSignal
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 
 ROWS = read_rows("task:syllogism", num_rows=16)
 SETTINGS = TrainSettings(steps=4, batch_size=4, lr=1e-3, save_every=1, dropout=0.1)
+
+
+# The command line in a process that ignores no signal: a shell's background processes do.
+LISTENING = """
+import signal
+from apportion.cli.main import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +229,15 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(
     number: signal.Signals, code: int, plan: Plan, tmp_path: Path
 ) -> None:
     plan.save(tmp_path / "plan.json")
-    command = [sys.executable, "-m", "apportion", "train", str(tmp_path / "plan.json"), "--data", "task:syllogism"]
+    command = [sys.executable, "-c", LISTENING, "train", str(tmp_path / "plan.json"), "--data", "task:syllogism"]
     command += ["--samples", "8", "--steps", "5000", "--model", "embedded", "-o", str(tmp_path / "run"), "--json"]
     command += ["--batch-size", "4", "--save-every", "1000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log, deadline = "", time.monotonic() + 200
     while "/5000" not in log or " 0/5000" in log[-200:]:  # the bar says that steps are being done
         assert process.poll() is None, log
@@ -232,6 +250,19 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(
     assert last_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        stop = StopOnSignal()
+        with raising_terminated(), stop.listening():
+            os.kill(os.getpid(), number)
+        assert stop.signal == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_sealing_names_files_in_subfolders(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / "part").mkdir(parents=True)
@@ -240,4 +271,18 @@ def test_sealing_names_files_in_subfolders(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == checkpoint
     (checkpoint / "part" / "data").write_text("2")
     with pytest.raises(TrainingError, match="part/data was changed"):
+        last_checkpoint(tmp_path)
+
+
+def test_a_list_from_which_a_file_was_struck_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    for name in ("optimizer.pt", "rng_state.pth"):
+        (checkpoint / name).write_text(name)
+    seal_checkpoint(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["files"]["rng_state.pth"]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / "rng_state.pth").unlink()
+    with pytest.raises(TrainingError, match=f"{MANIFEST} was changed"):
         last_checkpoint(tmp_path)

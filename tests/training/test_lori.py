@@ -20,12 +20,14 @@ from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
 from apportion.peft.masks import extract_mask
 from apportion.records.mask import load_mask, random_mask
+from apportion.records.options import SparseTraining
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 
 ROWS = read_rows("task:syllogism", num_rows=32)
-SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, save_every=2, dense_steps=4, dense_lr=1e-3, weight_decay=0.1)
+SPARSE = SparseTraining(dense_steps=4, dense_lr=1e-3)
+SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, save_every=2, weight_decay=0.1, sparse=SPARSE)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_a_mask_can_be_reused(
     embedded_model: tuple[Any, Any], plan: Plan, finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     mask = load_mask(finished[0] / "mask.safetensors")
-    given = replace(SETTINGS, dense_steps=None, dense_lr=None)
+    given = replace(SETTINGS, sparse=SparseTraining())
     _train(embedded_model, plan, tmp_path / "run", given, mask=mask)
     assert not (tmp_path / "run" / "dense").exists()
     whole, again = (load_file(f / "adapter_model.safetensors") for f in (finished[0], tmp_path / "run"))
@@ -166,7 +168,7 @@ def test_granularities_keep_every_group_s_share(
 
 
 def test_the_release_s_other_a(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=2, dense_steps=2, redraw_a=True)
+    settings = replace(SETTINGS, steps=2, sparse=SparseTraining(dense_steps=2, redraw_a=True))
     result = _train(embedded_model, plan, tmp_path / "run", settings)
     dense = json.loads((tmp_path / "run" / "dense" / "adapter_config.json").read_text())
     assert dense["a_checksum"] != result.model.peft_config["default"].a_checksum
@@ -183,4 +185,6 @@ def test_what_sparse_plans_alone_have_is_refused_for_others(
         _train(embedded_model, whole, tmp_path / "run")
     for wrong in ({"dense_steps": 1}, {"dense_lr": 0.0}, {"mask_granularity": "expert"}):
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-            _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, **wrong))
+            TrainSettings(sparse=SparseTraining(**wrong))
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            TrainSettings(sparse=wrong)

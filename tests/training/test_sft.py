@@ -148,9 +148,13 @@ def test_interrupting_saves_and_resuming_ends_the_same(
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer._Trainer, "training_step", press_ctrl_c)
-        result = _train(embedded_model, plan, tmp_path / "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer._Trainer, "training_step", press_ctrl_c)
+            result = _train(embedded_model, plan, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.interrupted
     assert result.steps == 5
     assert not (tmp_path / "run" / "adapter_config.json").exists()

@@ -57,8 +57,9 @@ def enter(experts: Any) -> None:
 
 def leave(experts: Any) -> None:
     """Undo `enter`."""
-    if isinstance(experts.config, _ConfigWithDispatch):
-        experts.config = experts.config.config
+    config = getattr(experts, "config", None)
+    if isinstance(config, _ConfigWithDispatch):
+        experts.config = config.config
 
 
 def _run(

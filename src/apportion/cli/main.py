@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from apportion._version import __version__
+from apportion.cli.flags import option_flags
 from apportion.cli.options import (
     CONFIG_HELP,
     DATA_HELP,
     MODEL_HELP,
-    SPARSE_PANEL,
     Alpha,
-    Budget,
-    Criterion,
     Dtype,
-    Experts,
     Force,
-    Groups,
-    Hot,
     Json,
-    Keep,
-    KindRank,
-    Layers,
     Loading,
-    MaxRank,
     MethodName,
-    Per,
     Procedure,
     Rank,
-    Sparsity,
-    Targets,
-    TopK,
     TrustRemoteCode,
 )
 from apportion.cli.running import given, run
 from apportion.cpu_caches import CPU_CACHES
+from apportion.methods.registry import METHODS
+from apportion.records.options import SparseTraining
+
+_METHOD_OPTIONS = {name: method.options for name, method in METHODS.items()}
 
 app = typer.Typer(
     help="Spend a fine-tuning budget where a model uses it: measure, then apportion.",
@@ -105,6 +96,7 @@ def profile(
 
 
 @app.command()
+@option_flags(_METHOD_OPTIONS)
 def plan(
     profile: Annotated[Path, typer.Argument(help="A profile.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The plan: a .json file.")],
@@ -112,35 +104,12 @@ def plan(
     rank: Rank = 32,
     alpha: Alpha = None,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw at random.")] = 0,
-    hot: Hot = None,
-    criterion: Criterion = None,
-    targets: Targets = None,
-    layers: Layers = None,
-    keep: Keep = None,
-    groups: Groups = None,
-    top_k: TopK = None,
-    experts: Experts = None,
-    budget: Budget = None,
-    per: Per = None,
-    max_rank: MaxRank = None,
-    sparsity: Sparsity = None,
-    rank_attention: KindRank = None,
-    rank_router: KindRank = None,
-    rank_experts: KindRank = None,
-    rank_shared: KindRank = None,
-    rank_dense: KindRank = None,
     picture: Annotated[Path | None, typer.Option(help="Draw layers by experts into this .svg file.")] = None,
     force: Force = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Decide from a profile which sites get an adapter, and say what that costs."""
-    ranks = given(
-        attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
-    )
-    options = given(
-        hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
-        experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
-    )  # fmt: skip
     run(
         "plan", profile=profile, output=output, method=method, rank=rank, alpha=alpha, seed=seed, options=options,
         picture=picture, force=force, as_json=json_,
@@ -148,40 +117,18 @@ def plan(
 
 
 @app.command()
+@option_flags(_METHOD_OPTIONS)
 def cost(
     model: Annotated[str, typer.Argument(help=CONFIG_HELP)],
     method: MethodName = "hellora",
     rank: Rank = 32,
     seed: Annotated[int, typer.Option(help="Seed of methods that draw at random.")] = 0,
     profile: Annotated[Path | None, typer.Option(help="A profile, for the true shares of tokens.")] = None,
-    hot: Hot = None,
-    criterion: Criterion = None,
-    targets: Targets = None,
-    layers: Layers = None,
-    keep: Keep = None,
-    groups: Groups = None,
-    top_k: TopK = None,
-    experts: Experts = None,
-    budget: Budget = None,
-    per: Per = None,
-    max_rank: MaxRank = None,
-    sparsity: Sparsity = None,
-    rank_attention: KindRank = None,
-    rank_router: KindRank = None,
-    rank_experts: KindRank = None,
-    rank_shared: KindRank = None,
-    rank_dense: KindRank = None,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Count what a method would cost on a model, from its configuration alone."""
-    ranks = given(
-        attention=rank_attention, router=rank_router, experts=rank_experts, shared=rank_shared, dense=rank_dense
-    )
-    options = given(
-        hot=hot, criterion=criterion, targets=targets, layers=layers, keep=keep, groups=groups, top_k=top_k,
-        experts=experts, budget=budget, per=per, max_rank=max_rank, sparsity=sparsity, ranks=ranks or None,
-    )  # fmt: skip
     run(
         "cost", model=model, method=method, rank=rank, seed=seed, profile=profile, options=options,
         trust_remote_code=trust_remote_code, as_json=json_,
@@ -189,6 +136,7 @@ def cost(
 
 
 @app.command()
+@option_flags({"train": SparseTraining})
 def train(
     plan: Annotated[Path, typer.Argument(help="A plan.")],
     data: Annotated[list[str], typer.Option(help=f"[TASK=]DATA, may be repeated. {DATA_HELP}")],
@@ -217,42 +165,22 @@ def train(
         Path | None, typer.Option(help="An adapter's folder: it is merged into the model first, and stays.")
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="A mask to train under, instead of finding one.", rich_help_panel=SPARSE_PANEL)
+        Path | None,
+        typer.Option(help="A mask to train under, instead of finding one.", rich_help_panel=SparseTraining.panel),
     ] = None,
-    dense_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Steps in which all of B trains, to find the mask.",
-            show_default="a tenth of the steps",
-            rich_help_panel=SPARSE_PANEL,
-        ),
-    ] = None,
-    dense_lr: Annotated[
-        float | None,
-        typer.Option(help="Their learning rate.", show_default="a tenth of --lr", rich_help_panel=SPARSE_PANEL),
-    ] = None,
-    mask_granularity: Annotated[
-        str, typer.Option(help="Largest entries of: global, layer, site or projection.", rich_help_panel=SPARSE_PANEL)
-    ] = "global",
-    redraw_a: Annotated[
-        bool, typer.Option(help="Another A after the mask is found, as LoRI's release.", rich_help_panel=SPARSE_PANEL)
-    ] = False,
-    store_a: Annotated[
-        bool, typer.Option(help="Keep the frozen A in the checkpoint.", rich_help_panel=SPARSE_PANEL)
-    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the adapters' start and of the rows' order.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
     json_: Json = False,
+    **sparse: Any,
 ) -> None:
     """Train a plan's adapters (TRL's SFTTrainer; the loss counts completions alone)."""
     settings = {
         "epochs": epochs, "steps": steps, "lr": lr, "batch_size": batch_size, "max_length": max_length,
         "gradient_accumulation": gradient_accumulation, "dropout": dropout, "weight_decay": weight_decay,
         "router_aux_loss": router_aux_loss, "balance_loss": balance_loss, "save_every": save_every, "seed": seed,
-        "gradient_checkpointing": gradient_checkpointing, "dense_steps": dense_steps, "dense_lr": dense_lr,
-        "mask_granularity": mask_granularity, "redraw_a": redraw_a, "store_a": store_a,
+        "gradient_checkpointing": gradient_checkpointing, "sparse": sparse,
     }  # fmt: skip
     run(
         "train", plan=plan, data=data, weights=weights, output=output, model=model, samples=samples,

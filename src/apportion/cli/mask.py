@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apportion.records.mask import load_mask
+from apportion.records.site_name import SiteName
 
 
 def run(console: Console, *, file: Path, other: Path | None) -> dict[str, Any]:
@@ -16,7 +17,8 @@ def run(console: Console, *, file: Path, other: Path | None) -> dict[str, Any]:
     mask = load_mask(file)
     kinds: dict[str, list[int]] = {}
     for site, (rows, columns) in mask.shapes.items():
-        counts = kinds.setdefault(site.rpartition(".")[2], [0, 0])
+        site_name = SiteName.parse(site)
+        counts = kinds.setdefault((site_name.projection or site_name.module.rpartition(".")[2]), [0, 0])
         counts[0] += len(mask.indices[site])
         counts[1] += rows * columns
     table = Table("matrices", "kept", "of", "share", title=str(file), title_justify="left")

@@ -17,6 +17,7 @@ def run(console: Console) -> dict[str, Any]:
             "summary": method.summary,
             "source": method.source,
             "options": {name: _default(field.default) for name, field in method.options.model_fields.items()},
+            "descriptions": {name: field.description for name, field in method.options.model_fields.items()},
         }
         for method in METHODS.values()
     }

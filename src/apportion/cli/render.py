@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apportion import counting
 from apportion.records.cost import Cost
 from apportion.records.files import write_text
-from apportion.records.plan import Placement, Plan
+from apportion.records.placement import Placement
+from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
 
@@ -146,7 +148,7 @@ def rank_table(plan: Plan, layout: Layout) -> Table:
             placed.setdefault(name, []).append(plan.by_site[site.name])
     for name, placements in placed.items():
         ranks = [placement.rank for placement in placements]
-        parameters = sum(placement.num_parameters(layout.by_name[placement.site]) for placement in placements)
+        parameters = counting.count(placements, layout.by_name).trained
         shown = (len(ranks), number[name], min(ranks), statistics.median_low(ranks), max(ranks), parameters)
         table.add_row(name, *(f"{value:,}" for value in shown))
     return table

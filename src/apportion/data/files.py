@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.errors import DataError
+from apportion.records.json_file import JsonError, parse_json
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -52,9 +52,9 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
 def _json_list(path: Path) -> list[dict[str, Any]]:
     """Read a JSON file that is one list of objects."""
     try:
-        data = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
+        data = parse_json(_text(path))
+    except JsonError as error:
+        raise DataError(_unreadable(path, error)) from error
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError(f"{path} is no list of rows.", fix="give [{...}, {...}], or one row per line as .jsonl")
     return data
@@ -67,9 +67,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read.", place=f"line {number}", found=str(error)) from error
+            row = parse_json(line)
+        except JsonError as error:
+            raise DataError(f"{path} cannot be read.\n  place:  line {number}\n  found:  {error}") from error
         if not isinstance(row, dict):
             shown = line[:_SHOWN_CHARS]
             raise DataError(f"{path} has a line that is no row.", place=f"line {number}", found=shown)

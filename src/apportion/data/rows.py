@@ -8,7 +8,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from apportion.errors import DataError
+from apportion.errors import DataError, shortened
 
 _EXPECTED = (
     "prompt and completion as text, or both as lists of messages with role and content as text",
@@ -64,7 +64,7 @@ def _body(row: dict[str, Any], source: str, number: int) -> dict[str, Any]:
             _refuse("text", _form(row["text"]), _EXPECTED[2])
         _check_characters("text", row["text"])
         return {"text": row["text"]}
-    columns = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
+    columns = ", ".join(shortened(str(name)) for name in row).encode("utf-8", "backslashreplace").decode()
     raise DataError(
         f"row {number} of {source} has neither prompt and completion, nor messages, nor text.",
         found=columns or "no column",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from apportion.data.files import FILE_FORMATS, file_rows
 from apportion.data.rows import checked_row
 from apportion.data.tasks import Split, task_rows
 from apportion.errors import DataError
+from apportion.records.json_file import JsonError, parse_json
 
 __all__ = ["DEFAULT_TASK_ROWS", "FILE_FORMATS", "Row", "named_source", "named_sources", "read_rows"]
 
@@ -123,6 +123,6 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
 def _value(text: str) -> Any:
     """Read an option's value: JSON where it is JSON, else the text itself."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except JsonError:
         return text

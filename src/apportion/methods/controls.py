@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from apportion.methods.base import AdapterSettings, Method
 from apportion.methods.hot import (
-    HotOptions,
     coldest,
     drawn,
     experts_kept,
@@ -13,8 +14,11 @@ from apportion.methods.hot import (
     rows_of_blocks,
     sites_with_experts,
 )
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from apportion.records.options import HotOptions
+from apportion.records.placement import Placement
+
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
 
 
 def place_random(profile: Profile, options: HotOptions, settings: AdapterSettings) -> list[Placement]:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING
 
 from apportion.errors import ConfigurationError, ProfileError
-from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.methods.budget import parse_plain_budget, parse_share, spending, spent
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from apportion.methods.base import AdapterSettings, Method
+from apportion.methods.budget import spending, spent
+from apportion.methods.targets import targeted_sites
+from apportion.records.options import GradientOptions, MethodOptions
+from apportion.records.placement import Placement
 from apportion.records.site import Site
 
-
-class GradientOptions(MethodOptions):
-    """Options of `gradient`.
-
-    Args:
-        keep: Share that gets an adapter of the targeted matrices that have a gradient, above 0 and up to 1.
-        budget: Parameters (``5000000``) or operations a token (``flops=80000``) to spend, instead of a share.
-        per: What is compared: the squared gradient norm of a whole ``matrix``, or that norm a ``parameter`` of it.
-    """
-
-    keep: Annotated[float, BeforeValidator(parse_share), Field(gt=0, le=1)] = 0.25
-    budget: Annotated[str | None, BeforeValidator(parse_plain_budget)] = None
-    per: Literal["matrix", "parameter"] = "matrix"
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
 
 
 def place_gradient(profile: Profile, options: GradientOptions, settings: AdapterSettings) -> list[Placement]:
@@ -44,15 +32,12 @@ def place_gradient(profile: Profile, options: GradientOptions, settings: Adapter
         One plain LoRA a matrix.
 
     Raises:
-        ConfigurationError: `keep` and `budget` were both given, the budget buys nothing, or a target was asked for
-            whose gradient is not measured.
+        ConfigurationError: the budget buys nothing, or a target was asked for whose gradient is not measured.
         ProfileError: sensitivity was not measured.
 
     Source: LoRA-SMoE, arXiv:2505.06272, for the quantity; ranking single matrices over the whole model is ours.
     Differs: no votes and no groups; a norm a parameter is an addition.
     """
-    if options.budget and options.keep != GradientOptions.model_fields["keep"].default:
-        raise ConfigurationError("keep and budget were both given.", fix="give one of them")
     shares = sensitivity_shares(profile, options)
     sizes = {site: site.in_features * site.out_features if options.per == "parameter" else 1 for site in shares}
     ranked = sorted(shares, key=lambda site: -shares[site] / sizes[site])
@@ -84,9 +69,9 @@ def sensitivity_shares(profile: Profile, options: MethodOptions) -> dict[Site, f
     """
     tasks = profile.measured_sensitivity().values()
     totals = [sum(norms.values()) for norms in tasks]
-    by_name = options.targets != type(options).model_fields["targets"].default
+    by_name = "targets" in options.given
     shares: dict[Site, float] = {}
-    for site in options.select(profile.layout):
+    for site in targeted_sites(options, profile.layout):
         if all(site.name in norms for norms in tasks):
             parts = (norms[site.name] / total for norms, total in zip(tasks, totals, strict=True))
             shares[site] = sum(parts) / len(totals)

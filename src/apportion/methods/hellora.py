@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from apportion.methods.base import AdapterSettings, Method
-from apportion.methods.hot import HotOptions, experts_kept, heat, hottest, rows_of_blocks, sites_with_experts
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from apportion.methods.hot import experts_kept, heat, hottest, rows_of_blocks, sites_with_experts
+from apportion.records.options import HotOptions
+from apportion.records.placement import Placement
+
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
 
 
 def place_hellora(profile: Profile, options: HotOptions, settings: AdapterSettings) -> list[Placement]:

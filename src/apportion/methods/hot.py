@@ -5,68 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BeforeValidator, Field
-from torch import Tensor
-
-from apportion.errors import ConfigurationError, ProfileError
-from apportion.methods.base import MethodOptions
-from apportion.records.profile import Profile
+from apportion.errors import ConfigurationError, ProfileError, shortened
+from apportion.methods.targets import targeted_sites
+from apportion.records.options import Criterion, HotOptions
 from apportion.records.site import Site
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apportion.records.profile import Profile
+
 # Shapes: L layers, E experts.
-
-Criterion = Literal["count", "mass", "sensitivity", "sensitivity_count"]
-
-
-def parse_hot(value: Any) -> int | str:
-    """Read ``hot``: a number of experts, a percentage of them, or the share of routed slots to cover.
-
-    Args:
-        value: Such as ``8``, ``"8"``, ``"25%"`` or ``"coverage=0.6"``.
-
-    Returns:
-        A number, or the text in its shortest form.
-
-    Raises:
-        ConfigurationError: it is none of the three, or out of range.
-    """
-    text = str(value).strip().lower()
-    forms = 'a number of experts (8), a percentage ("25%") or a share of the routed slots ("coverage=0.6")'
-    try:
-        if text.endswith("%"):
-            percent = float(text[:-1])
-            if not 0 < percent <= 100:
-                raise ConfigurationError(f"hot={text} is out of range.", fix="give a percentage above 0 and up to 100")
-            return f"{percent:g}%"
-        if text.startswith("coverage="):
-            share = float(text.removeprefix("coverage="))
-            if not 0 < share <= 1:
-                raise ConfigurationError(f"hot={text} is out of range.", fix="give a share above 0 and up to 1")
-            return f"coverage={share:g}"
-        number = int(text)
-    except ValueError as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(f"hot={value!r} is not understood.", fix=f"give {forms}") from error
-    if number < 1:
-        raise ConfigurationError(f"hot={number} keeps no expert.", fix="give at least 1, or use the method attention")
-    return number
-
-
-class HotOptions(MethodOptions):
-    """Options of the methods that choose experts.
-
-    Args:
-        hot: Experts kept in every layer: a number, a percentage, or the share of routed slots to cover.
-        criterion: What makes an expert hot: ``count`` (how often it is selected), ``mass`` (its summed weights),
-            ``sensitivity`` (the squared gradient norm of its matrices) or ``sensitivity_count`` (the product of that
-            and the count).
-    """
-
-    hot: Annotated[int | str, BeforeValidator(parse_hot), Field(validate_default=True)] = 8
-    criterion: Criterion = "count"
 
 
 def heat(profile: Profile, criterion: Criterion) -> Tensor:
@@ -110,7 +61,7 @@ def experts_kept(heat_E: Tensor, hot: int | str) -> int:
 
     Args:
         heat_E: The layer's heat, shape (E,), its own experts alone.
-        hot: As `parse_hot` returns it. A percentage is rounded up.
+        hot: As `HotOptions` has it. A percentage is rounded up.
 
     Returns:
         At least 1.
@@ -122,7 +73,7 @@ def experts_kept(heat_E: Tensor, hot: int | str) -> int:
     if isinstance(hot, int):
         if hot > num_experts:
             raise ConfigurationError(
-                f"hot={hot} asks for more experts than a layer has.", found=f"{num_experts} experts"
+                f"hot={shortened(str(hot))} asks for more experts than a layer has.\n  found:  {num_experts} experts"
             )
         return hot
     if hot.endswith("%"):
@@ -192,7 +143,7 @@ def sites_with_experts(profile: Profile, options: HotOptions, chosen: list[list[
     Raises:
         ConfigurationError: the targets leave out the routed experts.
     """
-    sites = options.select(profile.layout)
+    sites = targeted_sites(options, profile.layout)
     if not any(site.kind == "experts" for site in sites):
         narrowed = f"targets {','.join(options.targets)}" + (f" and layers {options.layers}" if options.layers else "")
         raise ConfigurationError(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from typing import TYPE_CHECKING
+
+from apportion.errors import ConfigurationError
+from apportion.methods.base import AdapterSettings, Method
+from apportion.methods.targets import targeted_sites
+from apportion.records.options import MethodOptions
+from apportion.records.placement import Placement
+
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
 
 
 def place_lora(profile: Profile, options: MethodOptions, settings: AdapterSettings) -> list[Placement]:
@@ -24,7 +31,7 @@ def place_lora(profile: Profile, options: MethodOptions, settings: AdapterSettin
     Source: LoRA, arXiv:2106.09685.
     Differs: nothing.
     """
-    return settings.at(options.select(profile.layout))
+    return settings.at(targeted_sites(options, profile.layout))
 
 
 def place_attention(profile: Profile, options: MethodOptions, settings: AdapterSettings) -> list[Placement]:
@@ -39,12 +46,19 @@ def place_attention(profile: Profile, options: MethodOptions, settings: AdapterS
         One plain LoRA a site.
 
     Raises:
-        ConfigurationError: the model has nothing for a target.
+        ConfigurationError: the model has nothing for a target, or a target or a rank of another kind was given.
 
     Source: LoRA, arXiv:2106.09685, which adapts attention alone.
     Differs: all attention matrices, not the query's and the value's alone.
     """
-    return settings.at(site for site in options.select(profile.layout) if site.kind == "attention")
+    targets = options.targets if "targets" in options.given else ()
+    other = next((name for name in (*targets, *options.ranks) if name.partition(".")[0] != "attention"), None)
+    if other:
+        raise ConfigurationError(
+            f"the method attention adapts attention alone, and {other} was given a place or a rank.\n"
+            f"  fix:  leave {other} out, or use --method lora"
+        )
+    return settings.at(site for site in targeted_sites(options, profile.layout) if site.kind == "attention")
 
 
 LORA = Method(

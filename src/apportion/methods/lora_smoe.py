@@ -7,31 +7,20 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING
 
 from apportion.errors import ApportionWarning, ConfigurationError
 from apportion.methods.base import AdapterSettings, Method
-from apportion.methods.budget import BudgetOptions, parse_share, spent
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from apportion.methods.budget import check_top_k, spent
+from apportion.methods.targets import targeted_sites
+from apportion.records.options import Groups, VoteOptions
+from apportion.records.placement import Placement
 from apportion.records.site import Site
 
-Groups = Literal["attention/mlp", "type", "all"]
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
+
 Norms = Mapping[str, Mapping[str, float]]
-
-
-class VoteOptions(BudgetOptions):
-    """Options of the methods that count votes.
-
-    Args:
-        keep: Share of a group's matrices that every task votes for, above 0 and up to 1.
-        groups: What is ranked together: attention apart from MLP, each projection type apart, or all matrices.
-    """
-
-    keep: Annotated[float, BeforeValidator(parse_share), Field(gt=0, le=1)] = 0.6
-    groups: Groups = "attention/mlp"
 
 
 def place_lora_smoe(profile: Profile, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
@@ -49,7 +38,7 @@ def place_lora_smoe(profile: Profile, options: VoteOptions, settings: AdapterSet
         One placement a matrix with votes.
 
     Raises:
-        ConfigurationError: `keep` and `budget` were both given, or the budget is too small.
+        ConfigurationError: the budget is too small, or a target was asked for whose gradient is not measured.
         ProfileError: sensitivity was not measured.
 
     Source: LoRA-SMoE, arXiv:2505.06272, allocation, as in the released code.
@@ -78,7 +67,7 @@ def place_random_votes(profile: Profile, options: VoteOptions, settings: Adapter
         One placement a matrix with votes.
 
     Raises:
-        ConfigurationError: `keep` and `budget` were both given, or the budget is too small.
+        ConfigurationError: the budget is too small, or a target was asked for whose gradient is not measured.
 
     Source: control for LoRA-SMoE, arXiv:2505.06272.
     Differs: nothing.
@@ -131,10 +120,8 @@ def count_votes(norms: Norms, groups: Sequence[Sequence[Site]], keep: float) -> 
 
 def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
     """Turn votes into placements, at the share that is asked for or that the budget allows."""
-    if options.budget and options.keep != VoteOptions.model_fields["keep"].default:
-        raise ConfigurationError("keep and budget were both given.", fix="give one of them: keep follows from a budget")
-    options.check_top_k(len(norms))
-    sites = _votable(profile, options.select(profile.layout), norms)
+    check_top_k(options, len(norms))
+    sites = _votable(profile, targeted_sites(options, profile.layout), norms)
     groups = _grouped(sites, options.groups)
 
     def placed(keep: float) -> list[Placement]:

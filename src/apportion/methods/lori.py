@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
-from apportion.methods.base import Method, MethodOptions
+from apportion.methods.base import Method
 from apportion.methods.hellora import place_hellora
-from apportion.methods.hot import HotOptions
 from apportion.methods.lora import place_lora
-
-SPARSITY = 0.9
-
-
-class LoriOptions(MethodOptions):
-    """Options of `lori`: those of `lora`, with a B that is sparse by default."""
-
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = SPARSITY
-
-
-class HelloriOptions(HotOptions):
-    """Options of `hellori`: those of `hellora`, with a B that is sparse by default."""
-
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = SPARSITY
-
+from apportion.records.options import HelloriOptions, LoriOptions
 
 LORI = Method(
     name="lori",

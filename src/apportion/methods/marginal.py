@@ -5,37 +5,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING
 
 from apportion.errors import ConfigurationError
-from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.methods.budget import parse_plain_budget, spending, spent
+from apportion.methods.base import AdapterSettings, Method
+from apportion.methods.budget import spending, spent
 from apportion.methods.gradient import sensitivity_shares
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from apportion.records.options import MarginalOptions
+from apportion.records.placement import Placement
+from apportion.records.shapes import lora_shape
 
-# Measured by benchmarks/marginal_calibration.py; docs/methods.md has the figures. Adam makes gains first order in the
-# gradient: they go with its norm and with its singular values.
-SENSITIVITY_POWER = 0.5
-RANK_DECAY = 2.0
-
-
-class MarginalOptions(MethodOptions):
-    """Options of `marginal`.
-
-    Args:
-        budget: Parameters (``5000000``) or operations a token (``flops=80000``); it must be given.
-        max_rank: The largest rank of a matrix; its smaller side where not given.
-        sensitivity_power: Exponent of a matrix's share of the squared gradient norms in its estimated gain.
-        rank_decay: How fast the gain of a matrix's further ranks falls: the i-th gains i ** -rank_decay of the first.
-    """
-
-    budget: Annotated[str | None, BeforeValidator(parse_plain_budget)] = None
-    max_rank: Annotated[int | None, Field(ge=1)] = None
-    sensitivity_power: Annotated[float, Field(gt=0)] = SENSITIVITY_POWER
-    rank_decay: Annotated[float, Field(gt=0)] = RANK_DECAY
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -101,7 +82,7 @@ def place_marginal(profile: Profile, options: MarginalOptions, settings: Adapter
             fix="give more, or other targets",
         )
     return [
-        replace(single.place(site), rank=rank, alpha=single.alpha * rank)
+        Placement(site.name, lora_shape(rank, single.alpha * rank, sparsity=single.sparsity))
         for site, rank in zip(shares, ranks, strict=True)
         if rank
     ]

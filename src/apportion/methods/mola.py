@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Sequence
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING
 
 from apportion.errors import ConfigurationError
 from apportion.methods.base import AdapterSettings, Method
-from apportion.methods.budget import BudgetOptions, RoutedOptions, spent
-from apportion.records.plan import Placement
-from apportion.records.profile import Profile
+from apportion.methods.budget import check_top_k, spent
+from apportion.methods.targets import targeted_sites
+from apportion.records.options import MolaOptions, UniformOptions
+from apportion.records.placement import Placement
 from apportion.records.site import Site
 
-
-def parse_shape(value: Any) -> str:
-    """Read numbers of experts by depth.
-
-    Args:
-        value: Such as ``"2-4-6-8"``.
-
-    Returns:
-        The text.
-
-    Raises:
-        ConfigurationError: it is no such list of numbers of at least 1.
-    """
-    if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
-        raise ConfigurationError(
-            f"experts={str(value)[:60]!r} is not understood.",
-            fix="give numbers from the first layers to the last: 2-4-6-8",
-        )
-    return str(value)
-
-
-class MolaOptions(RoutedOptions):
-    """Options of `mola`.
-
-    Args:
-        experts: LoRA experts of the first, ..., last part of the layers: ``2-4-6-8``, ``8-6-4-2``, ``8-2-2-8`` and
-            ``5-5-5-5`` are the published shapes.
-    """
-
-    experts: Annotated[str, BeforeValidator(parse_shape)] = "2-4-6-8"
-
-
-class UniformOptions(BudgetOptions):
-    """Options of `uniform`.
-
-    Args:
-        experts: LoRA experts of every matrix, where no budget is given.
-    """
-
-    experts: Annotated[int, Field(ge=1)] = 5
+if TYPE_CHECKING:
+    from apportion.records.profile import Profile
 
 
 def place_mola(profile: Profile, options: MolaOptions, settings: AdapterSettings) -> list[Placement]:
@@ -76,8 +36,8 @@ def place_mola(profile: Profile, options: MolaOptions, settings: AdapterSettings
     Differs: layers that the numbers do not divide are split as evenly as can be, earlier parts first.
     """
     numbers = [int(number) for number in options.experts.split("-")]
-    options.check_top_k(max(numbers))
-    sites = options.select(profile.layout)
+    check_top_k(options, max(numbers))
+    sites = targeted_sites(options, profile.layout)
     layers = sorted({site.layer for site in sites})
     if len(numbers) > len(layers):
         raise ConfigurationError(
@@ -99,18 +59,16 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
         One placement a matrix; where the budget is smaller than that, on matrices at even distances.
 
     Raises:
-        ConfigurationError: both a number and a budget were given, or the budget buys no LoRA expert.
+        ConfigurationError: the budget buys no LoRA expert.
         PlanError: the number or the budget is for more LoRA experts than a matrix can have.
 
     Source: the usual baseline of LoRA-SMoE, arXiv:2505.06272.
     Differs: what a budget leaves over is spread at even distances.
     """
-    sites = options.select(profile.layout)
+    sites = targeted_sites(options, profile.layout)
     if options.budget is None:
-        options.check_top_k(options.experts)
+        check_top_k(options, options.experts)
         return [settings.place(site, options.experts, options.top_k) for site in sites]
-    if options.experts != UniformOptions.model_fields["experts"].default:
-        raise ConfigurationError("experts and budget were both given.", fix="give one of them")
 
     def placed(total: int) -> list[Placement]:
         numbers = spread(total, len(sites))
@@ -118,7 +76,7 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
         return [settings.place(site, number, options.top_k) for site, number in pairs if number]
 
     total = _most_that_fits(options.budget, sites, profile, settings)
-    options.check_top_k(max(spread(total, len(sites))))
+    check_top_k(options, max(spread(total, len(sites))))
     return placed(total)
 
 

@@ -9,25 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
+from apportion.counting import count, flops_per_token
 from apportion.errors import ConfigurationError, PlanError
-from apportion.methods.base import AdapterSettings, Method, MethodOptions
-from apportion.methods.budget import flops_per_token
+from apportion.methods.base import AdapterSettings
 from apportion.methods.registry import find_method
-from apportion.records.braces import expand_braces
+from apportion.methods.targets import targeted_sites
 from apportion.records.cost import Cost, RoutingSource
-from apportion.records.plan import (
-    LARGEST_SCALE,
-    MAX_WIDTH,
-    SMALLEST_SCALE,
-    Placement,
-    Plan,
-    group_placements,
-    num_kept_entries,
-    num_trainable,
-)
+from apportion.records.options import read_options
+from apportion.records.placement import Placement
+from apportion.records.plan import LORI, PLAIN, Plan
+from apportion.records.plan_schema import in_file_order
 from apportion.records.profile import Profile
+from apportion.records.shapes import LARGEST_SCALE, MAX_WIDTH, SMALLEST_SCALE
 from apportion.records.site import Layout
 
 
@@ -67,6 +61,27 @@ def plan(
         166,400 trainable parameters
     """
     return build_plan(profile, method, check_settings(rank, alpha, seed), options)
+
+
+def replan(profile: Profile, made: Plan) -> Plan:
+    """Make a plan as another one was made, from the same profile or another one.
+
+    A plan's options are complete with defaults, so that `plan` would take all of them as given.
+
+    Args:
+        profile: What was measured.
+        made: The plan whose method, options, rank, scale and seed are taken.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigurationError: an option does not fit the profile's model.
+        ProfileError: the profile lacks what the method needs.
+        PlanError: the method places nothing.
+    """
+    options = find_method(made.method).options.differing(made.options)
+    return build_plan(profile, made.method, check_settings(made.rank, made.alpha, made.seed), options)
 
 
 def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings:
@@ -118,10 +133,10 @@ def build_plan(
         PlanError: the method places nothing.
     """
     chosen = find_method(name)
-    checked = _check_options(chosen, options)
+    checked = read_options(chosen.options, options, f"method {name}")
     settings = replace(settings, ranks=checked.ranks, sparsity=checked.sparsity)
-    targeted = checked.select(profile.layout)
-    placements = _in_file_order(chosen.place(profile, checked, settings))
+    targeted = targeted_sites(checked, profile.layout)
+    placements = in_file_order(chosen.place(profile, checked, settings))
     if not placements:
         raise PlanError(f"method {name} places no adapter on {profile.layout.describe()}.", fix="choose other targets")
     _check_placements(profile.layout, placements)
@@ -137,6 +152,7 @@ def build_plan(
         profile_digest=profile.digest if routing == "profile" else None,
         cost=count_cost(profile, placements, replace(settings, sparsity=0.0).at(targeted), routing),
         placements=placements,
+        procedure={"name": LORI if settings.sparsity else PLAIN},
     )
 
 
@@ -173,39 +189,19 @@ def count_cost(
     """
     sites = profile.layout.by_name
     planned = list(placements)
-    trainable = num_trainable(planned, sites)
-    reference = list(everything)
+    counts, reference = count(planned, sites), list(everything)
     return Cost(
-        trainable_parameters=trainable,
-        stored_parameters=trainable,
+        trainable_parameters=counts.trained,
+        stored_parameters=counts.stored(),
+        frozen_parameters=counts.drawn,
         base_parameters=profile.layout.base_parameters,
         adapter_flops_per_token=flops_per_token(planned, profile),
-        lora_parameters=sum(p.num_parameters(sites[p.site]) for p in reference),
+        lora_parameters=count(reference, sites).trained,
         lora_flops_per_token=flops_per_token(reference, profile),
         routing=routing if profile.layout.is_moe else "none",
         sites_by_kind=dict(Counter(sites[p.site].kind for p in planned)),
-        stored_indices=num_kept_entries(planned, sites),
+        stored_indices=counts.indices,
     )
-
-
-def _check_options(method: Method, options: dict[str, Any]) -> MethodOptions:
-    """Validate a method's options, with its own words for what is wrong."""
-    known = method.options.model_fields
-    for option in options:
-        if option not in known:
-            raise ConfigurationError(
-                f"method {method.name} has no option {option!r}.", details={"options": ", ".join(sorted(known))}
-            )
-    try:
-        return method.options(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["ctx"]["error"] if "error" in first.get("ctx", {}) else first["msg"]
-        if isinstance(reason, ConfigurationError):
-            raise reason from error
-        raise ConfigurationError(
-            f"option {'.'.join(map(str, first['loc']))}={first['input']!r} of method {method.name} is wrong: {reason}"
-        ) from error
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:
@@ -230,13 +226,3 @@ def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None
                     "the targets"
                 ),
             )
-
-
-def _in_file_order(placements: list[Placement]) -> tuple[Placement, ...]:
-    """Put placements in the order in which a plan's file holds them, so that a loaded plan equals the saved one."""
-    return tuple(
-        Placement(site=site, **group.settings())
-        for group in group_placements(placements)
-        for pattern in group.sites
-        for site in expand_braces(pattern)
-    )

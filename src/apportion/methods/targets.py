@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from typing import Any
-
 from apportion.errors import ConfigurationError
-from apportion.records.site import KINDS, Layout, Site
-
-ALL_TARGETS: tuple[str, ...] = KINDS
-_NUMBER = r"\d{1,18}"  # Python reads no number of thousands of digits
-_SHOWN = 60  # characters of an option in a message
-
-
-def parse_targets(value: Any) -> tuple[str, ...]:
-    """Read targets from a comma-separated text or a sequence, and check the kinds' names.
-
-    Args:
-        value: Such as ``"attention,experts.down"`` or ``["attention", "experts.down"]``.
-
-    Returns:
-        The targets without repetition, in the order given.
-
-    Raises:
-        ConfigurationError: there is none, or a kind is unknown.
-    """
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    targets = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
-    if not targets:
-        raise ConfigurationError("no targets were given.", fix=f"choose among {', '.join(KINDS)}")
-    for target in targets:
-        kind = target.partition(".")[0]
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(KINDS)}"
-            raise ConfigurationError(f"there is no target {target!r}.", fix=hint)
-    return targets
+from apportion.records.option_texts import layer_ranges
+from apportion.records.options import MethodOptions
+from apportion.records.site import Layout, Site
 
 
 def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
@@ -56,12 +25,7 @@ def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
         return None
     known = {site.layer for site in layout.others} | {block.layer for block in layout.blocks}
     layers: set[int] = set()
-    for part in value.split(","):
-        match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:-\s*({_NUMBER})\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-            raise ConfigurationError(f"layers={shown!r} is not understood.", fix="give layers such as 4-15 or 0,2,4-7")
+    for first, last in layer_ranges(value):
         # Comparing as it goes, this ends at the first layer that the model lacks, however far the range goes on.
         lacking = next((layer for layer in range(first, last + 1) if layer not in known), None)
         if lacking is not None:
@@ -73,6 +37,30 @@ def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
     return layers
 
 
+def targeted_sites(options: MethodOptions, layout: Layout) -> list[Site]:
+    """Give the sites that a method's targets and layers leave, in the layout's order.
+
+    Args:
+        options: The method's options.
+        layout: The model's sites.
+
+    Returns:
+        The sites.
+
+    Raises:
+        ConfigurationError: the model has nothing for a target, a layer or a kind with a rank of its own.
+    """
+    layers = parse_layers(options.layers, layout)
+    sites = select_sites(layout, options.targets, layers, by_name="targets" in options.given)
+    for kind in options.ranks:
+        if not any(site.kind == kind for site in sites):
+            raise ConfigurationError(
+                f"a rank was given for {kind}, and no {kind} is adapted.\n"
+                f"  model:  {layout.describe()}\n  fix:    leave the rank out, or add {kind} to the targets"
+            )
+    return sites
+
+
 def select_sites(
     layout: Layout, targets: tuple[str, ...], layers: set[int] | None = None, *, by_name: bool = True
 ) -> list[Site]:
@@ -80,7 +68,7 @@ def select_sites(
 
     Args:
         layout: The model's sites.
-        targets: As `parse_targets` returns them.
+        targets: Kinds, or single projections of kinds.
         layers: As `parse_layers` returns them.
         by_name: Whether somebody asked for these targets; of a method's own ones, kinds that the model lacks are left
             out.

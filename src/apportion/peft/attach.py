@@ -11,12 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from apportion.counting import count
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
+from apportion.peft.masks import random_mask
 from apportion.peft.start import drawn_checksum, start_factors
-from apportion.records.mask import Mask, b_shapes, random_mask
-from apportion.records.plan import Plan, num_kept_entries
+from apportion.records.mask import Mask, b_shapes
+from apportion.records.plan import Plan
 from apportion.records.site import Layout
 
 
@@ -136,15 +138,10 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
         if routed:
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
-    planned = {path for placement in plan.placements for path in _module_paths(placement.site)}
+    planned = {path for placement in plan.placements for path in (placement.site, placement.name.module)}
     for path, _, module in walk_modules(model):
         if path in planned:
             _check_weights(path, module)
-
-
-def _module_paths(site: str) -> tuple[str, str]:
-    """Give the paths that the module of a site may have: its own name, or that of the experts it is part of."""
-    return site, site.rsplit(".", 2)[0]
 
 
 def _check_weights(path: str, module: nn.Module) -> None:
@@ -214,7 +211,7 @@ def _check_sparse(
             details={"first": f"{wrong[0]}: mask {mask.shapes.get(wrong[0])}, plan {shapes.get(wrong[0])}"},
             fix="give the mask of a plan with the same sites and ranks",
         )
-    kept = num_kept_entries(plan.placements, layout.by_name)
+    kept = count(plan.placements, layout.by_name).indices
     if mask.num_kept != kept:
         raise ConfigurationError(
             f"the mask keeps {mask.num_kept} entries, the plan {kept}.", fix="give a mask of the plan's sparsity"
@@ -267,10 +264,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter
 def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:
     """Account for every planned site on the model itself."""
     sites = layout.by_name
-    expected = plan.cost.trainable_parameters
-    if dense_b:
-        sparse = [placement for placement in plan.placements if placement.sparsity]
-        expected += sum(p.num_b_entries(sites[p.site]) for p in sparse) - num_kept_entries(sparse, sites)
+    expected = count(plan.placements, sites, dense=dense_b).trained
     counted = sum(parameter.numel() for parameter in adapter_parameters(model, adapter_name))
     if counted != expected:
         raise RuntimeError(f"{counted} parameters were attached, {expected} planned: this is a bug")

@@ -11,12 +11,16 @@ from typing import Literal
 import torch
 from torch import nn
 
+from apportion.counting import count
 from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
-from apportion.records.plan import Placement, Plan, num_trainable
+from apportion.records.placement import Placement
+from apportion.records.plan import PLAIN, Plan
+from apportion.records.shapes import LowRank
 from apportion.records.site import Layout
 
 Combination = Literal["cat", "linear"]
+_LARGEST = 2.0**127  # float32 ends there
 
 
 def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Combination, layout: Layout) -> Plan:
@@ -36,9 +40,11 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
         ConfigurationError: the adapters cannot be combined so.
     """
     if len(plans) != len(weights) or not plans:
-        raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.", fix="give one each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigurationError(f"the weights {list(weights)} are not all finite.", fix="give finite numbers")
+        raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.\n  fix:  give one each")
+    if not all(abs(weight) < _LARGEST for weight in weights):
+        raise ConfigurationError(
+            f"the weights {list(weights)} are not all finite numbers of float32.\n  fix:  give smaller ones"
+        )
     routed = [name for name, plan in plans.items() if not plan.is_mergeable]
     if routed:
         raise ConfigurationError(
@@ -59,22 +65,31 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
                     fix="combine by cat",
                 )
     elif how != "cat":
-        raise ConfigurationError(f"adapters cannot be combined by {how!r}.", fix="choose cat or linear")
-    placements = tuple(Placement(site, rank, float(rank)) for site, rank in ranks.items())
+        raise ConfigurationError(f"adapters cannot be combined by {how!r}.\n  fix:  choose cat or linear")
+    placements = tuple(Placement(site, LowRank(rank, float(rank))) for site, rank in ranks.items())
     flops = [plan.cost.adapter_flops_per_token for plan in plans.values()]
-    trainable = num_trainable(placements, layout.by_name)
+    counts = count(placements, layout.by_name)
     cost = replace(
         first.cost,
-        trainable_parameters=trainable,
-        stored_parameters=trainable,
-        stored_indices=0,
+        trainable_parameters=counts.trained,
+        stored_parameters=counts.stored(),
+        stored_indices=counts.indices,
+        frozen_parameters=counts.drawn,
         adapter_flops_per_token=flops[0] if how == "linear" else sum(flops),
         sites_by_kind=dict(Counter(layout.by_name[site].kind for site in ranks)),
     )
     options = {"adapters": list(plans), "weights": list(weights), "how": how}
     rank = max(ranks.values())
     return replace(
-        first, method="combined", options=options, rank=rank, alpha=float(rank), cost=cost, placements=placements
+        first,
+        method="combined",
+        options=options,
+        rank=rank,
+        alpha=float(rank),
+        cost=cost,
+        placements=placements,
+        procedure={"name": PLAIN},
+        derived_from=tuple(plan.seal for plan in plans.values()),
     )
 
 

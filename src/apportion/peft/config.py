@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, get_type_hints
 
 from peft import LoraConfig
 from peft.utils import PeftType
+from pydantic import Field, PydanticUserError, StrictBool, TypeAdapter, ValidationError
 
-from apportion.errors import ConfigurationError
+from apportion.errors import AdapterError, ConfigurationError
 from apportion.peft.state import Stores
 from apportion.records.mask import Mask
-from apportion.records.plan import Placement, Plan
+from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
+from apportion.records.placement import Placement
+from apportion.records.plan import Plan
 from apportion.records.site import Storage
 
 PEFT_TYPE = "APPORTION"
+
+_VARIANTS = (
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "target_parameters", "modules_to_save",
+    "layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "velora_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+
+
+@dataclass
+class _Below:
+    """An adapter that was merged into the base: its folder, and the hash of its tensors."""
+
+    path: str
+    sha256: str
+
+
+_TYPES: dict[str, Any] = {  # of fields in a file, where they differ from PEFT's, or from those in Python
+    "lora_alpha": AnyFloat,
+    "alpha_pattern": dict[str, float],
+    "rank_pattern": dict[str, int],
+    "on_top_of": _Below | None,
+    "lora_dropout": Annotated[float, Field(ge=0, lt=1, strict=True)],
+    "init_lora_weights": StrictBool,
+}
 
 
 @dataclass
@@ -51,18 +80,38 @@ class ApportionConfig(LoraConfig):
         self.routed_linear_sites: tuple[str, ...] = ()
         self.promised_digests, self.tensor_digests = self.tensor_digests, None  # read from a file; to be written
         self.mask: Mask | None = None  # the kept entries; a checkpoint brings its own
-        for name in (
-            "use_dora",
-            "use_rslora",
-            "lora_bias",
-            "target_parameters",
-            "modules_to_save",
-            "layers_to_transform",
-        ):
+        for name in _VARIANTS:
             if getattr(self, name, None):
                 raise ConfigurationError(
                     f"{name} cannot be combined with a plan.", fix="leave it out of the adapter's configuration"
                 )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse fields of a file that are of another type than this class writes; PEFT calls it before it reads them.
+
+        Args:
+            **kwargs: The fields.
+
+        Returns:
+            The same.
+
+        Raises:
+            AdapterError: a field is of another type, or a number is out of range.
+        """
+        validators = _validators()
+        for name in [name for name in kwargs if name in validators]:
+            try:
+                validators[name].validate_python(kwargs[name])
+            except ValidationError as error:
+                place, problem = first_problem(error)
+                inner = "" if place == "the whole file" else f".{place}"
+                raise AdapterError(
+                    f"the adapter's configuration is damaged.\n  place:  {name}{inner}\n  found:  {problem}\n"
+                    "  fix:    copy adapter_config.json again, or train the adapter again"
+                ) from error
+        fields: dict[str, Any] = super().check_kwargs(**kwargs)
+        return fields
 
     @property
     def stores(self) -> Stores:
@@ -89,3 +138,13 @@ class ApportionConfig(LoraConfig):
             PlanError: it was changed after it was written.
         """
         return Plan.from_dict(self.plan)
+
+
+@cache
+def _validators() -> dict[str, TypeAdapter[Any]]:
+    """Prepare the checks of an adapter's fields by their types, where those say anything."""
+    found = {name: TypeAdapter[Any](checked) for name, checked in _TYPES.items()}
+    for name, hint in get_type_hints(ApportionConfig).items():
+        with suppress(PydanticUserError):  # PEFT's own classes of settings, which it checks itself
+            found.setdefault(name, TypeAdapter[Any]({bool: StrictBool, int: WholeNumber}.get(hint, hint)))
+    return found

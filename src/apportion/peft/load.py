@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apportion.discovery import find_sites
-from apportion.errors import AdapterError, ApportionWarning, ConfigurationError
+from apportion.errors import AdapterError, ApportionError, ApportionWarning, ConfigurationError, PlanError, shortened
 from apportion.peft.attach import check_architecture
-from apportion.peft.config import ApportionConfig
+from apportion.peft.config import PEFT_TYPE, ApportionConfig
 from apportion.peft.state import check_digests, check_tensors
+from apportion.records.json_file import read_json
 from apportion.records.plan import Plan
+from apportion.records.tensors import TensorFileError, read_tensors
 
-_TENSORS_FILE = "adapter_model.safetensors"
+_CONFIG_FILE, _TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
@@ -38,12 +38,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
 
     Raises:
         PlanMismatchError: the adapter belongs to another architecture.
+        PlanError: its plan was changed.
         ConfigurationError: there is no adapter in the folder.
-        AdapterError: its tensors are not exactly those of its plan, or not those that were saved; the model is then
-            as it was.
+        AdapterError: its configuration is damaged, or its tensors are not exactly those of its plan, or not those that
+            were saved; the model is then as it was.
     """
     config = read_adapter_config(path)
-    plan, layout = config.read_plan(), find_sites(model)
+    plan, layout = _read_plan(config, path), find_sites(model)
     check_architecture(layout, plan)
     if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
         raise ConfigurationError(
@@ -60,7 +61,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
         )
     else:
         check_digests(state, config.promised_digests, f"the adapter in {os.fspath(path)}")
-    return PeftModel.from_pretrained(_with_adapter_below(model, path), os.fspath(path), **kwargs)
+    base = _with_adapter_below(model, path)
+    try:
+        return PeftModel.from_pretrained(base, os.fspath(path), **kwargs)
+    except (AdapterError, ConfigurationError) as error:
+        raise _named(error, path) from error
 
 
 def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
@@ -74,9 +79,10 @@ def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
 
     Raises:
         ConfigurationError: there is no adapter of this package in the folder.
+        AdapterError: its configuration is damaged.
         PlanError: the plan in the folder was changed.
     """
-    return read_adapter_config(path).read_plan()
+    return _read_plan(read_adapter_config(path), path)
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
@@ -90,14 +96,44 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
 
     Raises:
         ConfigurationError: there is no adapter of this package in the folder.
+        AdapterError: the configuration is damaged.
     """
     folder = os.fspath(path)
-    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        raise ConfigurationError(f"there is no adapter in {folder}.", fix="give a folder with adapter_config.json")
-    config = ApportionConfig.from_pretrained(folder)
-    if not isinstance(config, ApportionConfig):
-        raise ConfigurationError(f"the adapter in {folder} was not made by apportion.", fix="load it with peft itself")
+    file = Path(folder, _CONFIG_FILE)
+    if not file.is_file():
+        raise ConfigurationError(f"there is no adapter in {folder}.\n  fix:  give a folder with {_CONFIG_FILE}")
+
+    def damaged(found: str) -> AdapterError:
+        return AdapterError(
+            f"{file} cannot be read: it is truncated or damaged.\n  found:  {found}\n"
+            "  fix:    copy it again, or train it again"
+        )
+
+    fields = read_json(file, damaged)
+    if fields.get("peft_type") != PEFT_TYPE:
+        raise ConfigurationError(
+            f"the adapter in {folder} was not made by apportion.\n  fix:  load it with peft itself"
+        )
+    try:
+        config: ApportionConfig = ApportionConfig.from_pretrained(folder)
+    except (AdapterError, ConfigurationError) as error:
+        raise _named(error, path) from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # of PEFT, about its own fields
+        raise damaged(shortened(str(error), 300)) from error
     return config
+
+
+def _read_plan(config: ApportionConfig, path: str | os.PathLike[str]) -> Plan:
+    """Read the plan that an adapter's configuration holds."""
+    try:
+        return config.read_plan()
+    except PlanError as error:
+        raise _named(error, path) from error
+
+
+def _named(error: ApportionError, path: str | os.PathLike[str]) -> ApportionError:
+    """Say in an error's message which adapter it is about."""
+    return type(error)(f"the adapter in {os.fspath(path)} cannot be loaded: {error}")
 
 
 def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
@@ -144,8 +180,8 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not file.is_file():
         raise AdapterError(f"the adapter in {os.fspath(path)} has no {_TENSORS_FILE}.", fix="copy the whole folder")
     try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+        return read_tensors(file)[1]
+    except TensorFileError as error:
         raise AdapterError(
             f"{file} cannot be read: it is truncated or damaged.",
             found=str(error),
@@ -164,7 +200,7 @@ def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Mo
     if below is None:
         return model
     folder = Path(below["path"])
-    if not folder.joinpath(_TENSORS_FILE).is_file() or _weights_digest(folder) != below["sha256"]:
+    if not os.path.isfile(folder / _TENSORS_FILE) or _weights_digest(folder) != below["sha256"]:
         raise ConfigurationError(
             f"the adapter in {path} was trained on top of another one, which is gone or was changed.",
             place=folder,

@@ -1,18 +1,22 @@
-"""Which entries of B to keep: the largest ones of a trained adapter."""
+"""Which entries of B to keep: the largest ones of a trained adapter, or any."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from apportion.counting import num_kept
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
 from apportion.records.mask import Mask, b_shapes
-from apportion.records.plan import Plan, num_kept
+from apportion.records.placement import Placement
+from apportion.records.plan import Plan
 from apportion.records.site import Site
 
 Granularity = Literal["global", "layer", "site", "projection"]
@@ -52,7 +56,7 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
             if placement.sparsity == sparsity:
                 groups.setdefault(_group(sites[placement.site], granularity), []).append(placement.site)
         sizes = [sum(matrices[name].numel() for name in names) for names in groups.values()]
-        total, seen, given = num_kept(sum(sizes), sparsity), 0, 0
+        total, seen, given = num_kept(sum(sizes), 1 - sparsity), 0, 0
         for names, size in zip(groups.values(), sizes, strict=True):
             seen += size
             count = total * seen // sum(sizes) - given
@@ -61,6 +65,36 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
     facts = {"made": "by magnitude", "granularity": granularity}
     checksum = model.peft_config[adapter_name].a_checksum
     return Mask({site: indices[site] for site in shapes}, shapes, checksum, facts)
+
+
+def random_mask(placements: Iterable[Placement], sites: Mapping[str, Site], seed: int) -> Mask:
+    """Draw kept entries at random: the control for a mask that training made.
+
+    Args:
+        placements: The plan's placements.
+        sites: The model's sites by name.
+        seed: Seed of the draw.
+
+    Returns:
+        A mask with exactly as many kept entries as the plan counts, spread over the sites by their size.
+    """
+    sparse = [placement for placement in placements if placement.sparsity]
+    shapes = b_shapes(sparse, sites)
+    indices: dict[str, Tensor] = {}
+    for sparsity in sorted({placement.sparsity for placement in sparse}):
+        group = [placement for placement in sparse if placement.sparsity == sparsity]
+        sizes = [placement.total_rank * sites[placement.site].out_features for placement in group]
+        total, seen, given = num_kept(sum(sizes), 1 - sparsity), 0, 0
+        for placement, size in zip(group, sizes, strict=True):
+            seen += size
+            count = total * seen // sum(sizes) - given
+            given += count
+            name = hashlib.sha256(f"{seed}/mask/{placement.site}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(name[:7]))
+            drawn = torch.randperm(size, generator=generator)[:count]
+            indices[placement.site] = drawn.sort().values.to(torch.int32)
+    ordered = {site: indices[site] for site in shapes}
+    return Mask(ordered, shapes, provenance={"made": "at random", "seed": seed})
 
 
 def _group(site: Site, granularity: Granularity) -> str:

@@ -50,7 +50,7 @@ def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | No
     total = hashlib.sha256()
     for placement in plan.placements:
         if placement.sparsity:
-            a_RI = torch.empty(placement.num_experts * placement.rank, sites[placement.site].in_features)
+            a_RI = torch.empty(placement.total_rank, sites[placement.site].in_features)
             _draw(a_RI, placement.site, seed)
             total.update(placement.site.encode())
             total.update(a_RI.numpy().tobytes())
@@ -76,8 +76,14 @@ def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor
 
 
 def _draw(a_RI: Tensor, site: str, seed: int) -> None:
-    """Fill one A from its own generator; the bound 1/sqrt(in) is that of PEFT's initialisation."""
+    """Fill one A from its own generator; the bound 1/sqrt(in) is that of PEFT's initialisation.
+
+    The numbers are those of `uniform_` on a processor with fused multiply-add, which rounds once: the sum is exact in
+    float64, so every processor rounds it to the same float32.
+    """
+    if a_RI.device.type == "meta":
+        return
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{site}".encode()).digest()[:7]))
-    bound = 1 / math.sqrt(a_RI.shape[1])
-    if a_RI.device.type != "meta":
-        a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
+    bound = torch.tensor(1 / math.sqrt(a_RI.shape[1]), dtype=torch.float32).double()
+    share = torch.rand(a_RI.shape, generator=generator, dtype=torch.float32).double()
+    a_RI.copy_((2 * bound * share - bound).float())

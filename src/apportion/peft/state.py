@@ -14,8 +14,10 @@ from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import FrozenFactor, SparseFactor
 from apportion.adapters.linear import LinearLora
 from apportion.adapters.weight import WeightLora
+from apportion.counting import count
 from apportion.errors import AdapterError
-from apportion.records.plan import Placement, Plan, num_kept_entries
+from apportion.records.placement import Placement
+from apportion.records.plan import Plan
 from apportion.records.site import Layout, Site
 
 PREFIX = "base_model.model."
@@ -180,7 +182,7 @@ def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, Sha
     """
     shapes: dict[str, Shape | None] = {}
     for placement in plan.placements:
-        site, rank = layout.by_name[placement.site], placement.num_experts * placement.rank
+        site, rank = layout.by_name[placement.site], placement.total_rank
         is_sparse = placement.sparsity > 0
         if not is_sparse or stores.frozen_a:
             shapes[f"{site.name}.lora_A.weight"] = (rank, site.in_features)
@@ -262,12 +264,14 @@ def _check_indices(state: Mapping[str, Tensor], plan: Plan, layout: Layout, plac
     sparse = [placement for placement in plan.placements if f"{placement.site}.lora_B.indices" in state]
     wrong = [placement.site for placement in sparse if not _is_valid(state, placement, layout.by_name[placement.site])]
     _refuse([f"{site}.lora_B.indices" for site in wrong], "no positions in their matrices", place)
-    count = sum(len(state[f"{placement.site}.lora_B.indices"]) for placement in sparse)
-    if sparse and count != num_kept_entries(sparse, layout.by_name):
+    found, expected = (
+        sum(len(state[f"{placement.site}.lora_B.indices"]) for placement in sparse),
+        count(sparse, layout.by_name).indices,
+    )
+    if found != expected:
         raise AdapterError(
-            f"{place} cannot be loaded: it keeps another number of entries than its plan.",
-            found=f"{count:,}, expected {num_kept_entries(sparse, layout.by_name):,}",
-            fix=_FIX,
+            f"{place} cannot be loaded: it keeps another number of entries than its plan.\n"
+            f"  found:  {found:,}, expected {expected:,}\n  fix:    {_FIX}"
         )
 
 
@@ -276,7 +280,7 @@ def _is_valid(state: Mapping[str, Tensor], placement: Placement, site: Site) -> 
     indices, values = (state[f"{site.name}.lora_B.{part}"] for part in ("indices", "values"))
     if indices.ndim != 1 or indices.shape != values.shape:
         return False
-    ends = bool(len(indices) == 0 or (indices[0] >= 0 and indices[-1] < placement.num_b_entries(site)))
+    ends = bool(len(indices) == 0 or (indices[0] >= 0 and indices[-1] < placement.total_rank * site.out_features))
     return ends and bool((indices.diff() > 0).all())
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraModel
@@ -30,10 +29,9 @@ from apportion.peft.factors import site_factors
 from apportion.peft.mixed import adapter_per_row
 from apportion.peft.start import drawn_checksum, start_factors
 from apportion.peft.state import check_digests, check_tensors, digests, gathered, restacked, unstacked
-from apportion.records.plan import Placement, Plan
+from apportion.records.placement import Placement
+from apportion.records.plan import Plan
 from apportion.records.site import Layout
-
-_EXPERT_SITE = re.compile(r"(.+)\.(\d+)\.([^.]+)")
 
 
 class ApportionModel(LoraModel):
@@ -113,7 +111,7 @@ class ApportionModel(LoraModel):
             return
         kind = {"fused": ExpertLora, "weight": WeightLora, "linear": LinearLora}[storage]
         module: Any = target if isinstance(target, kind) else kind(base)
-        scale = placement.alpha / placement.rank
+        scale = placement.scale
         frozen: dict[str, Any] = {"frozen_a": placement.sparsity > 0, "stored_a": lora_config.store_a}
         if isinstance(module, ExpertLora):
             factors = _factors(placements, lambda placed: _kept_entries(lora_config, placed))
@@ -310,7 +308,7 @@ def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
                 details={"model": layout.describe(), "adapter": f"made for {plan.model}"},
             )
         fused = site.storage == "fused"
-        modules[site.name.rsplit(".", 2)[0] if fused else site.name].append(placement)
+        modules[placement.name.module if fused else site.name].append(placement)
     return dict(modules)
 
 
@@ -325,8 +323,9 @@ def _factors(placements: Iterable[Placement], kept: Callable[[Placement], Tensor
     """Describe one layer's planned experts by projection."""
     by_projection: dict[str, list[tuple[int, Placement]]] = defaultdict(list)
     for placement in placements:
-        _, expert, projection = cast("re.Match[str]", _EXPERT_SITE.fullmatch(placement.site)).groups()
-        by_projection[projection].append((int(expert), placement))
+        _, expert, projection = placement.name
+        if expert is not None and projection is not None:
+            by_projection[projection].append((expert, placement))
     described = {}
     for projection, found in by_projection.items():
         planned = [placement for _, placement in sorted(found, key=lambda pair: pair[0])]
@@ -334,7 +333,7 @@ def _factors(placements: Iterable[Placement], kept: Callable[[Placement], Tensor
         described[projection] = ExpertFactors(
             experts=tuple(sorted(expert for expert, _ in found)),
             ranks=tuple(placement.rank for placement in planned),
-            scales=tuple(placement.alpha / placement.rank for placement in planned),
+            scales=tuple(placement.scale for placement in planned),
             indices=tuple(indices) if indices else None,
         )
     return described

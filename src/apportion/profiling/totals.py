@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 import warnings
@@ -13,21 +12,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from apportion.errors import ApportionWarning, lay_out
 from apportion.records.files import whole_file
+from apportion.records.json_file import parse_record
+from apportion.records.profile import check_totals
 from apportion.records.site import Layout
-from apportion.records.tensors import digest
+from apportion.records.tensors import digest, read_tensors
 
 # Shapes: L layers, E experts of the widest layer.
 
 _HEADER = "apportion_partial"
 _SAVE_EVERY_S = 30.0
 _FACTS = ("tokens", "sequences", "sensitivity", "batches", "seen")  # what a file's header has of each task
-_DAMAGE = (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError)
+_DAMAGE = (KeyError, ValueError, TypeError, AttributeError)
 
 
 @dataclass
@@ -67,19 +67,10 @@ class TaskTotals:
         Raises:
             ValueError: a tensor has another type or shape than the layout's, or a number is negative or not finite.
         """
-        zeros = TaskTotals.zeros(layout)
-        for own, expected in ((self.counts, zeros.counts), (self.mass, zeros.mass)):
-            if own.dtype != expected.dtype or own.shape != expected.shape:
-                raise ValueError(f"totals of type {own.dtype} and shape {tuple(own.shape)}")
-            if not bool((own >= 0).all() and own.isfinite().all()):
-                raise ValueError("totals that are negative or not finite")
+        check_totals(layout, self.counts, self.mass, self.sensitivity)
         numbers = (self.tokens, self.sequences, self.batches)
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError(f"numbers of tokens, sequences and batches {numbers}")
-        if not all(math.isfinite(norm) and norm >= 0 for norm in self.sensitivity.values()):
-            raise ValueError("sensitivities that are negative or not finite")
-        if unknown := set(self.sensitivity) - {site.name for site in layout.sites()}:
-            raise ValueError(f"the sensitivity of {min(unknown)}, which the model lacks")
 
     def add_sensitivity(self, norms: dict[str, float]) -> None:
         """Add one batch's squared norms."""
@@ -149,9 +140,8 @@ class PartialFile:
 
     def _read(self, path: Path, layout: Layout) -> dict[str, TaskTotals]:
         """Read the file, raising whatever its damage leads to."""
-        with safe_open(path, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {})[_HEADER])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        metadata, tensors = read_tensors(path)
+        header = parse_record(metadata[_HEADER])
         if header.pop("digest") != digest(header, tensors):
             raise ValueError("contents that do not match their digest")
         if header["identity"] != self.identity:

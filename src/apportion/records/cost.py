@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from apportion.errors import PlanError
+from apportion.records.numbers import Amount, Count, Size, first_problem
 
 RoutingSource = Literal["profile", "even", "none"]
 
@@ -18,7 +24,7 @@ class Cost:
 
     Args:
         trainable_parameters: Numbers that the optimizer moves.
-        stored_parameters: Numbers in the adapter's checkpoint.
+        stored_parameters: Numbers in the adapter's checkpoint, unless it is to hold the frozen ones too.
         base_parameters: Parameters of the model itself.
         adapter_flops_per_token: Floating-point operations that the adapters add to the forward pass of one token: two
             a multiply-add, an expert's weighted by the routed slots a token that fall on it.
@@ -28,17 +34,20 @@ class Cost:
             model without experts.
         sites_by_kind: Number of planned sites of each kind.
         stored_indices: Positions of kept entries in the checkpoint, where factors are sparse.
+        frozen_parameters: Numbers that are drawn from a seed and never move; a checkpoint holds them only on request.
+            None where an earlier version counted the plan without them.
     """
 
-    trainable_parameters: int
-    stored_parameters: int
-    base_parameters: int
-    adapter_flops_per_token: float
-    lora_parameters: int
-    lora_flops_per_token: float
+    trainable_parameters: Count
+    stored_parameters: Count
+    base_parameters: Size
+    adapter_flops_per_token: Amount
+    lora_parameters: Count
+    lora_flops_per_token: Amount
     routing: RoutingSource
-    sites_by_kind: dict[str, int]
-    stored_indices: int = 0
+    sites_by_kind: dict[str, Count]
+    stored_indices: Count = 0
+    frozen_parameters: Count | None = 0
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -103,10 +112,21 @@ class Cost:
             The cost.
 
         Raises:
-            KeyError: a counted figure is missing.
+            PlanError: a counted figure is missing, of another type, negative or not finite.
         """
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        counted = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        try:
+            return _validator().validate_python(counted)
+        except ValidationError as error:
+            place, problem = first_problem(error)
+            raise PlanError(f"its cost is impossible.\n  place:  cost.{place}\n  found:  {problem}") from error
 
     def __str__(self) -> str:
         """Say the headline figure."""
         return f"{self.trainable_parameters:,} trainable parameters"
+
+
+@cache
+def _validator() -> TypeAdapter[Cost]:
+    """Prepare the check of a cost's figures."""
+    return TypeAdapter(Cost)

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from apportion.errors import FolderInUseError, OutputExistsError
+from apportion.records.json_file import parse_record
 
 LOCK_FILE = ".lock"
 _OWNER_FILE = ".lock.owner"
@@ -65,7 +66,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
 def _describe_owner(path: Path) -> str:
     """Name the process that holds a folder, as far as it has said so."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = parse_record(path.read_bytes())
         return f"process {owner['pid']} on host {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return "a process that has just started"

@@ -7,18 +7,23 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apportion.errors import PlanError
+from apportion.errors import PlanError, shortened
 from apportion.records.files import whole_file
-from apportion.records.plan import Placement, num_kept
+from apportion.records.json_file import parse_record
+from apportion.records.numbers import Size, describe_problem
+from apportion.records.placement import Placement
 from apportion.records.site import Site
+from apportion.records.tensors import read_tensors
 
 SCHEMA_VERSION = 1
 _HEADER = "apportion_mask"
@@ -103,62 +108,72 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
         The mask.
 
     Raises:
-        PlanError: the file is missing, is no mask, is of another schema, or was damaged.
+        PlanError: the file is missing, is no mask, is of another schema, was damaged, or holds impossible positions.
     """
     file = Path(path)
     if not file.is_file():
         raise PlanError(f"there is no mask {file}.", fix="give the mask.safetensors that training wrote")
     try:
-        with safe_open(file, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {})[_HEADER])
-            indices = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-        digest = header.pop("digest")
-        if header["schema_version"] != SCHEMA_VERSION:
-            raise PlanError(f"the mask {file} has schema version {header['schema_version']}, not {SCHEMA_VERSION}.")
-        if digest != _digest(header, indices):
-            raise PlanError(f"the mask {file} was changed after it was written.", fix="extract it again")
-        shapes = {site: (int(rows), int(columns)) for site, (rows, columns) in header["shapes"].items()}
-        return Mask({site: indices[site] for site in shapes}, shapes, header["a_checksum"], header["provenance"])
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        metadata, indices = read_tensors(file)
+        if _HEADER not in metadata:
+            raise ValueError(f"no {_HEADER} in its metadata")
+        header = parse_record(metadata[_HEADER])
+        version = header.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise PlanError(f"the mask {file} has schema version {shortened(ascii(version))}, not {SCHEMA_VERSION}.")
+        if header.pop("digest", None) != _digest(header, indices):
+            raise PlanError(f"the mask {file} was changed after it was written.\n  fix:  extract it again")
+        return _from_header(header, indices)
+    except ValueError as error:
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"{file} is no mask, or is damaged.", found=str(error), fix="extract it again") from error
 
 
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class _Header:
+    """A mask's header, field by field."""
+
+    schema_version: int
+    shapes: dict[str, tuple[Size, Size]]
+    a_checksum: str | None
+    provenance: dict[str, Any]
+
+
+@cache
+def _validator() -> TypeAdapter[_Header]:
+    """Prepare the check of a header's fields."""
+    return TypeAdapter(_Header)
+
+
+def _from_header(header: dict[str, Any], indices: Mapping[str, Tensor]) -> Mask:
+    """Put a mask together, raising ValueError where its parts are not those of one."""
+    try:
+        checked = _validator().validate_python(header)
+    except ValidationError as error:
+        raise ValueError(describe_problem(error)) from error
+    if differing := set(checked.shapes) ^ set(indices):
+        raise ValueError(f"{min(differing)!a} has either a shape or positions, not both")
+    for site, (rows, columns) in checked.shapes.items():
+        if not _are_positions(indices[site], rows * columns):
+            raise ValueError(f"positions of {site} that are not int32, not rising, or outside {rows} x {columns}")
+    ordered = {site: indices[site] for site in checked.shapes}
+    return Mask(ordered, checked.shapes, checked.a_checksum, checked.provenance)
+
+
+def _are_positions(kept: Tensor, num_entries: int) -> bool:
+    """Tell whether kept entries rise within their matrix."""
+    if kept.dtype != torch.int32 or kept.ndim != 1:
+        return False
+    if len(kept) == 0:
+        return True
+    return bool(kept[0] >= 0) and int(kept[-1]) < num_entries and bool((kept[1:] > kept[:-1]).all())
+
+
 def b_shapes(placements: Iterable[Placement], sites: Mapping[str, Site]) -> dict[str, tuple[int, int]]:
     """Give the shape of every sparse B: (out, LoRA experts times rank)."""
     sparse = [placement for placement in placements if placement.sparsity]
-    return {p.site: (sites[p.site].out_features, p.num_experts * p.rank) for p in sparse}
-
-
-def random_mask(placements: Iterable[Placement], sites: Mapping[str, Site], seed: int) -> Mask:
-    """Draw kept entries at random: the control for a mask that training made.
-
-    Args:
-        placements: The plan's placements.
-        sites: The model's sites by name.
-        seed: Seed of the draw.
-
-    Returns:
-        A mask with exactly as many kept entries as the plan counts, spread over the sites by their size.
-    """
-    sparse = [placement for placement in placements if placement.sparsity]
-    shapes = b_shapes(sparse, sites)
-    indices: dict[str, Tensor] = {}
-    for sparsity in sorted({placement.sparsity for placement in sparse}):
-        group = [placement for placement in sparse if placement.sparsity == sparsity]
-        sizes = [placement.num_b_entries(sites[placement.site]) for placement in group]
-        total, seen, given = num_kept(sum(sizes), sparsity), 0, 0
-        for placement, size in zip(group, sizes, strict=True):
-            seen += size
-            count = total * seen // sum(sizes) - given
-            given += count
-            name = hashlib.sha256(f"{seed}/mask/{placement.site}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(name[:7]))
-            drawn = torch.randperm(size, generator=generator)[:count]
-            indices[placement.site] = drawn.sort().values.to(torch.int32)
-    ordered = {site: indices[site] for site in shapes}
-    return Mask(ordered, shapes, provenance={"made": "at random", "seed": seed})
+    return {p.site: (sites[p.site].out_features, p.total_rank) for p in sparse}
 
 
 def _digest(header: dict[str, Any], indices: Mapping[str, Tensor]) -> str:
@@ -166,5 +181,5 @@ def _digest(header: dict[str, Any], indices: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for site in sorted(indices):
         total.update(site.encode())
-        total.update(indices[site].contiguous().numpy().tobytes())
+        total.update(indices[site].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

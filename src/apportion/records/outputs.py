@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from apportion.errors import OutputExistsError, OutputPathError
 from apportion.records.files import is_full, require_empty, write_error
+from apportion.records.json_file import MAX_JSON_BYTES, parse_record
 from apportion.records.profile import PROFILE_HEADER
 
 OutputKind = Literal["profile", "plan", "report", "study page", "study data", "picture"]
 
 _HEAD_BYTES = 4096
-_MOST_JSON_BYTES = 1 << 28  # nothing larger is read to find out what it is
 
 
 def check_output(
@@ -128,7 +127,7 @@ def _may_be_replaced(path: Path, kind: OutputKind) -> bool:
     """Tell whether a file holds nothing, or what is written again."""
     try:
         return path.stat().st_size == 0 or _KINDS[kind](path)
-    except (OSError, ValueError, RecursionError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         return False
 
 
@@ -140,10 +139,9 @@ def _is_profile(path: Path) -> bool:
 
 def _has_fields(path: Path, fields: Iterable[str]) -> bool:
     """Recognise a JSON object by its fields."""
-    if path.stat().st_size > _MOST_JSON_BYTES:
+    if path.stat().st_size > MAX_JSON_BYTES:
         return False
-    data: Any = json.loads(path.read_bytes())
-    return isinstance(data, dict) and set(fields) <= set(data)
+    return set(fields) <= set(parse_record(path.read_bytes()))
 
 
 def _head(path: Path) -> bytes:

@@ -1,130 +1,22 @@
-"""`Plan`: which sites get which adapter, and its file."""
+"""`Plan`: which sites get which adapter, how that was decided, and what it costs."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as validated_dataclass
-
 from apportion.errors import PlanError
-from apportion.records.braces import expand_braces, fold_braces, num_expanded
 from apportion.records.cost import Cost
-from apportion.records.files import seal, write_text
-from apportion.records.site import Site
+from apportion.records.files import write_text
+from apportion.records.json_file import read_json
+from apportion.records.placement import Placement
+from apportion.records.plan_schema import read_schema, seal_of_schema_1, write_schema
 
-SCHEMA_VERSION = 1
-MAX_WIDTH = 65_536  # rows of an A, over all LoRA experts of a site: no published model has a matrix as wide
-MAX_SITES = 1_000_000  # of a plan: the largest published models have about 100,000
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127  # in float32, in which adapters are computed
-
-_STRICT = ConfigDict(extra="forbid")
-_SHOWN = 60  # characters of a line in a message
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """One adapter at one site.
-
-    Args:
-        site: The site's name.
-        rank: Rank of the factors, of every LoRA expert where there are several.
-        alpha: Scale numerator: the adapter's output is multiplied by alpha / rank.
-        num_experts: LoRA experts at the site; one is plain LoRA.
-        top_k: LoRA experts that a token uses.
-        sparsity: Share of the entries of B that stay zero.
-    """
-
-    site: str
-    rank: int
-    alpha: float
-    num_experts: int = 1
-    top_k: int = 1
-    sparsity: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no adapter can have."""
-        _check_size(self.site, self.rank, self.alpha)
-        if not 0 <= self.sparsity < 1:
-            raise PlanError(f"{self.site} has sparsity {self.sparsity}.", fix="give a share of at least 0 and below 1")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise PlanError(
-                f"{self.site} has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.",
-                fix="give a top_k of at least 1 and at most the number of experts",
-            )
-        if self.num_experts * self.rank > MAX_WIDTH:
-            raise PlanError(
-                f"{self.site} has {self.num_experts} LoRA experts of rank {self.rank}.",
-                fix=f"give fewer experts or a lower rank: experts times rank may be at most {MAX_WIDTH}",
-            )
-
-    @property
-    def is_routed(self) -> bool:
-        """Whether the adapter has a router of its own: then its gate depends on the input, and it cannot be merged."""
-        return self.num_experts > 1
-
-    def num_router_parameters(self, site: Site) -> int:
-        """Count the weights of the router over the LoRA experts, where there is one."""
-        return self.num_experts * site.in_features if self.is_routed else 0
-
-    def num_b_entries(self, site: Site) -> int:
-        """Count the entries of B, of all LoRA experts, kept or not."""
-        return self.num_experts * self.rank * site.out_features
-
-    def num_parameters(self, site: Site) -> int:
-        """Count the factors of all LoRA experts, whole, and the router where there is one.
-
-        Args:
-            site: The site, for its widths.
-
-        Returns:
-            The number of parameters.
-        """
-        return self.num_experts * site.num_parameters(self.rank) + self.num_router_parameters(site)
-
-
-@validated_dataclass(frozen=True, config=_STRICT)
-class PlacementGroup:
-    """Placements that differ in their site alone, their names written with braces: ``a.{0,3}.{gate,up}``."""
-
-    rank: int
-    alpha: float
-    sites: list[str]
-    num_experts: int = 1
-    top_k: int = 1
-    sparsity: float = 0.0
-
-    def settings(self) -> dict[str, Any]:
-        """Give everything but the sites."""
-        return {name: getattr(self, name) for name in ("rank", "alpha", "num_experts", "top_k", "sparsity")}
-
-
-@validated_dataclass(frozen=True, config=_STRICT)
-class _PlanFile:
-    """The plan's JSON, field by field."""
-
-    schema_version: int
-    method: str
-    options: dict[str, Any]
-    rank: int
-    alpha: float
-    seed: int
-    model: str
-    base_model: str | None
-    fingerprint: str
-    profile_digest: str | None
-    cost: dict[str, Any]
-    placements: list[PlacementGroup]
-    seal: str
+PLAIN, LORI = "plain", "lori"
 
 
 @dataclass(frozen=True)
@@ -142,7 +34,9 @@ class Plan:
         fingerprint: The architecture that the plan is for.
         profile_digest: Digest of the profile that the plan was made from, if any.
         cost: Exact cost.
-        placements: One entry a site, in the layout's order.
+        placements: One entry per site, in the layout's order.
+        procedure: What happens to the adapters in training: its ``name`` and its arguments.
+        derived_from: Seals of the plans that this one was made from, if it was.
     """
 
     method: str
@@ -156,6 +50,8 @@ class Plan:
     profile_digest: str | None
     cost: Cost
     placements: tuple[Placement, ...] = field(repr=False)
+    procedure: dict[str, Any] = field(default_factory=lambda: {"name": PLAIN})
+    derived_from: tuple[str, ...] = ()
 
     @cached_property
     def by_site(self) -> dict[str, Placement]:
@@ -181,25 +77,24 @@ class Plan:
         """For each experts module with planned experts, their ids in rising order."""
         found: dict[str, set[int]] = {}
         for placement in self.placements:
-            match = re.fullmatch(r"(.+\.experts)\.(\d+)\.[^.]+", placement.site)
-            if match:
-                found.setdefault(match[1], set()).add(int(match[2]))
+            module, expert, _ = placement.name
+            if expert is not None:
+                found.setdefault(module, set()).add(expert)
         return {name: sorted(ids) for name, ids in found.items()}
+
+    @cached_property
+    def seal(self) -> str:
+        """SHA-256 over the whole plan."""
+        return str(self.as_dict()["seal"])
+
+    @cached_property
+    def known_seals(self) -> tuple[str, str]:
+        """The plan's seal, and the one that earlier versions of its file gave it."""
+        return self.seal, seal_of_schema_1(self._values())
 
     def as_dict(self) -> dict[str, Any]:
         """Give plain data, as in the file."""
-        data = {
-            "schema_version": SCHEMA_VERSION,
-            **{
-                name: getattr(self, name)
-                for name in ("method", "options", "rank", "alpha", "seed", "model", "base_model")
-            },
-            "fingerprint": self.fingerprint,
-            "profile_digest": self.profile_digest,
-            "cost": self.cost.as_dict(),
-            "placements": [asdict(group) for group in group_placements(self.placements)],
-        }
-        return data | {"seal": seal(data)}
+        return write_schema(self._values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -210,7 +105,7 @@ class Plan:
         """Rebuild a plan from `as_dict` and check that it is whole.
 
         Args:
-            data: Plain data.
+            data: Plain data, of this schema or the one before.
 
         Returns:
             The plan.
@@ -219,111 +114,11 @@ class Plan:
             PlanError: a field is missing, unknown or of the wrong type, the schema is another, the contents do not
                 match the seal, or they ask for what no adapter can be.
         """
-        try:
-            file = TypeAdapter(_PlanFile).validate_python(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the whole file"
-            raise PlanError("it is no valid plan.", place=place, found=first["msg"]) from error
-        if file.schema_version != SCHEMA_VERSION:
-            raise PlanError(f"it has schema version {file.schema_version}; this apportion reads {SCHEMA_VERSION}.")
-        if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
-            raise PlanError("it was changed after it was written: its contents do not match its seal.")
-        _check_size("the plan", file.rank, file.alpha)
-        _check_number_of_sites(file.placements)
-        return cls(
-            **{
-                name: getattr(file, name)
-                for name in ("method", "options", "rank", "alpha", "seed", "model", "base_model")
-            },
-            fingerprint=file.fingerprint,
-            profile_digest=file.profile_digest,
-            cost=Cost.from_dict(file.cost),
-            placements=tuple(
-                Placement(site=site, **group.settings())
-                for group in file.placements
-                for pattern in group.sites
-                for site in expand_braces(pattern)
-            ),
-        )
+        return cls(**read_schema(data))
 
-
-def _check_size(owner: str, rank: int, alpha: float) -> None:
-    """Refuse a rank that no matrix has, and a scale that float32 cannot hold."""
-    if not 1 <= rank <= MAX_WIDTH:
-        raise PlanError(f"{owner} has rank {rank}.", fix=f"give a whole number from 1 to {MAX_WIDTH}")
-    if not SMALLEST_SCALE <= alpha / rank <= LARGEST_SCALE:
-        raise PlanError(
-            f"{owner} has alpha {alpha} and rank {rank}: float32 cannot hold the scale alpha / rank.",
-            fix="give an alpha near the rank, such as twice the rank",
-        )
-
-
-def _check_number_of_sites(groups: Sequence[PlacementGroup]) -> None:
-    """Count what the lines of a plan stand for, before any of it is made."""
-    total = 0
-    for number, group in enumerate(groups):
-        for line, pattern in enumerate(group.sites):
-            place = f"placements.{number}.sites.{line}"
-            shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}..."
-            try:
-                total += num_expanded(pattern)
-            except PlanError as error:
-                raise PlanError(f"a line of it names no sites: {error}.", place=place, found=shown) from error
-            if total > MAX_SITES:
-                raise PlanError(
-                    f"it names more than {MAX_SITES:,} sites, which no model has.", place=place, found=shown
-                )
-
-
-def num_kept_entries(placements: Iterable[Placement], sites: Mapping[str, Site]) -> int:
-    """Count the entries of B that sparse placements keep.
-
-    Of each sparsity, that is the share of all its sites' entries together, rounded up.
-
-    Args:
-        placements: Placements, sparse or not.
-        sites: The model's sites by name.
-
-    Returns:
-        The number of entries.
-    """
-    entries: Counter[float] = Counter()
-    for placement in placements:
-        entries[placement.sparsity] += placement.num_b_entries(sites[placement.site])
-    return sum(num_kept(count, sparsity) for sparsity, count in entries.items() if sparsity)
-
-
-def num_kept(entries: int, sparsity: float) -> int:
-    """Count what a sparsity leaves of a number of entries, rounded up.
-
-    Args:
-        entries: Entries.
-        sparsity: Share that is left out.
-
-    Returns:
-        Entries that are kept.
-
-    Example:
-        >>> num_kept(21_004_288, 0.9)
-        2100429
-    """
-    return math.ceil(round((1 - sparsity) * entries, 6))
-
-
-def num_trainable(placements: Sequence[Placement], sites: Mapping[str, Site]) -> int:
-    """Count the parameters that placements train: whole factors; of sparse ones the kept entries of B; routers.
-
-    Args:
-        placements: The placements.
-        sites: The model's sites by name.
-
-    Returns:
-        The number of parameters.
-    """
-    whole = sum(p.num_parameters(sites[p.site]) for p in placements if not p.sparsity)
-    routers = sum(p.num_router_parameters(sites[p.site]) for p in placements if p.sparsity)
-    return whole + routers + num_kept_entries(placements, sites)
+    def _values(self) -> dict[str, Any]:
+        """Give the fields by name."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -343,27 +138,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(
             f"there is no plan {file}.", fix=f"make one with: apportion plan PROFILE --method NAME -o {file}"
         )
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {file} is truncated or no JSON.", found=str(error), fix="plan again") from error
-    if not isinstance(data, dict):
-        raise PlanError(f"the plan {file} is no plan: it holds a {type(data).__name__}.", fix="plan again")
+    data = read_json(
+        file,
+        lambda found: PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {found}\n  fix:    plan again"),
+    )
     try:
         return Plan.from_dict(data)
     except PlanError as error:
-        raise error.within(f"the plan {file} cannot be used").adding(fix="plan again") from error
-
-
-def group_placements(placements: Iterable[Placement]) -> list[PlacementGroup]:
-    """Gather placements with equal settings, with one line of braces for the experts of a layer."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for placement in placements:
-        key = (placement.rank, placement.alpha, placement.num_experts, placement.top_k, placement.sparsity)
-        groups.setdefault(key, []).append(placement.site)
-    return [
-        PlacementGroup(
-            rank=rank, alpha=alpha, num_experts=experts, top_k=top_k, sparsity=sparsity, sites=fold_braces(names)
-        )
-        for (rank, alpha, experts, top_k, sparsity), names in groups.items()
-    ]
+        raise PlanError(f"the plan {file} cannot be used: {error}\n  fix:    plan again") from error

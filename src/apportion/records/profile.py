@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apportion.errors import ProfileError
+from apportion.errors import ProfileError, shortened
 from apportion.records.files import whole_file
+from apportion.records.json_file import parse_record
+from apportion.records.numbers import Amount, Size, describe_problem
 from apportion.records.site import Layout
-from apportion.records.tensors import digest
+from apportion.records.tensors import TensorFileError, digest, read_tensors
 
 SCHEMA_VERSION = 1
 PROFILE_HEADER = "apportion_profile"
@@ -184,10 +189,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             f"there is no profile {file}.", fix=f"make one with: apportion profile MODEL --data DATA -o {file}"
         )
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+        metadata, tensors = read_tensors(file)
+    except TensorFileError as error:
         raise ProfileError(
             f"the profile {file} cannot be read: it is truncated or not a safetensors file.",
             found=str(error),
@@ -198,27 +201,109 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             f"{file} is a safetensors file, but not a profile.", fix="give a file that apportion profile wrote"
         )
     try:
-        header = json.loads(metadata[PROFILE_HEADER])
-        written = header.pop("digest")
-        if header["schema_version"] != SCHEMA_VERSION:
+        header = parse_record(metadata[PROFILE_HEADER])
+        version = header.get("schema_version")
+        if version != SCHEMA_VERSION:
             raise ProfileError(
-                f"the profile {file} has schema version {header['schema_version']}; this apportion reads "
-                f"{SCHEMA_VERSION}.",
-                fix="profile again, or install the version that wrote it",
+                f"the profile {file} has schema version {shortened(ascii(version))}; this apportion reads "
+                f"{SCHEMA_VERSION}.\n  fix:  profile again, or install the version that wrote it"
             )
-        profile = Profile(
-            layout=Layout.from_dict(header["layout"]),
-            counts={task: tensors[f"counts/{task}"] for task in header["tokens"]},
-            routing_mass={task: tensors[f"routing_mass/{task}"] for task in header["tokens"]},
-            tokens=header["tokens"],
-            sensitivity=header["sensitivity"],
-            provenance=header["provenance"],
-        )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ProfileError(f"the profile {file} is damaged.", found=repr(error), fix="profile again") from error
-    if written != digest(header, tensors):
+        profile = _from_header(header, tensors)
+    except ValueError as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"the profile {file} is damaged.\n  found:  {error}\n  fix:    profile again") from error
+    if header.pop("digest") != digest(header, tensors):
         raise ProfileError(
             f"the profile {file} was changed after it was written: its contents do not match its digest.",
             fix="profile again",
         )
+    _check_measured(file, profile)
     return profile
+
+
+def check_totals(layout: Layout, counts: Tensor, mass: Tensor, sensitivity: Mapping[str, float]) -> None:
+    """Refuse totals of one task that no measurement gives.
+
+    Args:
+        layout: The model's sites.
+        counts: Selections: int64, shape (L, E), zero beyond a layer's own experts.
+        mass: Summed routing weights: float64, of the same shape.
+        sensitivity: Squared gradient norms by site.
+
+    Raises:
+        ValueError: a tensor has another type or shape than the layout's, a number is negative or not finite, or a site
+            is none of the layout's.
+    """
+    widths = [block.num_experts for block in layout.blocks]
+    shape = (len(widths), max(widths, default=0))
+    for totals, dtype in ((counts, torch.int64), (mass, torch.float64)):
+        if totals.dtype != dtype or totals.shape != shape:
+            raise ValueError(
+                f"totals of type {totals.dtype} and shape {tuple(totals.shape)}, expected {dtype} and {shape}"
+            )
+        if not bool((totals >= 0).all() and totals.isfinite().all()):
+            raise ValueError("totals that are negative or not finite")
+        if any(bool(row_E[width:].any()) for row_E, width in zip(totals, widths, strict=True)):
+            raise ValueError("totals of experts that their layer does not have")
+    if not all(math.isfinite(norm) and norm >= 0 for norm in sensitivity.values()):
+        raise ValueError("sensitivities that are negative or not finite")
+    if unknown := set(sensitivity) - set(layout.by_name):
+        raise ValueError(f"the sensitivity of {min(unknown)!a}, which the model lacks")
+
+
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class _Header:
+    """A profile's header, field by field."""
+
+    schema_version: int
+    layout: dict[str, Any]
+    tokens: dict[str, Size]
+    sensitivity: dict[str, dict[str, Amount]]
+    provenance: dict[str, Any]
+    digest: str
+
+
+@cache
+def _validator() -> TypeAdapter[_Header]:
+    """Prepare the check of a header's fields."""
+    return TypeAdapter(_Header)
+
+
+def _from_header(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
+    """Put a profile together, raising ValueError where its parts are not those of one."""
+    try:
+        checked = _validator().validate_python(header)
+    except ValidationError as error:
+        raise ValueError(describe_problem(error)) from error
+    layout = Layout.from_dict(checked.layout)
+    names = {f"{kind}/{task}" for kind in ("counts", "routing_mass") for task in checked.tokens}
+    if names != set(tensors):
+        raise ValueError(f"tensors that are missing or that no task has: {min(names ^ set(tensors))!a}")
+    return Profile(
+        layout=layout,
+        counts={task: tensors[f"counts/{task}"] for task in checked.tokens},
+        routing_mass={task: tensors[f"routing_mass/{task}"] for task in checked.tokens},
+        tokens=checked.tokens,
+        sensitivity=checked.sensitivity,
+        provenance=checked.provenance,
+    )
+
+
+def _check_measured(file: Path, profile: Profile) -> None:
+    """Refuse a profile that no measurement gives, though its digest fits."""
+    measurable = {site.name for site in profile.layout.sites() if site.storage != "weight"}
+    try:
+        if unknown := set(profile.sensitivity) - set(profile.tasks):
+            raise ValueError(f"the sensitivity of a task {min(unknown)!a}, which it does not have")
+        for task in profile.tasks:
+            norms = profile.sensitivity.get(task, {})
+            check_totals(profile.layout, profile.counts[task], profile.routing_mass[task], norms)
+            if task in profile.sensitivity and (missing := measurable - set(norms)):
+                raise ValueError(f"no sensitivity of {min(missing)!a} for task {task!a}")
+            if task in profile.sensitivity and not any(norms.values()):
+                raise ValueError(f"sensitivities of task {task!a} that are all zero")
+    except ValueError as error:
+        raise ProfileError(
+            f"the profile {file} holds what no measurement gives.\n  found:  {error}\n  fix:    profile again"
+        ) from error

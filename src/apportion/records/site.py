@@ -6,15 +6,22 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from apportion.records.numbers import Count, Size, describe_problem
 
 Kind = Literal["attention", "router", "experts", "shared", "dense"]
 Storage = Literal["linear", "fused", "weight"]
 
+MAX_SITES = 1_000_000  # of a model: the largest published ones have about 100,000
+_STRICT = ConfigDict(extra="forbid")
 KINDS: tuple[Kind, ...] = ("attention", "router", "experts", "shared", "dense")
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Site:
     """One weight matrix that an adapter can stand on.
@@ -33,11 +40,11 @@ class Site:
 
     name: str
     kind: Kind
-    layer: int
+    layer: Count
     projection: str
-    in_features: int
-    out_features: int
-    expert: int | None = None
+    in_features: Size
+    out_features: Size
+    expert: Count | None = None
     storage: Storage = "linear"
 
     def num_parameters(self, rank: int) -> int:
@@ -45,16 +52,18 @@ class Site:
         return rank * (self.in_features + self.out_features)
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Projection:
     """One projection that every expert of a block has: its short name, the last part of its site names, its shape."""
 
     name: str
     suffix: str
-    in_features: int
-    out_features: int
+    in_features: Size
+    out_features: Size
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class ExpertBlock:
     """The routed experts of one layer.
@@ -69,9 +78,9 @@ class ExpertBlock:
     """
 
     name: str
-    layer: int
-    num_experts: int
-    top_k: int
+    layer: Count
+    num_experts: Size
+    top_k: Size
     projections: tuple[Projection, ...]
     storage: Storage = "fused"
 
@@ -89,6 +98,7 @@ class ExpertBlock:
         )
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True)
 class Layout:
     """All sites of one model, and enough about the model to tell it from others.
@@ -104,7 +114,7 @@ class Layout:
 
     model_class: str
     model_type: str
-    base_parameters: int
+    base_parameters: Size
     fingerprint: str
     others: tuple[Site, ...] = ()
     blocks: tuple[ExpertBlock, ...] = field(default=())
@@ -150,15 +160,28 @@ class Layout:
             The layout.
 
         Raises:
-            KeyError: a field is missing.
-            TypeError: a field is unknown.
+            ValueError: a field is missing, unknown or of another type, a number is none that a model can have, or two
+                sites have one name.
         """
-        blocks = tuple(
-            ExpertBlock(**{**block, "projections": tuple(Projection(**p) for p in block["projections"])})
-            for block in data["blocks"]
-        )
-        others = tuple(Site(**site) for site in data["others"])
-        return cls(**{**data, "others": others, "blocks": blocks})
+        try:
+            layout = _validator().validate_python(data)
+        except ValidationError as error:
+            raise ValueError(f"layout.{describe_problem(error)}") from error
+        if any(site.kind == "experts" or site.expert is not None for site in layout.others):
+            raise ValueError("an expert's site outside the experts")
+        per_block = (block.num_experts * max(1, len(block.projections)) for block in layout.blocks)
+        count = len(layout.others) + sum(per_block)
+        if count > MAX_SITES:
+            raise ValueError(f"{count:,} sites, which no model has")
+        if len(layout.by_name) < sum(1 for _ in layout.sites()):
+            raise ValueError("two sites of one name")
+        return layout
+
+
+@cache
+def _validator() -> TypeAdapter[Layout]:
+    """Prepare the check of a layout's fields."""
+    return TypeAdapter(Layout)
 
 
 def fingerprint(model_type: str, shapes: dict[str, tuple[int, ...]]) -> str:

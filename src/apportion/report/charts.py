@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
+from apportion.records.site_name import SiteName
 from apportion.report.material import Material
 from apportion.study.records import Interval, Run
 from apportion.study.settings import FULL
 
-_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.[^.]+")
-_LAYER = re.compile(r"(?:.*?\.)?(?P<layer>\d+)\.(?P<rest>.+)")
 _DIGITS = 6
 
 
@@ -55,9 +53,8 @@ def matrix_place(site: str) -> tuple[int, str]:
         >>> matrix_place("model.layers.0.self_attn.q_proj")
         (0, 'self_attn.q_proj')
     """
-    match = _LAYER.fullmatch(site)
-    layer, rest = (int(match["layer"]), match["rest"]) if match else (0, site)
-    return layer, re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", rest)
+    name = SiteName.parse(site)
+    return name.layer or 0, name.below_layer
 
 
 def _profile(name: str, profile: Profile) -> dict[str, Any]:
@@ -161,9 +158,9 @@ def _expert_ranks(plan: Plan, profile: Profile | None) -> list[dict[str, int]]:
     """List each planned expert: its row among the layers with experts, its id, and its largest rank."""
     ranks: dict[tuple[str, int], int] = {}
     for placement in plan.placements:
-        match = _EXPERT.fullmatch(placement.site)
-        if match:
-            key = (match["block"], int(match["expert"]))
+        module, expert, _ = placement.name
+        if expert is not None:
+            key = (module, expert)
             ranks[key] = max(ranks.get(key, 0), placement.rank)
     rows = {block: row for row, block in enumerate(profile.layers if profile else plan.experts_by_layer())}
     return [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apportion.methods.registry import METHODS
+from apportion.records.options import MethodOptions
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 
@@ -49,13 +50,14 @@ def plan_command(plan: Plan, profile: str, output: str) -> str:
     """
     words = ["plan", profile, "--method", plan.method, "--rank", str(plan.rank), "--alpha", f"{plan.alpha:g}"]
     words += ["--seed", str(plan.seed)]
-    defaults = METHODS[plan.method].options().model_dump(mode="json") if plan.method in METHODS else {}
-    for name, value in plan.options.items():
-        if name == "ranks":
-            for kind, rank in value.items():
-                words += [f"--rank-{kind}", str(rank)]
-        elif value is not None and value != defaults.get(name):
-            words += [_flag(name), _text(value)]
+    model = METHODS[plan.method].options if plan.method in METHODS else MethodOptions
+    given = model.differing(plan.options)
+    for flag in model.flags():
+        value = given.get(flag.option)
+        if flag.key is not None:
+            value = (value or {}).get(flag.key)
+        if value is not None:
+            words += [flag.spelling, _text(value)]
     return _line([*words, "-o", output])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from apportion.demo import RESULTS_FILE
 from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.records.json_file import read_json
 from apportion.records.plan import Plan, load_plan
 from apportion.records.profile import Profile, load_profile
 from apportion.report.commands import demo_command, plan_command, profile_command
@@ -118,12 +118,14 @@ def _read_study(folder: Path) -> Material:
 def _read_demo(folder: Path) -> Material:
     """Read a demonstration's results, profile and plans."""
     file = folder / RESULTS_FILE
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{file} is damaged.", found=str(error), fix="run the demonstration again") from error
-    if not isinstance(results, dict) or not {"settings", "runs"} <= set(results):
-        raise ConfigurationError(f"{file} holds no results of a demonstration.", fix=f"give {_TAKEN}")
+    results = read_json(
+        file,
+        lambda found: ConfigurationError(
+            f"{file} is damaged.\n  found:  {found}\n  fix:    run the demonstration again"
+        ),
+    )
+    if not {"settings", "runs"} <= set(results):
+        raise ConfigurationError(f"{file} holds no results of a demonstration.\n  fix:  give {_TAKEN}")
     measured = load_profile(folder / "profile.safetensors")
     return Material(
         "demonstration",

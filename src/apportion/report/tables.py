@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from apportion.records.plan import Plan, group_placements
+from apportion.records.placement import Placement, group_placements
+from apportion.records.plan import Plan
 from apportion.report.material import Material
 from apportion.study.records import CellSummary, Comparison, Interval, Run, Summary, Trial
 
@@ -186,7 +187,8 @@ def _demo(results: dict[str, Any]) -> Table:
 
 def _placements(plan: Plan) -> Table:
     """One row a pattern of sites."""
-    rows = [(group, pattern) for group in group_placements(plan.placements) for pattern in group.sites]
+    groups = group_placements(plan.placements)
+    rows = [(Placement(pattern, group.shape), pattern) for group in groups for pattern in group.sites]
     return _table(
         "Adapters",
         "Which matrices get an adapter. Braces stand for any of their parts.",

@@ -7,8 +7,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from apportion.errors import ConfigurationError, PlanError
+from apportion.errors import ConfigurationError, PlanError, shortened
 from apportion.records.files import write_text
+from apportion.records.json_file import JsonError, read_json, require_finite
+from apportion.records.numbers import describe_problem
 from apportion.records.plan import Plan, load_plan
 from apportion.records.profile import Profile, load_profile
 from apportion.study.contents import KEY_DIGITS
@@ -32,14 +34,23 @@ def read_record(path: Path, kind: type[R]) -> R:
     Raises:
         ConfigurationError: the file is damaged, or holds the record of another key.
     """
+
+    def damaged(found: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{path} is damaged, or of another version of apportion.\n  found:  {found}\n"
+            "  fix:    remove it, and run the study again"
+        )
+
+    data = read_json(path, damaged)
     try:
-        record = kind.model_validate_json(path.read_bytes())
+        require_finite(data)
+        record = kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError(
-            f"{path} is damaged, or of another version of apportion.", fix="remove it, and run the study again"
-        ) from error
+        raise damaged(describe_problem(error)) from error
+    except JsonError as error:
+        raise damaged(str(error)) from error
     if getattr(record, "key", path.stem) != path.stem:
-        raise foreign(path, f"the key {getattr(record, 'key', None)}")
+        raise foreign(path, f"the key {shortened(str(getattr(record, 'key', None)))}")
     return record
 
 
@@ -60,11 +71,11 @@ def read_base(path: Path, model: str, settings: StudySettings, contents: Content
     """
     base = read_record(path, Base)
     if base.model != model:
-        raise foreign(path, f"the model {base.model!r}")
+        raise foreign(path, f"the model {shortened(repr(base.model))}")
     if base.weights != contents.weights[model]:
         raise foreign(path, f"other weights of {model!r}")
     if {*base.before} != {*settings.tasks} or not {*base.stability} <= {*settings.tasks}:
-        raise foreign(path, f"the tasks {', '.join({**base.before, **base.stability})}")
+        raise foreign(path, f"the tasks {shortened(', '.join({**base.before, **base.stability}))}")
     return base
 
 
@@ -86,7 +97,7 @@ def read_profile(path: Path, model: str, settings: StudySettings) -> Profile:
     profile = load_profile(path)
     measured = profile.provenance.get("model", model)
     if measured != model:
-        raise foreign(path, f"the model {measured!r}")
+        raise foreign(path, f"the model {shortened(repr(measured))}")
     if {*profile.tasks} != {*settings.tasks}:
         raise foreign(path, f"the tasks {', '.join(profile.tasks)}")
     return profile
@@ -108,7 +119,7 @@ def read_plan(folder: Path, plan: str, plan_seal: str | None) -> Plan:
     """
     path = folder / plan
     made = load_plan(path)
-    if made.as_dict()["seal"] != plan_seal:
+    if plan_seal not in made.known_seals:
         raise PlanError(
             f"{path} holds another plan than the one of this study.", fix="remove it, and run the study again"
         )
@@ -128,7 +139,7 @@ def keep_plan(folder: Path, made: Plan) -> tuple[str, str]:
     Raises:
         PlanError: its file is there already and damaged, or holds another plan.
     """
-    plan_seal = made.as_dict()["seal"]
+    plan_seal = made.seal
     path = f"{PLANS}/{plan_seal[:KEY_DIGITS]}.json"
     if (folder / path).is_file():
         read_plan(folder, path, plan_seal)

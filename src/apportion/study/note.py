@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from apportion.errors import ConfigurationError, OutputExistsError
 from apportion.records.files import write_text
+from apportion.records.json_file import read_json
 from apportion.records.locks import LOCK_FILES
+from apportion.records.numbers import describe_problem
 from apportion.study.contents import changed_contents
 from apportion.study.records import Contents
 from apportion.study.settings import StudySettings
@@ -172,12 +174,18 @@ def read_note(path: Path) -> Note | None:
     file = path / STUDY_FILE
     if not file.is_file():
         return None
+
+    def damaged(found: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{file} is damaged, or of another version of apportion.\n  found:  {found}\n"
+            "  fix:    choose another folder with -o"
+        )
+
+    data = read_json(file, damaged)
     try:
-        return Note.model_validate_json(file.read_bytes())
+        return Note.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError(
-            f"{file} is damaged, or of another version of apportion.", fix="choose another folder with -o"
-        ) from error
+        raise damaged(describe_problem(error)) from error
 
 
 def _is_ours(entry: Path) -> bool:

@@ -6,11 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from apportion.records.numbers import Amount, Count, Size, WholeNumber
+
 SCHEMA_VERSION = 2
 
 Unit = Literal["parameters", "flops"]
 Metric = Literal["exact_match", "loss"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PlanFile = Annotated[str, Field(pattern=r"^plans/[0-9a-f]{1,64}\.json$")]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Record(BaseModel):
@@ -57,7 +61,7 @@ class Score(_Record):
     """
 
     loss: float
-    exact_match: float | None
+    exact_match: Share | None
     items: tuple[bool, ...] = ()
 
 
@@ -102,23 +106,23 @@ class Run(_Record):
     method: str
     options: dict[str, Any]
     unit: Unit
-    budget: int
-    spent: int
-    rank: int | None
-    plan: str | None
+    budget: Count
+    spent: Count
+    rank: Size | None
+    plan: PlanFile | None
     plan_seal: str | None
-    seed: int
+    seed: WholeNumber
     lr: Rate
     before: Score
     after: Score
     unrelated_before: Score | None
     unrelated_after: Score | None
-    steps: int
-    tokens: int
-    train_s: float
-    peak_bytes: int
-    trainable_parameters: int
-    hot_set_drift: float | None
+    steps: Count
+    tokens: Count
+    train_s: Amount
+    peak_bytes: Count
+    trainable_parameters: Count
+    hot_set_drift: Share | None
     versions: dict[str, str]
 
 
@@ -171,10 +175,10 @@ class Trial(_Record):
     model: str
     task: str
     contender: str
-    budget: int
+    budget: Count
     lr: Rate
     loss: float | None
-    train_s: float
+    train_s: Amount
 
 
 class CellSummary(_Record):
@@ -186,9 +190,9 @@ class CellSummary(_Record):
     model: str
     task: str
     contender: str
-    budget: int
-    spent: int
-    seeds: int
+    budget: Count
+    spent: Count
+    seeds: Count
     exact_match: Interval | None
     loss: Interval
     forgetting: Interval | None
@@ -215,11 +219,11 @@ class Comparison(_Record):
 
     model: str
     task: str
-    budget: int
+    budget: Count
     contender: str
     reference: str
     metric: Metric
-    runs: int
+    runs: Count
     difference: Interval
     p: float
     p_corrected: float
@@ -252,8 +256,8 @@ class Summary(_Record):
     unit: Unit
     level: float
     reference: str
-    planned_runs: int
-    finished_runs: int
+    planned_runs: Count
+    finished_runs: Count
     cells: tuple[CellSummary, ...]
     comparisons: tuple[Comparison, ...]
     verdicts: tuple[str, ...]

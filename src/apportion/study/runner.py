@@ -172,7 +172,7 @@ class Bench:
                 "weights": self.weights,
                 "rows": [rows.train, rows.validation if trial else rows.held_out, self.contents.unrelated],
                 "job": asdict(job),
-                "training": asdict(self._train_settings(job, trial=trial)),
+                "training": self._train_settings(job, trial=trial).resolved(),
                 "hot": self.settings.profile.hot,
                 "versions": versions(self.settings),
             }

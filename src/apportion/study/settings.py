@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,17 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from apportion.data.sources import FILE_FORMATS
 from apportion.data.tasks import task_names
-from apportion.errors import ConfigurationError, DataError
-from apportion.methods.hot import parse_hot
+from apportion.errors import ConfigurationError, DataError, shortened
 from apportion.methods.registry import METHODS
 from apportion.records.files import seal
+from apportion.records.json_file import check_depth
+from apportion.records.option_texts import parse_hot
 from apportion.study.records import Metric, Unit
 
 FULL = "full"
 _OWN_KEYS = ("name", "method", "rank", "below_budget", "lr_low", "lr_high")
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+
+_RANK = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class _Settings(BaseModel):
@@ -58,21 +62,31 @@ class Contender(_Settings):
     def _gather_options(cls, value: Any) -> Any:
         if isinstance(value, Contender):
             return value
-        value = {"method": value} if isinstance(value, str) else dict(value)
-        value |= value.pop("options", {})
-        if "method" not in value:
-            raise ConfigurationError(f"contender {value.get('name', value)!r} has no method.", fix="give it one")
-        method = value["method"]
-        if method != FULL and method not in METHODS:
+        value = {"method": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("options", {}), dict):
             raise ConfigurationError(
-                f"there is no method {method!r}.", fix=_near(method, [*METHODS, FULL], "choose among")
+                f"a contender is {shortened(repr(value))}.\n"
+                "  fix:  give a method's name, or a table with method and options"
+            )
+        value = value | value.get("options", {})
+        value.pop("options", None)
+        if "method" not in value:
+            raise ConfigurationError(
+                f"contender {shortened(repr(value.get('name', value)))} has no method.\n  fix:  give it one"
+            )
+        method = value["method"]
+        if not isinstance(method, str) or (method != FULL and method not in METHODS):
+            raise ConfigurationError(
+                f"there is no method {shortened(repr(method))}.\n"
+                f"  fix:  {_near(str(method), [*METHODS, FULL], 'choose among')}"
             )
         options = () if method == FULL else METHODS[method].options.model_fields
         for key in value:
             if key not in (*_OWN_KEYS, *options):
                 raise ConfigurationError(
-                    f"contender {value.get('name', method)!r} has an unknown key {key!r}.",
-                    fix=_near(key, [*_OWN_KEYS, *options], "choose among"),
+                    f"contender {shortened(repr(value.get('name', method)))} has an unknown key "
+                    f"{shortened(repr(key))}.\n"
+                    f"  fix:  {_near(key, [*_OWN_KEYS, *options], 'choose among')}"
                 )
         own = {key: value[key] for key in _OWN_KEYS if key in value}
         return {"name": method} | own | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
@@ -179,9 +193,10 @@ class StudySettings(_Settings):
         for budget in value:
             method, _, rank = str(budget).partition(":")
             if isinstance(budget, str):
-                if method not in METHODS or not rank.isdigit() or int(rank) < 1:
+                if method not in METHODS or not _RANK.fullmatch(rank):
                     raise ConfigurationError(
-                        f"the budget {budget!r} is not understood.", fix="give a number, or METHOD:RANK such as lora:2"
+                        f"the budget {shortened(repr(budget))} is not understood.\n"
+                        "  fix:  give a number, or METHOD:RANK such as lora:2"
                     )
             elif budget < 1:
                 raise ConfigurationError(f"the budget {budget} buys nothing.", fix="give a number above 0")
@@ -197,7 +212,8 @@ class StudySettings(_Settings):
             object.__setattr__(self, "reference", names[0])
         if self.reference not in names:
             raise ConfigurationError(
-                f"the reference {self.reference!r} is no contender.", fix=_near(self.reference, names, "choose")
+                f"the reference {shortened(repr(self.reference))} is no contender.\n"
+                f"  fix:  {_near(self.reference, names, 'choose')}"
             )
         if self.contender(self.reference).method == FULL:
             raise ConfigurationError(
@@ -264,8 +280,10 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
         raise ConfigurationError(f"there is no study file {file}.", fix="give a .toml file, or options")
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the study file {file} is no TOML.", found=str(error)) from error
+        check_depth(data)
+    except (ValueError, RecursionError) as error:
+        found = "tables and lists stand too deep inside each other" if isinstance(error, RecursionError) else error
+        raise ConfigurationError(f"the study file {file} is no TOML.\n  found:  {found}") from error
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 
 
@@ -320,11 +338,12 @@ def _explained(error: ValidationError, place: str) -> ConfigurationError:
     if first["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"training": Training, "tuning": Tuning, "profile": Profiling}
         known = models.get(str(first["loc"][0]), StudySettings).model_fields
-        near = _near(str(first["loc"][-1]), known, "choose among")
-        return ConfigurationError(f"there is no key {where!r}.", place=place, fix=near)
-    if first["type"] == "missing":
-        return ConfigurationError(f"the key {where!r} is missing.", place=place, fix="give it")
-    return ConfigurationError(f"{where} = {first['input']!r} is wrong: {first['msg']}.", place=place)
+        text = f"there is no key {where!r}.\n  fix:  {_near(str(first['loc'][-1]), known, 'choose among')}"
+    elif first["type"] == "missing":
+        text = f"the key {where!r} is missing.\n  fix:  give it"
+    else:
+        text = f"{where} = {shortened(repr(first['input']))} is wrong: {first['msg']}."
+    return ConfigurationError(f"{text}\n  place:  {place}" if place else text)
 
 
 def _near(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, shortened
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.study.contents import base_key, profile_key
@@ -136,7 +136,7 @@ def _require_known_names(path: Path, record: Run | Trial, settings: StudySetting
     contenders = [contender.name for contender in settings.contenders]
     for name, known in (("model", settings.models), ("task", settings.tasks), ("contender", contenders)):
         if getattr(record, name) not in known:
-            raise foreign(path, f"the {name} {getattr(record, name)!r}, which the study does not have")
+            raise foreign(path, f"the {name} {shortened(repr(getattr(record, name)))}, which the study does not have")
 
 
 def _place(record: Run | Trial, settings: StudySettings) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from apportion.errors import ApportionWarning, TrainingError
-from apportion.records.files import sync, write_text
+from apportion.records.files import seal, sync, write_text
+from apportion.records.json_file import read_json
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -29,7 +30,7 @@ def seal_checkpoint(folder: Path) -> None:
     for path in _files(folder):
         sync(path)
         files[path.relative_to(folder).as_posix()] = _describe(path)
-    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps({"files": files, "seal": seal(files)}, indent=1) + "\n")
 
 
 def unseal_checkpoint(folder: Path) -> None:
@@ -73,20 +74,25 @@ def warn_of_unfinished(folder: Path, used: Path | None) -> None:
 
 def _check(checkpoint: Path) -> None:
     """Refuse a checkpoint whose files are not those that its list names."""
-    try:
-        expected: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        problems = [f"{name} is missing" for name in expected if not (checkpoint / name).is_file()]
-        present = [name for name in expected if (checkpoint / name).is_file()]
-        problems += [f"{name} was changed" for name in present if _describe(checkpoint / name) != expected[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        problems = [f"{MANIFEST} was changed"]
+    manifest = read_json(checkpoint / MANIFEST, lambda _found: _refusal(checkpoint, f"{MANIFEST} was changed"))
+    expected = manifest.get("files")
+    if not isinstance(expected, dict) or manifest.get("seal") != seal(expected):
+        raise _refusal(checkpoint, f"{MANIFEST} was changed")
+    problems = [f"{name} is missing" for name in expected if not (checkpoint / name).is_file()]
+    present = [name for name in expected if (checkpoint / name).is_file()]
+    problems += [f"{name} was changed" for name in present if _describe(checkpoint / name) != expected[name]]
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise TrainingError(
-            f"the run cannot go on from {checkpoint}: it is not as it was written.",
-            found=f"{problems[0]}{more}",
-            fix="put the file back, or remove this checkpoint to go on from the one before",
-        )
+        raise _refusal(checkpoint, *problems)
+
+
+def _refusal(checkpoint: Path, *problems: str) -> TrainingError:
+    """Say why a run cannot go on from a checkpoint."""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return TrainingError(
+        f"the run cannot go on from {checkpoint}: it is not as it was written.\n"
+        f"  found:  {problems[0]}{more}\n"
+        "  fix:    put the file back, or remove this checkpoint to go on from the one before"
+    )
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -6,56 +6,34 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from apportion.data.sources import Row
 from apportion.errors import AdapterError
 from apportion.peft.attach import apply
 from apportion.peft.state import non_finite
 from apportion.records.files import use_default_mode, write_text
-from apportion.records.plan import Plan
 from apportion.training.processes import on_first
-from apportion.training.runs import RUN_FILE, open_run
-from apportion.training.settings import TrainSettings
+from apportion.training.runs import Run, open_run
 from apportion.training.trainer import TrainResult, check_rows, fit
 
 RESULT_FILE = "training.json"
 
 
 def run_phase(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    rows: Sequence[Row],
-    folder: Path,
-    settings: TrainSettings,
-    *,
-    identity: dict[str, Any],
-    attach: dict[str, Any] | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    facts: dict[str, Any] | None = None,
+    model: PreTrainedModel, run: Run, identity: dict[str, Any], attach: dict[str, Any] | None = None
 ) -> TrainResult:
     """Attach a plan's adapters, train them once, and save them.
 
     Args:
         model: The base model; it gets the adapters.
-        tokenizer: Its tokenizer.
-        plan: The plan.
-        rows: Training rows.
-        folder: Folder for the adapter, the checkpoints and the run's facts.
-        settings: Settings of the run.
-        identity: As `run_identity` gives it.
+        run: What is trained, where and how.
+        identity: What a run that is resumed must share with this one, as `Run.identity` returns it.
         attach: More arguments for `apply`.
-        resume: Go on in a folder that the same run has left; begin if it is empty.
-        progress: Show a bar on standard error.
-        facts: More facts to keep in the folder.
 
     Returns:
         The trained model and the run's figures.
@@ -66,20 +44,20 @@ def run_phase(
         PlanMismatchError: the plan is for another model.
         TrainingError: the loss is not a number.
     """
-    last = on_first(lambda: open_run(folder, identity, resume=resume))
-    checked = check_rows(rows, tokenizer, settings.max_length)
-    peft_model = apply(model, plan, **{"seed": settings.seed, "dropout": settings.dropout} | (attach or {}))
-    run = {"identity": identity, "settings": settings.as_dict(), **(facts or {})}
-    on_first(lambda: write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n"))
+    folder, settings = run.folder, run.settings
+    last = on_first(lambda: open_run(folder, identity, resume=run.resume))
+    checked = check_rows(run.rows, run.tokenizer, settings.max_length)
+    peft_model = apply(model, run.plan, **{"seed": settings.seed, "dropout": settings.dropout} | (attach or {}))
+    on_first(lambda: run.write(identity))
     fitted = fit(
         peft_model,
-        tokenizer,
+        run.tokenizer,
         checked.rows,
         folder,
         settings,
         truncated=checked.truncated,
         checkpoint=last,
-        progress=progress,
+        progress=run.progress,
     )
     result = replace(fitted, left_out=checked.left_out)
     if not result.interrupted:

@@ -4,44 +4,72 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
-from apportion.records.files import require_empty, seal
+from apportion.records.files import require_empty, seal, write_text
+from apportion.records.json_file import read_json
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, warn_of_unfinished
 from apportion.training.settings import TrainSettings
 
 RUN_FILE = "run.json"
+_EARLIER_PLAN = "plan_schema_1"
 
 
-def run_identity(
-    plan: Plan, rows: Sequence[Row], settings: TrainSettings, facts: dict[str, Any] | None, mask: Mask | None = None
-) -> dict[str, Any]:
-    """Give what two sittings of one run must share.
+@dataclass(frozen=True)
+class Run:
+    """A training run: what is trained on what, where and how.
 
     Args:
+        tokenizer: The model's tokenizer.
         plan: The plan.
         rows: Training rows.
-        settings: The run's settings; how often checkpoints are written may differ.
-        facts: For the ``model``, its ``dtype`` and what it is ``on_top_of``.
-        mask: The mask that the run was given, if any.
-
-    Returns:
-        A digest of each.
+        folder: Folder for the adapter, the checkpoints and the run's facts.
+        settings: Settings of the run.
+        mask: For a sparse plan, the entries to train, where they were given.
+        resume: Go on in a folder that the same run has left; begin if it is empty.
+        progress: Show a bar on standard error.
+        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``, ``on_top_of``.
     """
-    shared = {name: value for name, value in settings.as_dict().items() if name != "save_every"}
-    base = {name: (facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
-    return {
-        "plan": plan.as_dict()["seal"],
-        "rows": seal({"rows": list(rows)}),
-        "settings": seal(shared),
-        "model": seal(base),
-        "mask": None if mask is None else mask.digest,
-    }
+
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    rows: Sequence[Row]
+    folder: Path
+    settings: TrainSettings
+    mask: Mask | None = None
+    resume: bool = False
+    progress: bool = True
+    facts: dict[str, Any] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return digests of what two sittings of the run must share; how often checkpoints are written may differ."""
+        shared = {name: value for name, value in self.settings.resolved().items() if name != "save_every"}
+        base = {name: (self.facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
+        return {
+            "plan": self.plan.seal,
+            _EARLIER_PLAN: self.plan.known_seals[1],
+            "rows": seal({"rows": list(self.rows)}),
+            "settings": seal(shared),
+            "model": seal(base),
+            "mask": None if self.mask is None else self.mask.digest,
+        }
+
+    def write(self, identity: dict[str, Any]) -> None:
+        """Write what the run was started with into its folder.
+
+        Args:
+            identity: As `identity` returns it, of this run or of the one that it is a phase of.
+        """
+        facts = {"identity": identity, "settings": self.settings.as_dict(), **(self.facts or {})}
+        write_text(self.folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
@@ -49,7 +77,7 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
 
     Args:
         folder: The folder.
-        identity: As `run_identity` gives it.
+        identity: As `Run.identity` returns it.
         resume: Whether a run in the folder may be gone on with.
 
     Returns:
@@ -68,7 +96,9 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
         require_empty(folder)
         return None
     before = _read_identity(run_file)
-    changed = [name for name, value in identity.items() if before.get(name) != value]
+    accepted: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in identity.items() if name != _EARLIER_PLAN}
+    accepted["plan"] += (identity.get(_EARLIER_PLAN),)  # of a run that an earlier version began
+    changed = [name for name, values in accepted.items() if before.get(name) not in values]
     if changed:
         raise ConfigurationError(
             f"the run in {folder} cannot be resumed: it was started with other {' and '.join(changed)}.",
@@ -81,14 +111,14 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
 
 def _read_identity(run_file: Path) -> dict[str, Any]:
     """Read what a run was started with."""
-    try:
-        identity = json.loads(run_file.read_text(encoding="utf-8"))["identity"]
-        if isinstance(identity, dict):
-            return identity
-        raise TypeError("identity is no object")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigurationError(
-            f"{run_file} is damaged, so the run cannot be resumed.",
-            found=repr(error),
-            fix="put the file back, or train into another folder",
-        ) from error
+
+    def damaged(found: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{run_file} is damaged, so the run cannot be resumed.\n  found:  {found}\n"
+            "  fix:    put the file back, or train into another folder"
+        )
+
+    identity = read_json(run_file, damaged).get("identity")
+    if not isinstance(identity, dict):
+        raise damaged("it does not say what the run was started with")
+    return identity

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from apportion.errors import ConfigurationError
-from apportion.peft.masks import Granularity
+from apportion.records.options import SparseTraining, read_options
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,7 @@ class TrainSettings:
         gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
         bf16: Compute in bfloat16 where autocast allows it.
         save_every: Steps between two checkpoints.
-        dense_steps: Of sparse plans, steps of the first phase; a tenth of the second's where not given.
-        dense_lr: Of sparse plans, the first phase's learning rate; a tenth of `lr` where not given.
-        mask_granularity: Of sparse plans, over what the largest entries are sought.
-        redraw_a: Of sparse plans, draw another A for the second phase, as LoRI's released code does.
-        store_a: Of sparse plans, keep the frozen A in the checkpoint.
+        sparse: Options of sparse plans' two phases; also as a dictionary of those that were given.
     """
 
     epochs: float = 3.0
@@ -53,11 +50,12 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     bf16: bool = False
     save_every: int = 100
-    dense_steps: int | None = None
-    dense_lr: float | None = None
-    mask_granularity: Granularity = "global"
-    redraw_a: bool = False
-    store_a: bool = False
+    sparse: SparseTraining = field(default_factory=SparseTraining)
+
+    def __post_init__(self) -> None:
+        """Read the options of sparse plans where they came as a dictionary."""
+        if isinstance(self.sparse, Mapping):
+            object.__setattr__(self, "sparse", read_options(SparseTraining, self.sparse, "training of sparse plans"))
 
     def check(self) -> None:
         """Refuse settings that no run can have.
@@ -72,27 +70,19 @@ class TrainSettings:
         if self.steps is not None and self.steps < 1:
             raise ConfigurationError(f"steps={self.steps} trains nothing.", fix="give at least 1")
         if self.steps is None and not self.epochs > 0:
-            raise ConfigurationError(f"epochs={self.epochs} trains nothing.", fix="give a number above 0")
-        if self.dense_steps is not None and self.dense_steps < 2:
-            raise ConfigurationError(
-                f"dense_steps={self.dense_steps} finds no mask: the first step warms up.", fix="give at least 2"
-            )
-        if self.dense_lr is not None and not self.dense_lr > 0:
-            raise ConfigurationError(f"dense_lr={self.dense_lr} trains nothing.", fix="give a number above 0")
-        if self.mask_granularity not in get_args(Granularity):
-            known = ", ".join(get_args(Granularity))
-            raise ConfigurationError(f"mask_granularity={self.mask_granularity!r} is none of {known}.")
+            raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
         for name in ("router_aux_loss", "balance_loss"):
             if not getattr(self, name) >= 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.", fix="give 0 or more")
         if not self.lr > 0:
             raise ConfigurationError(f"lr={self.lr} trains nothing.", fix="give a number above 0")
 
-    def of_sparse_plans(self) -> list[str]:
-        """Name the settings that were given and that sparse plans alone have."""
-        names = ("dense_steps", "dense_lr", "mask_granularity", "redraw_a", "store_a")
-        return [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data for JSON."""
-        return asdict(self)
+        """Return plain data for JSON: of the options of sparse plans, those that were given."""
+        return asdict(self) | {"sparse": self.sparse.model_dump(mode="json", include=set(self.sparse.given))}
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every setting as plain data, in which it makes no difference whether a default was given."""
+        settings = asdict(self) | self.sparse.model_dump(mode="json")
+        del settings["sparse"]
+        return settings

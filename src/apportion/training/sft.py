@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,9 +16,26 @@ from apportion.records.plan import Plan
 from apportion.training.lori import train_sparse
 from apportion.training.phase import run_phase
 from apportion.training.processes import locked_by_first
-from apportion.training.runs import run_identity
+from apportion.training.runs import Run
 from apportion.training.settings import TrainSettings
 from apportion.training.trainer import TrainResult
+
+
+class RunOptions(TypedDict, total=False):
+    """What `train` may be told beside the settings; a run's results do not depend on most of it.
+
+    Args:
+        mask: For a sparse plan, the entries to train, instead of those that a first phase finds.
+        resume: Go on in a folder that a run with the same settings, plan and rows has left; begin if it is empty.
+        progress: Show a bar on standard error; it does where not given.
+        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``; ``on_top_of``, as `merge_below` gives
+            it.
+    """
+
+    mask: Mask | None
+    resume: bool
+    progress: bool
+    facts: dict[str, Any] | None
 
 
 def train(
@@ -28,11 +45,7 @@ def train(
     rows: Sequence[Row],
     output: str | os.PathLike[str],
     settings: TrainSettings | None = None,
-    *,
-    mask: Mask | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    facts: dict[str, Any] | None = None,
+    **options: Unpack[RunOptions],
 ) -> TrainResult:
     """Attach a plan's adapters, train them on the rows' completions, and save them.
 
@@ -47,11 +60,7 @@ def train(
         rows: Training rows; the loss counts their completions alone, or all of a ``text`` row.
         output: Folder for the adapter, the checkpoints and the run's facts.
         settings: Settings of the run.
-        mask: For a sparse plan, the entries to train, instead of those that a first phase finds.
-        resume: Go on in a folder that a run with the same settings, plan and rows has left; begin if it is empty.
-        progress: Show a bar on standard error.
-        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``; ``on_top_of``, as `merge_below` gives
-            it.
+        **options: A ``mask``, ``resume``, ``progress`` and ``facts``, as `RunOptions` has them.
 
     Returns:
         The trained model and the run's figures.
@@ -64,23 +73,19 @@ def train(
         PlanMismatchError: the plan is for another model.
         TrainingError: the loss or a weight is not a number, or the newest checkpoint was changed.
     """
-    settings = settings or TrainSettings()
-    settings.check()
-    if settings.balance_loss and plan.is_mergeable:
+    run = Run(tokenizer, plan, rows, Path(output), settings or TrainSettings(), **options)
+    run.settings.check()
+    if run.settings.balance_loss and plan.is_mergeable:
         raise ConfigurationError(
             "a balance loss was asked for, and no adapter has several LoRA experts.",
             fix="leave it out, or plan with lora_smoe, mola or uniform",
         )
-    if not plan.is_sparse and (mask is not None or settings.of_sparse_plans()):
-        asked = "a mask" if mask is not None else ", ".join(settings.of_sparse_plans())
+    if not plan.is_sparse and (run.mask is not None or run.settings.sparse.given):
+        asked = "a mask" if run.mask is not None else ", ".join(run.settings.sparse.given)
         raise ConfigurationError(
             f"{asked} was given, and the plan is not sparse.", fix="leave it out, or plan with lori or hellori"
         )
-    folder = Path(output)
-    common: dict[str, Any] = {"resume": resume, "progress": progress, "facts": facts}
-    with locked_by_first(folder):
+    with locked_by_first(run.folder):
         if plan.is_sparse:
-            return train_sparse(model, tokenizer, plan, rows, folder, settings, mask=mask, **common)
-        identity = run_identity(plan, rows, settings, facts)
-        attach = {"on_top_of": (facts or {}).get("on_top_of")}
-        return run_phase(model, tokenizer, plan, rows, folder, settings, identity=identity, attach=attach, **common)
+            return train_sparse(model, run)
+        return run_phase(model, run, run.identity(), {"on_top_of": (run.facts or {}).get("on_top_of")})

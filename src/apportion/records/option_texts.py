@@ -1,0 +1,221 @@
+"""How options are written as text: ``25%``, ``coverage=0.6``, ``flops=80000``, ``4-15``. Text in, values out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from apportion.errors import ConfigurationError, shortened
+from apportion.records.site import KINDS
+
+_NUMBER = r"\d{1,18}"  # Python reads no number of thousands of digits
+_SHOWN = 60  # characters of an option in a message
+
+
+def parse_targets(value: Any) -> tuple[str, ...]:
+    """Read targets from a comma-separated text or a sequence, and check the kinds' names.
+
+    Args:
+        value: Such as ``"attention,experts.down"`` or ``["attention", "experts.down"]``.
+
+    Returns:
+        The targets without repetition, in the order given.
+
+    Raises:
+        ConfigurationError: there is none, or a kind is unknown.
+    """
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    targets = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not targets:
+        raise ConfigurationError(f"no targets were given.\n  fix:  choose among {', '.join(KINDS)}")
+    for target in targets:
+        kind = target.partition(".")[0]
+        if kind not in KINDS:
+            near = difflib.get_close_matches(kind, KINDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(KINDS)}"
+            raise ConfigurationError(f"there is no target {target!r}.\n  fix:  {hint}")
+    return targets
+
+
+def layer_ranges(value: str) -> list[tuple[int, int]]:
+    """Read ranges of decoder layers from a text, without listing the layers in them.
+
+    Args:
+        value: Such as ``4-15`` or ``0,2,4-7``.
+
+    Returns:
+        The first and the last layer of each range.
+
+    Raises:
+        ConfigurationError: the text is no list of layers.
+    """
+    ranges = []
+    for part in value.split(","):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:-\s*({_NUMBER})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+            raise ConfigurationError(
+                f"layers={shown!r} is not understood.\n  fix:  give layers such as 4-15 or 0,2,4-7"
+            )
+        ranges.append((first, last))
+    return ranges
+
+
+def check_layers(value: str | None) -> str | None:
+    """Check that a text is a list of layers, and return it as it is.
+
+    Args:
+        value: As `layer_ranges` takes it; None for all layers.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigurationError: it is no list of layers.
+    """
+    if value is not None:
+        layer_ranges(value)
+    return value
+
+
+def check_ranks(value: Mapping[str, int]) -> Mapping[str, int]:
+    """Check ranks of single kinds, and return them as they are.
+
+    Args:
+        value: Ranks by kind.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        ConfigurationError: a kind is unknown, or a rank is below 1.
+    """
+    for kind, rank in value.items():
+        if kind not in KINDS:
+            raise ConfigurationError(
+                f"there is no kind {kind!r} to give a rank.\n  fix:  choose among {', '.join(KINDS)}"
+            )
+        if rank < 1:
+            raise ConfigurationError(f"rank={rank} of {kind} is not a rank.\n  fix:  give a whole number of at least 1")
+    return value
+
+
+def parse_hot(value: Any) -> int | str:
+    """Read ``hot``: a number of experts, a percentage of them, or the share of routed slots to cover.
+
+    Args:
+        value: Such as ``8``, ``"8"``, ``"25%"`` or ``"coverage=0.6"``.
+
+    Returns:
+        A number, or the text in its shortest form.
+
+    Raises:
+        ConfigurationError: it is none of the three, or out of range.
+    """
+    text = str(value).strip().lower()
+    forms = 'a number of experts (8), a percentage ("25%") or a share of the routed slots ("coverage=0.6")'
+    try:
+        if text.endswith("%"):
+            percent = float(text[:-1])
+            if not 0 < percent <= 100:
+                raise ConfigurationError(
+                    f"hot={shortened(text)} is out of range.\n  fix:  give a percentage above 0 and up to 100"
+                )
+            return f"{percent:g}%"
+        if text.startswith("coverage="):
+            share = float(text.removeprefix("coverage="))
+            if not 0 < share <= 1:
+                raise ConfigurationError(
+                    f"hot={shortened(text)} is out of range.\n  fix:  give a share above 0 and up to 1"
+                )
+            return f"coverage={share:g}"
+        number = int(text)
+    except ValueError as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"hot={shortened(repr(value))} is not understood.\n  fix:  give {forms}") from error
+    if number < 1:
+        raise ConfigurationError(f"hot={number} keeps no expert.\n  fix:  give at least 1, or use the method attention")
+    return number
+
+
+def parse_budget(value: Any) -> str | None:
+    """Read a budget.
+
+    Args:
+        value: Such as ``5000000`` or ``"parameters=5000000"``, ``"flops=80000"`` or ``"experts=688"``; None for none.
+
+    Returns:
+        ``parameters=N``, ``flops=N`` or ``experts=N``.
+
+    Raises:
+        ConfigurationError: it is none of them.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"(?:(experts|parameters|flops)=)?([\d_,]{1,24})", str(value).strip().lower())
+    number = int(re.sub("[_,]", "", match[2]) or 0) if match else 0
+    if match is None or number < 1:
+        raise ConfigurationError(
+            f"budget={value!r} is not understood.\n"
+            "  fix:  give parameters (5000000), operations per token (flops=80000) or LoRA experts (experts=688)"
+        )
+    return f"{match[1] or 'parameters'}={number}"
+
+
+def parse_plain_budget(value: Any) -> str | None:
+    """Read a budget of a method that places plain LoRA, of which LoRA experts are no measure.
+
+    Args:
+        value: As `parse_budget` takes it.
+
+    Returns:
+        ``parameters=N`` or ``flops=N``.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    budget = parse_budget(value)
+    if budget and budget.startswith("experts="):
+        raise ConfigurationError(
+            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.\n"
+            "  fix:  give parameters (5000000) or operations per token (flops=80000)"
+        )
+    return budget
+
+
+def parse_share(value: Any) -> Any:
+    """Read a share that may be written as a percentage.
+
+    Args:
+        value: Such as ``0.25`` or ``"25%"``.
+
+    Returns:
+        The share; what is no percentage as it is.
+    """
+    text = str(value).strip()
+    number = text.removesuffix("%")
+    return float(number) / 100 if text != number and number.replace(".", "", 1).isdigit() else value
+
+
+def parse_depths(value: Any) -> str:
+    """Read numbers of LoRA experts by depth.
+
+    Args:
+        value: Such as ``"2-4-6-8"``.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigurationError: it is no such list of numbers of at least 1.
+    """
+    if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
+        raise ConfigurationError(
+            f"experts={str(value)[:_SHOWN]!r} is not understood.\n"
+            "  fix:  give numbers from the first layers to the last: 2-4-6-8"
+        )
+    return str(value)
