@@ -50,7 +50,8 @@ STANDARD: dict[type[ApportionError], type[Exception]] = {
 def _subclasses(kind: type[ApportionError]) -> Iterator[type[ApportionError]]:
     yield kind
     for subclass in kind.__subclasses__():
-        yield from _subclasses(subclass)
+        if subclass.__module__.startswith("apportion."):
+            yield from _subclasses(subclass)
 
 
 def _full(kind: type[ApportionError]) -> ApportionError:

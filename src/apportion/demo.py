@@ -255,9 +255,7 @@ def _read_run(file: Path) -> DemoRun:
 
 def _damaged(file: Path, found: str) -> ConfigurationError:
     """Say that a file of the demonstration cannot be read."""
-    return ConfigurationError(
-        f"{file} is damaged.\n  found:  {found}\n  fix:    remove it, and run the demonstration again"
-    )
+    return ConfigurationError(f"{file} is damaged.", found=found, fix="remove it, and run the demonstration again")
 
 
 def _save_run(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-_SHOWN = 60
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any, Self, TypeAlias
+
+_SHOWN = 3
+
+Value: TypeAlias = str | os.PathLike[str] | list[str] | tuple[str, ...]
 
 
-def shortened(text: str, length: int = _SHOWN) -> str:
+_LENGTH = 60
+
+
+def shortened(text: str, length: int = _LENGTH) -> str:
     """Give a text, or its beginning where it is too long for a message.
 
     Args:
@@ -16,6 +26,39 @@ def shortened(text: str, length: int = _SHOWN) -> str:
         The text, or its beginning and three dots.
     """
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def lay_out(what: str, lines: Mapping[str, Value | None]) -> str:
+    """Lay out a message: what is wrong, then one line per label, with the values aligned.
+
+    Args:
+        what: The first line.
+        lines: Values by label; those that are None or empty are left out. Of a list, three are shown and the others
+            counted.
+
+    Returns:
+        The message.
+
+    Example:
+        >>> print(lay_out("the folder is not empty.", {"found": ["a", "b", "c", "d"], "fix": "choose another one"}))
+        the folder is not empty.
+          found:  a, b, c and 1 more
+          fix:    choose another one
+    """
+    shown = {label: text for label, value in lines.items() if value is not None and (text := _text(value))}
+    width = max(map(len, shown), default=0)
+    for label, text in shown.items():
+        start = f"  {label}:".ljust(width + 5)
+        what += f"\n{start}{text.replace(chr(10), chr(10) + ' ' * len(start))}"
+    return what
+
+
+def _text(value: Value) -> str:
+    """Show a value, and of a list at most three."""
+    if isinstance(value, list | tuple):
+        more = len(value) - _SHOWN
+        return ", ".join(value[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return os.fspath(value)
 
 
 class ApportionError(Exception):

@@ -144,6 +144,7 @@ def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
         (tmp_path / "plan.json").write_text(json.dumps(changed | {"seal": seal(changed)}))
         with pytest.raises(PlanError, match=message) as caught:
             apportion.load_plan(tmp_path / "plan.json")
+        assert str(caught.value).count("fix:") == 1
 
 
 @pytest.mark.parametrize(

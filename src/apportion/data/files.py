@@ -54,7 +54,7 @@ def _json_list(path: Path) -> list[dict[str, Any]]:
     try:
         data = parse_json(_text(path))
     except JsonError as error:
-        raise DataError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError(f"{path} is no list of rows.", fix="give [{...}, {...}], or one row per line as .jsonl")
     return data
@@ -69,7 +69,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             row = parse_json(line)
         except JsonError as error:
-            raise DataError(f"{path} cannot be read.\n  place:  line {number}\n  found:  {error}") from error
+            raise DataError(f"{path} cannot be read.", place=f"line {number}", found=str(error)) from error
         if not isinstance(row, dict):
             shown = line[:_SHOWN_CHARS]
             raise DataError(f"{path} has a line that is no row.", place=f"line {number}", found=shown)

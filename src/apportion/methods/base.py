@@ -50,7 +50,7 @@ class AdapterSettings:
         try:
             shape = lora_shape(rank, alpha, num_experts=num_experts, top_k=top_k, sparsity=self.sparsity)
         except PlanError as error:
-            raise PlanError(f"{error}\n  place:  {site.name}") from error
+            raise error.at(site.name) from error
         return Placement(site.name, shape)
 
 

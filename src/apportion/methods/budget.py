@@ -62,6 +62,7 @@ def check_top_k(options: RoutedOptions, largest: int) -> None:
     """
     if "top_k" in options.given and options.top_k > largest:
         raise ConfigurationError(
-            f"top_k={options.top_k} is above the number of LoRA experts that a site can have.\n"
-            f"  found:  at most {largest}\n  fix:    give a top_k of at most {largest}"
+            f"top_k={options.top_k} is above the number of LoRA experts that a site can have.",
+            found=f"at most {largest}",
+            fix=f"give a top_k of at most {largest}",
         )

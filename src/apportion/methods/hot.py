@@ -73,7 +73,7 @@ def experts_kept(heat_E: Tensor, hot: int | str) -> int:
     if isinstance(hot, int):
         if hot > num_experts:
             raise ConfigurationError(
-                f"hot={shortened(str(hot))} asks for more experts than a layer has.\n  found:  {num_experts} experts"
+                f"hot={shortened(str(hot))} asks for more experts than a layer has.", found=f"{num_experts} experts"
             )
         return hot
     if hot.endswith("%"):

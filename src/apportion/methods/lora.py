@@ -55,8 +55,8 @@ def place_attention(profile: Profile, options: MethodOptions, settings: AdapterS
     other = next((name for name in (*targets, *options.ranks) if name.partition(".")[0] != "attention"), None)
     if other:
         raise ConfigurationError(
-            f"the method attention adapts attention alone, and {other} was given a place or a rank.\n"
-            f"  fix:  leave {other} out, or use --method lora"
+            f"the method attention adapts attention alone, and {other} was given a place or a rank.",
+            fix=f"leave {other} out, or use --method lora",
         )
     return settings.at(site for site in targeted_sites(options, profile.layout) if site.kind == "attention")
 

@@ -55,8 +55,9 @@ def targeted_sites(options: MethodOptions, layout: Layout) -> list[Site]:
     for kind in options.ranks:
         if not any(site.kind == kind for site in sites):
             raise ConfigurationError(
-                f"a rank was given for {kind}, and no {kind} is adapted.\n"
-                f"  model:  {layout.describe()}\n  fix:    leave the rank out, or add {kind} to the targets"
+                f"a rank was given for {kind}, and no {kind} is adapted.",
+                details={"model": layout.describe()},
+                fix=f"leave the rank out, or add {kind} to the targets",
             )
     return sites
 

@@ -40,10 +40,10 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
         ConfigurationError: the adapters cannot be combined so.
     """
     if len(plans) != len(weights) or not plans:
-        raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.\n  fix:  give one each")
+        raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.", fix="give one each")
     if not all(abs(weight) < _LARGEST for weight in weights):
         raise ConfigurationError(
-            f"the weights {list(weights)} are not all finite numbers of float32.\n  fix:  give smaller ones"
+            f"the weights {list(weights)} are not all finite numbers of float32.", fix="give smaller ones"
         )
     routed = [name for name, plan in plans.items() if not plan.is_mergeable]
     if routed:
@@ -65,7 +65,7 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
                     fix="combine by cat",
                 )
     elif how != "cat":
-        raise ConfigurationError(f"adapters cannot be combined by {how!r}.\n  fix:  choose cat or linear")
+        raise ConfigurationError(f"adapters cannot be combined by {how!r}.", fix="choose cat or linear")
     placements = tuple(Placement(site, LowRank(rank, float(rank))) for site, rank in ranks.items())
     flops = [plan.cost.adapter_flops_per_token for plan in plans.values()]
     counts = count(placements, layout.by_name)

@@ -107,8 +107,10 @@ class ApportionConfig(LoraConfig):
                 place, problem = first_problem(error)
                 inner = "" if place == "the whole file" else f".{place}"
                 raise AdapterError(
-                    f"the adapter's configuration is damaged.\n  place:  {name}{inner}\n  found:  {problem}\n"
-                    "  fix:    copy adapter_config.json again, or train the adapter again"
+                    "the adapter's configuration is damaged.",
+                    place=f"{name}{inner}",
+                    found=str(problem),
+                    fix="copy adapter_config.json again, or train the adapter again",
                 ) from error
         fields: dict[str, Any] = super().check_kwargs(**kwargs)
         return fields

@@ -101,19 +101,16 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
     folder = os.fspath(path)
     file = Path(folder, _CONFIG_FILE)
     if not file.is_file():
-        raise ConfigurationError(f"there is no adapter in {folder}.\n  fix:  give a folder with {_CONFIG_FILE}")
+        raise ConfigurationError(f"there is no adapter in {folder}.", fix=f"give a folder with {_CONFIG_FILE}")
 
     def damaged(found: str) -> AdapterError:
         return AdapterError(
-            f"{file} cannot be read: it is truncated or damaged.\n  found:  {found}\n"
-            "  fix:    copy it again, or train it again"
+            f"{file} cannot be read: it is truncated or damaged.", found=found, fix="copy it again, or train it again"
         )
 
     fields = read_json(file, damaged)
     if fields.get("peft_type") != PEFT_TYPE:
-        raise ConfigurationError(
-            f"the adapter in {folder} was not made by apportion.\n  fix:  load it with peft itself"
-        )
+        raise ConfigurationError(f"the adapter in {folder} was not made by apportion.", fix="load it with peft itself")
     try:
         config: ApportionConfig = ApportionConfig.from_pretrained(folder)
     except (AdapterError, ConfigurationError) as error:
@@ -133,7 +130,7 @@ def _read_plan(config: ApportionConfig, path: str | os.PathLike[str]) -> Plan:
 
 def _named(error: ApportionError, path: str | os.PathLike[str]) -> ApportionError:
     """Say in an error's message which adapter it is about."""
-    return type(error)(f"the adapter in {os.fspath(path)} cannot be loaded: {error}")
+    return error.within(f"the adapter in {os.fspath(path)} cannot be loaded")
 
 
 def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:

@@ -270,8 +270,9 @@ def _check_indices(state: Mapping[str, Tensor], plan: Plan, layout: Layout, plac
     )
     if found != expected:
         raise AdapterError(
-            f"{place} cannot be loaded: it keeps another number of entries than its plan.\n"
-            f"  found:  {found:,}, expected {expected:,}\n  fix:    {_FIX}"
+            f"{place} cannot be loaded: it keeps another number of entries than its plan.",
+            found=f"{found:,}, expected {expected:,}",
+            fix=_FIX,
         )
 
 

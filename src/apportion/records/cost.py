@@ -119,7 +119,7 @@ class Cost:
             return _validator().validate_python(counted)
         except ValidationError as error:
             place, problem = first_problem(error)
-            raise PlanError(f"its cost is impossible.\n  place:  cost.{place}\n  found:  {problem}") from error
+            raise PlanError("its cost is impossible.", place=f"cost.{place}", found=str(problem)) from error
 
     def __str__(self) -> str:
         """Say the headline figure."""

@@ -122,7 +122,7 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
         if version != SCHEMA_VERSION:
             raise PlanError(f"the mask {file} has schema version {shortened(ascii(version))}, not {SCHEMA_VERSION}.")
         if header.pop("digest", None) != _digest(header, indices):
-            raise PlanError(f"the mask {file} was changed after it was written.\n  fix:  extract it again")
+            raise PlanError(f"the mask {file} was changed after it was written.", fix="extract it again")
         return _from_header(header, indices)
     except ValueError as error:
         if isinstance(error, PlanError):

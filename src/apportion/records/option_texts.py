@@ -29,13 +29,13 @@ def parse_targets(value: Any) -> tuple[str, ...]:
     parts = value.split(",") if isinstance(value, str) else list(value)
     targets = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not targets:
-        raise ConfigurationError(f"no targets were given.\n  fix:  choose among {', '.join(KINDS)}")
+        raise ConfigurationError("no targets were given.", fix=f"choose among {', '.join(KINDS)}")
     for target in targets:
         kind = target.partition(".")[0]
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(KINDS)}"
-            raise ConfigurationError(f"there is no target {target!r}.\n  fix:  {hint}")
+            raise ConfigurationError(f"there is no target {target!r}.", fix=hint)
     return targets
 
 
@@ -57,9 +57,7 @@ def layer_ranges(value: str) -> list[tuple[int, int]]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-            raise ConfigurationError(
-                f"layers={shown!r} is not understood.\n  fix:  give layers such as 4-15 or 0,2,4-7"
-            )
+            raise ConfigurationError(f"layers={shown!r} is not understood.", fix="give layers such as 4-15 or 0,2,4-7")
         ranges.append((first, last))
     return ranges
 
@@ -96,10 +94,10 @@ def check_ranks(value: Mapping[str, int]) -> Mapping[str, int]:
     for kind, rank in value.items():
         if kind not in KINDS:
             raise ConfigurationError(
-                f"there is no kind {kind!r} to give a rank.\n  fix:  choose among {', '.join(KINDS)}"
+                f"there is no kind {kind!r} to give a rank.", fix=f"choose among {', '.join(KINDS)}"
             )
         if rank < 1:
-            raise ConfigurationError(f"rank={rank} of {kind} is not a rank.\n  fix:  give a whole number of at least 1")
+            raise ConfigurationError(f"rank={rank} of {kind} is not a rank.", fix="give a whole number of at least 1")
     return value
 
 
@@ -122,23 +120,23 @@ def parse_hot(value: Any) -> int | str:
             percent = float(text[:-1])
             if not 0 < percent <= 100:
                 raise ConfigurationError(
-                    f"hot={shortened(text)} is out of range.\n  fix:  give a percentage above 0 and up to 100"
+                    f"hot={shortened(text)} is out of range.", fix="give a percentage above 0 and up to 100"
                 )
             return f"{percent:g}%"
         if text.startswith("coverage="):
             share = float(text.removeprefix("coverage="))
             if not 0 < share <= 1:
                 raise ConfigurationError(
-                    f"hot={shortened(text)} is out of range.\n  fix:  give a share above 0 and up to 1"
+                    f"hot={shortened(text)} is out of range.", fix="give a share above 0 and up to 1"
                 )
             return f"coverage={share:g}"
         number = int(text)
     except ValueError as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"hot={shortened(repr(value))} is not understood.\n  fix:  give {forms}") from error
+        raise ConfigurationError(f"hot={shortened(repr(value))} is not understood.", fix=f"give {forms}") from error
     if number < 1:
-        raise ConfigurationError(f"hot={number} keeps no expert.\n  fix:  give at least 1, or use the method attention")
+        raise ConfigurationError(f"hot={number} keeps no expert.", fix="give at least 1, or use the method attention")
     return number
 
 
@@ -160,8 +158,8 @@ def parse_budget(value: Any) -> str | None:
     number = int(re.sub("[_,]", "", match[2]) or 0) if match else 0
     if match is None or number < 1:
         raise ConfigurationError(
-            f"budget={value!r} is not understood.\n"
-            "  fix:  give parameters (5000000), operations per token (flops=80000) or LoRA experts (experts=688)"
+            f"budget={value!r} is not understood.",
+            fix="give parameters (5000000), operations per token (flops=80000) or LoRA experts (experts=688)",
         )
     return f"{match[1] or 'parameters'}={number}"
 
@@ -181,8 +179,8 @@ def parse_plain_budget(value: Any) -> str | None:
     budget = parse_budget(value)
     if budget and budget.startswith("experts="):
         raise ConfigurationError(
-            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.\n"
-            "  fix:  give parameters (5000000) or operations per token (flops=80000)"
+            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.",
+            fix="give parameters (5000000) or operations per token (flops=80000)",
         )
     return budget
 
@@ -215,7 +213,7 @@ def parse_depths(value: Any) -> str:
     """
     if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
         raise ConfigurationError(
-            f"experts={str(value)[:_SHOWN]!r} is not understood.\n"
-            "  fix:  give numbers from the first layers to the last: 2-4-6-8"
+            f"experts={str(value)[:_SHOWN]!r} is not understood.",
+            fix="give numbers from the first layers to the last: 2-4-6-8",
         )
     return str(value)

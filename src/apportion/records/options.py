@@ -111,7 +111,7 @@ class Options(BaseModel):
     def _refuse_both(self) -> Options:
         for first, second in self.alternatives:
             if first in self.given and second in self.given:
-                raise ConfigurationError(f"{first} and {second} were both given.\n  fix:  give one of them")
+                raise ConfigurationError(f"{first} and {second} were both given.", fix="give one of them")
         return self
 
     @property
@@ -173,12 +173,12 @@ def read_options(model: type[AnyOptions], values: Mapping[str, Any], owner: str)
     for name in values:
         if name not in model.model_fields:
             raise ConfigurationError(
-                f"{owner} has no option {name!r}.\n  options:  {', '.join(sorted(model.model_fields))}"
+                f"{owner} has no option {name!r}.", details={"options": ", ".join(sorted(model.model_fields))}
             )
     try:
         return model(**values)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error}\n  place:  {owner}") from error
+        raise ConfigurationError(str(error), place=owner) from error
 
 
 def _explained(error: ValidationError, model: type[Options]) -> ConfigurationError:
@@ -189,7 +189,9 @@ def _explained(error: ValidationError, model: type[Options]) -> ConfigurationErr
         return reason
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return ConfigurationError(f"there is no option {name!r}.\n  options:  {', '.join(sorted(model.model_fields))}")
+        return ConfigurationError(
+            f"there is no option {name!r}.", details={"options": ", ".join(sorted(model.model_fields))}
+        )
     return ConfigurationError(f"the option {name}={first['input']!r} is wrong: {reason or first['msg']}.")
 
 
@@ -380,7 +382,7 @@ class SparseTraining(Options):
     def _warms_up(cls, value: int | None) -> int | None:
         if value is not None and value < 2:
             raise ConfigurationError(
-                f"dense_steps={value} finds no mask: the first step warms up.\n  fix:  give at least 2"
+                f"dense_steps={value} finds no mask: the first step warms up.", fix="give at least 2"
             )
         return value
 
@@ -388,5 +390,5 @@ class SparseTraining(Options):
     @classmethod
     def _trains(cls, value: float | None) -> float | None:
         if value is not None and not 0 < value < math.inf:
-            raise ConfigurationError(f"dense_lr={value} trains nothing.\n  fix:  give a number above 0")
+            raise ConfigurationError(f"dense_lr={value} trains nothing.", fix="give a number above 0")
         return value

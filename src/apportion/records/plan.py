@@ -140,9 +140,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         )
     data = read_json(
         file,
-        lambda found: PlanError(f"the plan {file} is truncated or no JSON.\n  found:  {found}\n  fix:    plan again"),
+        lambda found: PlanError(f"the plan {file} is truncated or no JSON.", found=found, fix="plan again"),
     )
     try:
         return Plan.from_dict(data)
     except PlanError as error:
-        raise PlanError(f"the plan {file} cannot be used: {error}\n  fix:    plan again") from error
+        raise error.within(f"the plan {file} cannot be used").adding(fix="plan again") from error

@@ -153,10 +153,10 @@ def read_schema(data: Any) -> dict[str, Any]:
         check_depth(data)
         file = (_File1 if version == 1 else _File2).model_validate(data)
     except JsonError as error:
-        raise PlanError(f"it is no valid plan.\n  found:  {error}") from error
+        raise PlanError("it is no valid plan.", found=str(error)) from error
     except ValidationError as error:
         place, problem = first_problem(error)
-        raise PlanError(f"it is no valid plan.\n  place:  {place}\n  found:  {problem}") from error
+        raise PlanError("it is no valid plan.", place=place, found=str(problem)) from error
     if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
         raise PlanError("it was changed after it was written: its contents do not match its seal.")
     lora_shape(file.rank, file.alpha)
@@ -197,7 +197,7 @@ def _placements(number: int, group: _Group1 | _Group2) -> list[Placement]:
             group.rank, group.alpha, num_experts=group.num_experts, top_k=group.top_k, sparsity=group.sparsity
         )  # fmt: skip
     except PlanError as error:
-        raise PlanError(f"{error}\n  place:  placements.{number}") from error
+        raise error.at(f"placements.{number}") from error
     return [Placement(site, shape) for pattern in group.sites for site in expand_braces(pattern)]
 
 
@@ -211,12 +211,10 @@ def _check_number_of_sites(groups: Sequence[Sequence[str]]) -> None:
             try:
                 total += num_expanded(pattern)
             except PlanError as error:
-                raise PlanError(
-                    f"a line of it names no sites: {error}.\n  place:  {place}\n  found:  {shown}"
-                ) from error
+                raise PlanError(f"a line of it names no sites: {error}.", place=place, found=shown) from error
             if total > MAX_SITES:
                 raise PlanError(
-                    f"it names more than {MAX_SITES:,} sites, which no model has.\n  place:  {place}\n  found:  {shown}"
+                    f"it names more than {MAX_SITES:,} sites, which no model has.", place=place, found=shown
                 )
 
 
@@ -224,4 +222,4 @@ def _check_no_site_twice(placements: Sequence[Placement]) -> None:
     """Refuse two adapters at one site."""
     site, count = next(iter(Counter(placement.site for placement in placements).most_common(1)), ("", 0))
     if count > 1:
-        raise PlanError(f"it names a site {count} times.\n  place:  placements\n  found:  {shortened(site)}")
+        raise PlanError(f"it names a site {count} times.", place="placements", found=shortened(site))

@@ -206,13 +206,14 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         if version != SCHEMA_VERSION:
             raise ProfileError(
                 f"the profile {file} has schema version {shortened(ascii(version))}; this apportion reads "
-                f"{SCHEMA_VERSION}.\n  fix:  profile again, or install the version that wrote it"
+                f"{SCHEMA_VERSION}.",
+                fix="profile again, or install the version that wrote it",
             )
         profile = _from_header(header, tensors)
     except ValueError as error:
         if isinstance(error, ProfileError):
             raise
-        raise ProfileError(f"the profile {file} is damaged.\n  found:  {error}\n  fix:    profile again") from error
+        raise ProfileError(f"the profile {file} is damaged.", found=str(error), fix="profile again") from error
     if header.pop("digest") != digest(header, tensors):
         raise ProfileError(
             f"the profile {file} was changed after it was written: its contents do not match its digest.",
@@ -305,5 +306,5 @@ def _check_measured(file: Path, profile: Profile) -> None:
                 raise ValueError(f"sensitivities of task {task!a} that are all zero")
     except ValueError as error:
         raise ProfileError(
-            f"the profile {file} holds what no measurement gives.\n  found:  {error}\n  fix:    profile again"
+            f"the profile {file} holds what no measurement gives.", found=str(error), fix="profile again"
         ) from error

@@ -85,11 +85,11 @@ class _Factors:
     def __post_init__(self) -> None:
         """Refuse numbers that no adapter can have."""
         if not 1 <= self.rank <= MAX_WIDTH:
-            raise PlanError(f"an adapter has rank {self.rank}.\n  fix:  give a whole number from 1 to {MAX_WIDTH}")
+            raise PlanError(f"an adapter has rank {self.rank}.", fix=f"give a whole number from 1 to {MAX_WIDTH}")
         if not SMALLEST_SCALE <= self.alpha / self.rank <= LARGEST_SCALE:
             raise PlanError(
-                f"an adapter has alpha {self.alpha} and rank {self.rank}: float32 cannot hold the scale alpha / rank.\n"
-                "  fix:  give an alpha near the rank, such as twice the rank"
+                f"an adapter has alpha {self.alpha} and rank {self.rank}: float32 cannot hold the scale alpha / rank.",
+                fix="give an alpha near the rank, such as twice the rank",
             )
 
     @property
@@ -141,7 +141,7 @@ class Sparse(_Factors):
         """Refuse numbers that no adapter can have."""
         super().__post_init__()
         if not 0 < self.sparsity < 1:
-            raise PlanError(f"an adapter has sparsity {self.sparsity}.\n  fix:  give a share above 0 and below 1")
+            raise PlanError(f"an adapter has sparsity {self.sparsity}.", fix="give a share above 0 and below 1")
 
     def parts(self, site: Site) -> Iterator[Part]:
         """Give the frozen A and the kept entries of B."""
@@ -172,13 +172,13 @@ class Routed:
         """Refuse numbers that no adapter can have."""
         if not 1 <= self.top_k <= self.num_experts:
             raise PlanError(
-                f"an adapter has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.\n"
-                "  fix:  give a top_k of at least 1 and at most the number of experts"
+                f"an adapter has {self.num_experts} LoRA experts and cannot use {self.top_k} of them for a token.",
+                fix="give a top_k of at least 1 and at most the number of experts",
             )
         if self.num_experts < 2 or self.num_experts * self.expert.rank > MAX_WIDTH:
             raise PlanError(
-                f"an adapter has {self.num_experts} LoRA experts of rank {self.expert.rank}.\n"
-                f"  fix:  give at least 2; experts times rank may be at most {MAX_WIDTH}"
+                f"an adapter has {self.num_experts} LoRA experts of rank {self.expert.rank}.",
+                fix=f"give at least 2; experts times rank may be at most {MAX_WIDTH}",
             )
 
     @property
@@ -259,7 +259,7 @@ def shape_from_dict(data: Mapping[str, Any]) -> Shape:
     rest = {name: shape_from_dict(v) if isinstance(v, Mapping) else v for name, v in data.items() if name != "kind"}
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise PlanError(f"there is no shape {shortened(repr(kind))}.\n  found:  {', '.join(_KINDS)}")
+        raise PlanError(f"there is no shape {shortened(repr(kind))}.", found=", ".join(_KINDS))
     try:
         shape: Shape = TypeAdapter(_KINDS[kind]).validate_python(rest)
     except ValidationError as error:

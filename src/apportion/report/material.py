@@ -120,12 +120,10 @@ def _read_demo(folder: Path) -> Material:
     file = folder / RESULTS_FILE
     results = read_json(
         file,
-        lambda found: ConfigurationError(
-            f"{file} is damaged.\n  found:  {found}\n  fix:    run the demonstration again"
-        ),
+        lambda found: ConfigurationError(f"{file} is damaged.", found=found, fix="run the demonstration again"),
     )
     if not {"settings", "runs"} <= set(results):
-        raise ConfigurationError(f"{file} holds no results of a demonstration.\n  fix:  give {_TAKEN}")
+        raise ConfigurationError(f"{file} holds no results of a demonstration.", fix=f"give {_TAKEN}")
     measured = load_profile(folder / "profile.safetensors")
     return Material(
         "demonstration",

@@ -37,8 +37,9 @@ def read_record(path: Path, kind: type[R]) -> R:
 
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(
-            f"{path} is damaged, or of another version of apportion.\n  found:  {found}\n"
-            "  fix:    remove it, and run the study again"
+            f"{path} is damaged, or of another version of apportion.",
+            found=found,
+            fix="remove it, and run the study again",
         )
 
     data = read_json(path, damaged)

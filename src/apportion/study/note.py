@@ -177,8 +177,7 @@ def read_note(path: Path) -> Note | None:
 
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(
-            f"{file} is damaged, or of another version of apportion.\n  found:  {found}\n"
-            "  fix:    choose another folder with -o"
+            f"{file} is damaged, or of another version of apportion.", found=found, fix="choose another folder with -o"
         )
 
     data = read_json(file, damaged)

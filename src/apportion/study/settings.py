@@ -65,28 +65,28 @@ class Contender(_Settings):
         value = {"method": value} if isinstance(value, str) else value
         if not isinstance(value, dict) or not isinstance(value.get("options", {}), dict):
             raise ConfigurationError(
-                f"a contender is {shortened(repr(value))}.\n"
-                "  fix:  give a method's name, or a table with method and options"
+                f"a contender is {shortened(repr(value))}.",
+                fix="give a method's name, or a table with method and options",
             )
         value = value | value.get("options", {})
         value.pop("options", None)
         if "method" not in value:
             raise ConfigurationError(
-                f"contender {shortened(repr(value.get('name', value)))} has no method.\n  fix:  give it one"
+                f"contender {shortened(repr(value.get('name', value)))} has no method.", fix="give it one"
             )
         method = value["method"]
         if not isinstance(method, str) or (method != FULL and method not in METHODS):
             raise ConfigurationError(
-                f"there is no method {shortened(repr(method))}.\n"
-                f"  fix:  {_near(str(method), [*METHODS, FULL], 'choose among')}"
+                f"there is no method {shortened(repr(method))}.",
+                fix=_near(str(method), [*METHODS, FULL], "choose among"),
             )
         options = () if method == FULL else METHODS[method].options.model_fields
         for key in value:
             if key not in (*_OWN_KEYS, *options):
                 raise ConfigurationError(
                     f"contender {shortened(repr(value.get('name', method)))} has an unknown key "
-                    f"{shortened(repr(key))}.\n"
-                    f"  fix:  {_near(key, [*_OWN_KEYS, *options], 'choose among')}"
+                    f"{shortened(repr(key))}.",
+                    fix=_near(key, [*_OWN_KEYS, *options], "choose among"),
                 )
         own = {key: value[key] for key in _OWN_KEYS if key in value}
         return {"name": method} | own | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
@@ -195,8 +195,8 @@ class StudySettings(_Settings):
             if isinstance(budget, str):
                 if method not in METHODS or not _RANK.fullmatch(rank):
                     raise ConfigurationError(
-                        f"the budget {shortened(repr(budget))} is not understood.\n"
-                        "  fix:  give a number, or METHOD:RANK such as lora:2"
+                        f"the budget {shortened(repr(budget))} is not understood.",
+                        fix="give a number, or METHOD:RANK such as lora:2",
                     )
             elif budget < 1:
                 raise ConfigurationError(f"the budget {budget} buys nothing.", fix="give a number above 0")
@@ -212,8 +212,8 @@ class StudySettings(_Settings):
             object.__setattr__(self, "reference", names[0])
         if self.reference not in names:
             raise ConfigurationError(
-                f"the reference {shortened(repr(self.reference))} is no contender.\n"
-                f"  fix:  {_near(self.reference, names, 'choose')}"
+                f"the reference {shortened(repr(self.reference))} is no contender.",
+                fix=_near(self.reference, names, "choose"),
             )
         if self.contender(self.reference).method == FULL:
             raise ConfigurationError(
@@ -282,8 +282,8 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         check_depth(data)
     except (ValueError, RecursionError) as error:
-        found = "tables and lists stand too deep inside each other" if isinstance(error, RecursionError) else error
-        raise ConfigurationError(f"the study file {file} is no TOML.\n  found:  {found}") from error
+        found = "tables and lists stand too deep inside each other" if isinstance(error, RecursionError) else str(error)
+        raise ConfigurationError(f"the study file {file} is no TOML.", found=found) from error
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 
 
@@ -338,12 +338,12 @@ def _explained(error: ValidationError, place: str) -> ConfigurationError:
     if first["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"training": Training, "tuning": Tuning, "profile": Profiling}
         known = models.get(str(first["loc"][0]), StudySettings).model_fields
-        text = f"there is no key {where!r}.\n  fix:  {_near(str(first['loc'][-1]), known, 'choose among')}"
-    elif first["type"] == "missing":
-        text = f"the key {where!r} is missing.\n  fix:  give it"
-    else:
-        text = f"{where} = {shortened(repr(first['input']))} is wrong: {first['msg']}."
-    return ConfigurationError(f"{text}\n  place:  {place}" if place else text)
+        near = _near(str(first["loc"][-1]), known, "choose among")
+        return ConfigurationError(f"there is no key {where!r}.", place=place, fix=near)
+    if first["type"] == "missing":
+        return ConfigurationError(f"the key {where!r} is missing.", place=place, fix="give it")
+    value = shortened(repr(first["input"]))
+    return ConfigurationError(f"{where} = {value} is wrong: {first['msg']}.", place=place)
 
 
 def _near(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -89,9 +89,9 @@ def _refusal(checkpoint: Path, *problems: str) -> TrainingError:
     """Say why a run cannot go on from a checkpoint."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return TrainingError(
-        f"the run cannot go on from {checkpoint}: it is not as it was written.\n"
-        f"  found:  {problems[0]}{more}\n"
-        "  fix:    put the file back, or remove this checkpoint to go on from the one before"
+        f"the run cannot go on from {checkpoint}: it is not as it was written.",
+        found=f"{problems[0]}{more}",
+        fix="put the file back, or remove this checkpoint to go on from the one before",
     )
 
 

@@ -53,7 +53,7 @@ def train_sparse(model: PreTrainedModel, run: Run) -> TrainResult:
     num_rows = len(check_rows(run.rows, run.tokenizer, settings.max_length).rows)
     unused = [name for name in settings.sparse.given if name != "store_a"]
     if run.mask is not None and unused:
-        raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.\n  fix:  leave them out")
+        raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.", fix="leave them out")
     on_first(lambda: run.write(identity))
     run = replace(run, resume=True)
     base: Any = model

@@ -114,8 +114,9 @@ def _read_identity(run_file: Path) -> dict[str, Any]:
 
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(
-            f"{run_file} is damaged, so the run cannot be resumed.\n  found:  {found}\n"
-            "  fix:    put the file back, or train into another folder"
+            f"{run_file} is damaged, so the run cannot be resumed.",
+            found=found,
+            fix="put the file back, or train into another folder",
         )
 
     identity = read_json(run_file, damaged).get("identity")

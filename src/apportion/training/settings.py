@@ -70,7 +70,7 @@ class TrainSettings:
         if self.steps is not None and self.steps < 1:
             raise ConfigurationError(f"steps={self.steps} trains nothing.", fix="give at least 1")
         if self.steps is None and not self.epochs > 0:
-            raise ConfigurationError(f"epochs={self.epochs} trains nothing.\n  fix:  give a number above 0")
+            raise ConfigurationError(f"epochs={self.epochs} trains nothing.", fix="give a number above 0")
         for name in ("router_aux_loss", "balance_loss"):
             if not getattr(self, name) >= 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.", fix="give 0 or more")
