@@ -66,7 +66,7 @@ def test_only_what_is_kept_trains_and_is_stored(
     model = _model(name)
     base, layout = copy.deepcopy(model), find_sites(model)
     plan = _plan(model, profile_of)
-    entries = sum(p.num_b_entries(layout.by_name[p.site]) for p in plan.placements)
+    entries = sum(p.total_rank * layout.by_name[p.site].out_features for p in plan.placements)
     assert plan.cost.trainable_parameters == -(-entries // 10)
     before = model(input_ids=tokens).logits
     adapted = apportion.apply(model, plan)
@@ -125,7 +125,7 @@ def test_all_of_b_trains_to_find_the_mask(profile_of: ProfileOf, tokens: Tensor)
     layout = find_sites(model)
     plan = _plan(model, profile_of)
     adapted = apportion.apply(model, plan, dense_b=True)
-    entries = sum(p.num_b_entries(layout.by_name[p.site]) for p in plan.placements)
+    entries = sum(p.total_rank * layout.by_name[p.site].out_features for p in plan.placements)
     assert adapted.receipt.trainable_parameters == entries
     before_a = _frozen(adapted)
     _train(adapted, tokens)

@@ -18,8 +18,8 @@ from apportion.data.sources import read_rows
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
-from apportion.peft.masks import extract_mask
-from apportion.records.mask import load_mask, random_mask
+from apportion.peft.masks import extract_mask, random_mask
+from apportion.records.mask import load_mask
 from apportion.records.options import SparseTraining
 from apportion.records.plan import Plan
 from apportion.training.settings import TrainSettings

@@ -53,13 +53,13 @@ class Shape(Protocol):
         """Rank of the stock LoRA that equals the adapter; None where none does, since a gate depends on the input."""
 
     def parts(self, site: Site) -> Iterator[Part]:
-        """Go through the adapter's tensors at a site.
+        """Give the adapter's tensors at a site.
 
         Args:
             site: The site, for its name and widths.
 
-        Yields:
-            The tensors.
+        Returns:
+            The tensors, one by one.
         """
 
     def flops(self, site: Site) -> int:
