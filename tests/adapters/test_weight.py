@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 
 import pytest
 import torch
@@ -88,6 +89,17 @@ def test_a_router_with_accelerates_hook_is_adapted() -> None:
     expected = layer(hidden)[0]
     add_hook_to_module(layer.base_layer, AlignDevicesHook(execution_device="cpu"))
     assert torch.equal(layer(hidden)[0], expected)
+
+
+def test_a_router_whose_forward_was_replaced_is_adapted_or_refused() -> None:
+    layer = _router()
+    hidden = torch.randn(5, layer.weight.shape[1])
+    expected = layer(hidden)[0]
+    layer.base_layer.forward = MethodType(type(layer.base_layer).forward, layer.base_layer)
+    assert torch.equal(layer(hidden)[0], expected)
+    layer.base_layer.forward = lambda x: x
+    with pytest.raises(TypeError, match="was given a forward of its own"):
+        layer(hidden)
 
 
 def test_hooks_on_the_base_router_run_once_per_call() -> None:

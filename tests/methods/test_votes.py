@@ -17,8 +17,8 @@ from apportion.errors import ApportionWarning, ConfigurationError, PlanError, Pr
 from apportion.methods.lora_smoe import num_kept
 from apportion.methods.mola import spread
 from apportion.records.option_texts import parse_budget
-from apportion.records.placement import Placement
 from apportion.records.profile import Profile
+from apportion.records.shapes import lora_shape
 from apportion.records.site import Layout, Site
 from tiny_models import build_dense, build_tiny
 
@@ -221,7 +221,7 @@ def test_wrong_numbers_of_experts_are_refused() -> None:
         with pytest.raises(ConfigurationError, match=message):
             apportion.plan(profile, method, rank=2, **options)
     with pytest.raises(PlanError, match="cannot use 3"):
-        Placement("site", 2, 4.0, num_experts=2, top_k=3)
+        lora_shape(2, 4.0, num_experts=2, top_k=3)
 
 
 def test_a_profile_without_sensitivity_is_refused(tokens: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 import apportion
 from apportion.errors import ConfigurationError
 from apportion.records.profile import Profile
-from tiny_models import build_tiny
+from tiny_models import build_dense, build_tiny
 
 ProfileOf = Callable[[nn.Module], Profile]
 
@@ -70,6 +70,34 @@ def test_weights_that_merging_would_not_change_are_refused(
         getattr(adapted, how)()
     after = adapted.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_merge_that_fails_leaves_a_model_that_runs(profile_of: ProfileOf, tokens: Tensor) -> None:
+    adapted = _adapted(profile_of).eval()
+    expected = adapted(input_ids=tokens).logits
+    factor = adapted.get_base_model().model.layers[1].mlp.experts.lora_B["default"]["up_proj"]
+    before = factor.detach().clone()
+    factor.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs"):
+        adapted.merge_and_unload(safe_merge=True)
+    factor.data.copy_(before)
+    adapted.unmerge_adapter()
+    assert torch.allclose(adapted(input_ids=tokens).logits, expected, atol=1e-4)
+
+
+def test_an_adapter_beside_a_merged_one_counts_it_once(profile_of: ProfileOf, tokens: Tensor) -> None:
+    model = build_dense()
+    profile = profile_of(model)
+    adapted = apportion.apply(model, apportion.plan(profile, "attention", rank=2))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = adapted.eval()(input_ids=tokens).logits
+    adapted.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT's own words
+        apportion.apply(adapted, apportion.plan(profile, "uniform", experts=2, rank=2), adapter_name="other")
+    assert torch.allclose(adapted.eval()(input_ids=tokens).logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", [_parametrised, _offloaded])

@@ -127,6 +127,18 @@ def test_what_cannot_be_mixed_is_refused(profile_of: ProfileOf, tokens: Tensor) 
         adapted(input_ids=tokens, adapter_names=["two"] * len(tokens))
 
 
+def test_rows_without_an_adapter_on_experts_in_a_list(profile_of: ProfileOf, tokens: Tensor) -> None:
+    plans = {"one": ("lora", {"targets": ["router"]}), "two": ("hellora", {"hot": 2})}
+    adapted = _adapted(build_tiny("listed"), profile_of, plans)
+    batch = tokens[:1].repeat(3, 1)
+    with torch.no_grad():
+        mixed = adapted(input_ids=batch, adapter_names=["one", "__base__", "one"]).logits
+        adapted.set_adapter("one")
+        assert torch.allclose(mixed[0], adapted(input_ids=batch).logits[0], atol=1e-5)
+        with adapted.disable_adapter():
+            assert torch.allclose(mixed[1], adapted(input_ids=batch).logits[1], atol=1e-5)
+
+
 def test_experts_in_a_list_are_refused_since_they_see_tokens_without_rows(
     profile_of: ProfileOf, tokens: Tensor
 ) -> None:

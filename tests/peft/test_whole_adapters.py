@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -198,6 +199,21 @@ def test_loading_over_an_adapter_after_saving_it_again_works(profile_of: Profile
     adapted.save_pretrained(tmp_path / "later")
     adapted.load_adapter(str(tmp_path), "default")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapted.state_dict().items())
+
+
+def test_a_saved_configuration_does_not_bind_new_tensors(profile_of: ProfileOf, tmp_path: Path) -> None:
+    base = _saved(tmp_path, profile_of)
+    fresh = get_peft_model(base, PeftConfig.from_pretrained(str(tmp_path)))
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(fresh))
+
+
+def test_adapters_on_top_of_each_other_in_a_circle_are_refused(profile_of: ProfileOf, tmp_path: Path) -> None:
+    base = _saved(tmp_path, profile_of)
+    file = tmp_path / "adapter_config.json"
+    digest = hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"on_top_of": {"path": str(tmp_path), "sha256": digest}}))
+    with pytest.raises(AdapterError, match="on top of itself"):
+        apportion.load(base, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["load_adapter", "from_pretrained"])

@@ -326,8 +326,8 @@ def test_a_plan_alone_and_a_dense_profile(visit: Open, profile: Profile, tmp_pat
     sites = [site for site in profile.layout.others if site.storage == "linear"]
     dense = Profile(
         layout=apportion.Layout("Dense", "dense", 10**6, "d" * 64, tuple(sites)),
-        counts={"t": profile.counts[TASKS[0]][:0]},
-        routing_mass={"t": profile.routing_mass[TASKS[0]][:0]},
+        counts={"t": profile.counts[TASKS[0]][:0, :0]},
+        routing_mass={"t": profile.routing_mass[TASKS[0]][:0, :0]},
         tokens={"t": 48},
         sensitivity={"t": {site.name: profile.sensitivity[TASKS[0]][site.name] for site in sites}},
     )

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import apportion
 from apportion.cli.main import app
+from apportion.errors import ProfileError
 from apportion.records.files import write_text
 from apportion.report.charts import chart_data
 from apportion.report.commands import plan_command, profile_command
@@ -146,13 +147,14 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     assert data_in(tmp_path / "r.html")["profiles"][0]["tasks"][0]["name"] == EVIL
 
 
-def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
+def test_a_profile_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     profile = tiny_profile()
     site = next(iter(profile.sensitivity[TASKS[0]]))
     profile.sensitivity[TASKS[0]][site] = float("inf")
     profile.save(tmp_path / "p.safetensors")
-    write_report(tmp_path / "p.safetensors", tmp_path / "r.html")
-    assert data_in(tmp_path / "r.html")["profiles"][0]["tasks"][0]["matrices"][0]["sum"] is None
+    with pytest.raises(ProfileError, match="should be a finite number"):
+        write_report(tmp_path / "p.safetensors", tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_a_demonstration(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_commands_make_the_same_files_again(tmp_path: Path, monkeypatch: pytest.
         (["plan.json", "--profile", "other.safetensors"], "belong to different models"),
         (["p.safetensors", "-o", "."], "is a folder; a file was expected"),
         (["broken"], "is damaged"),
-        (["empty"], "holds no results of a demonstration"),
+        (["empty"], "results.json is damaged"),
     ],
 )
 def test_mistakes_get_one_message_and_write_nothing(

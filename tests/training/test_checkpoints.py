@@ -190,6 +190,19 @@ def test_weights_that_are_not_finite_are_never_written(
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
 
 
+def test_a_run_of_an_earlier_version_is_not_begun_anew(
+    embedded_model: tuple[Any, Any], plan: Plan, finished: Path, tmp_path: Path
+) -> None:
+    checkpoint = _resume(embedded_model, plan, finished, tmp_path)
+    (checkpoint / MANIFEST).unlink()
+    note = json.loads((tmp_path / "run.json").read_text())
+    del note["identity"]["plan_schema_1"]
+    (tmp_path / "run.json").write_text(json.dumps(note))
+    with pytest.raises(ConfigurationError, match="begun by an earlier version"):
+        _train(embedded_model, plan, tmp_path, resume=True)
+    assert (checkpoint / "optimizer.pt").is_file()
+
+
 def test_two_runs_never_share_a_folder(embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(FolderInUseError, match=f"process {os.getpid()} on host"):
         _train(embedded_model, plan, tmp_path / "run")

@@ -24,6 +24,7 @@ from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.errors import ApportionWarning, ConfigurationError, DataError, OutputExistsError, TrainingError
 from apportion.records.plan import Plan
+from apportion.records.shapes import Sparse
 from apportion.training.checkpoints import last_checkpoint
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
@@ -308,7 +309,8 @@ def test_rows_that_are_all_cut_before_their_completion_leave_no_folder(
     embedded_model: tuple[Any, Any], plan: Plan, tmp_path: Path, sparse: bool
 ) -> None:
     if sparse:
-        plan = replace(plan, placements=tuple(replace(placement, sparsity=0.5) for placement in plan.placements))
+        placements = (replace(one, shape=Sparse(one.rank, one.alpha, 0.5)) for one in plan.placements)
+        plan = replace(plan, placements=tuple(placements))
     with pytest.raises(DataError, match="no row has a completion token within 1 token"):
         _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, max_length=1))
     assert not any(path for path in tmp_path.rglob("*") if path.is_file())

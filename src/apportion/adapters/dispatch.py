@@ -50,7 +50,7 @@ def is_dispatched(experts: nn.Module) -> bool:
 
 
 def enter(experts: Any) -> None:
-    """Have an experts module run what it is told to, where it is told so."""
+    """Have an experts module run the function that is passed with a call, where one is passed."""
     if not isinstance(experts.config, _ConfigWithDispatch):
         experts.config = _ConfigWithDispatch(experts.config)
 

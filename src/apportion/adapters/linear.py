@@ -97,6 +97,8 @@ class LinearLora(WrappedModule):
             self.lora_dropout[name] = layer.lora_dropout[name]
             self.scaling[name] = layer.scaling[name]
             self.num_experts[name] = self.top_k[name] = 1
+        self.merged_adapters = list(layer.merged_adapters)
+        self._disable_adapters = layer.disable_adapters
 
     def run(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer with the named adapters.

@@ -117,7 +117,12 @@ def _twin_with_weight(base: Any, weight: Tensor) -> Any:
     own["_parameters"] = {**base._parameters, "weight": weight}
     own["_compiled_call_impl"] = None  # compiled for the module's own weight
     own.pop("weight", None)  # FSDP1 keeps its view of the weight here
-    if "forward" in own:  # accelerate's hooks replace the method by one that is bound to the module
+    forward = own.get("forward")
+    if isinstance(forward, functools.partial) and "_old_forward" in own:  # accelerate's hooks are bound to the module
         own["_old_forward"] = MethodType(base._old_forward.__func__, twin)
-        own["forward"] = functools.partial(base.forward.func, twin)
+        own["forward"] = functools.partial(forward.func, twin)
+    elif isinstance(forward, MethodType):
+        own["forward"] = MethodType(forward.__func__, twin)
+    elif forward is not None:
+        raise TypeError(f"{type(base).__name__} was given a forward of its own, which an adapter cannot run through.")
     return twin

@@ -14,6 +14,7 @@ from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
 from apportion.loading import load_model
 from apportion.peft.load import merge_below
+from apportion.records.locks import require_unlocked
 from apportion.records.mask import load_mask
 from apportion.records.outputs import check_output_folder
 from apportion.records.plan import load_plan
@@ -47,6 +48,7 @@ def run(
     if name is None:
         raise ConfigurationError("the plan does not say which model it is for.", fix="give --model")
     inputs: list[str | Path] = [name, *([on_top_of] if on_top_of else [])]
+    on_first(lambda: require_unlocked(output))
     on_first(lambda: check_output_folder(output, inputs=inputs, may_hold=resume))
     sources, shares = named_sources(data), parse_weights(weights)
     parts = {task: read_rows(source, num_rows=samples, seed=checked.seed) for task, source in sources.items()}

@@ -128,7 +128,7 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         )
     if "." in adapter_name or not adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ConfigurationError(
-            f"{adapter_name!r} cannot be the name of an adapter: PyTorch's module dictionaries have no room for it.",
+            f"{adapter_name!r} cannot be the name of an adapter: it is empty, has a dot, or is taken by PyTorch.",
             fix="choose another name, without dots",
         )
     if not 0 <= dropout < 1:

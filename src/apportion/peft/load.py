@@ -61,6 +61,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
         )
     else:
         check_digests(state, config.promised_digests, f"the adapter in {os.fspath(path)}")
+    _check_chain(path)
     base = _with_adapter_below(model, path)
     try:
         return PeftModel.from_pretrained(base, os.fspath(path), **kwargs)
@@ -189,6 +190,21 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _weights_digest(path: str | os.PathLike[str]) -> str:
     """Hash an adapter's tensors."""
     return hashlib.sha256(Path(path, _TENSORS_FILE).read_bytes()).hexdigest()
+
+
+def _check_chain(path: str | os.PathLike[str]) -> None:
+    """Refuse adapters that were trained on top of each other in a circle."""
+    seen = set()
+    folder: Path | None = Path(path)
+    while folder is not None:
+        if folder.resolve() in seen:
+            raise AdapterError(
+                f"the adapter in {os.fspath(path)} is said to be trained on top of itself.", place=folder,
+                fix="copy the whole adapter again, or train it again",
+            )  # fmt: skip
+        seen.add(folder.resolve())
+        below = read_adapter_config(folder).on_top_of
+        folder = Path(below["path"]) if below and Path(below["path"]).is_dir() else None
 
 
 def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

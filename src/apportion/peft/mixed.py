@@ -57,7 +57,8 @@ def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) ->
         stack.callback(handle.remove)
         for module in tuner.modules():
             if isinstance(module, (LoraLayer, WrappedModule)):
-                handle = module.register_forward_pre_hook(partial(_name_rows, names), with_kwargs=True)
+                known = names if used & set(module.lora_A) else [BASE] * len(names)
+                handle = module.register_forward_pre_hook(partial(_name_rows, known), with_kwargs=True)
                 stack.callback(handle.remove)
         yield
 
@@ -76,6 +77,8 @@ def _name_rows(
     names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a layer the names; PEFT's own layers want one per entry of their input, which may be a list of tokens."""
-    if isinstance(module, LoraLayer) and args[0].ndim == 2 and len(args[0]) % len(names) == 0:
+    if isinstance(module, LoraLayer) and set(names) == {BASE}:
+        names = [BASE] * len(args[0])
+    elif isinstance(module, LoraLayer) and args[0].ndim == 2 and len(args[0]) % len(names) == 0:
         names = [name for name in names for _ in range(len(args[0]) // len(names))]
     return args, {**kwargs, "adapter_names": list(names)}

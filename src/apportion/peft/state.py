@@ -24,7 +24,7 @@ PREFIX = "base_model.model."
 _DIGEST_LENGTH = 8  # hexadecimal digits per tensor
 _FIX = "copy the whole adapter again, or train it again"
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 class Stores(NamedTuple):
@@ -169,7 +169,7 @@ def check_tensors(state: Mapping[str, Tensor], plan: Plan, layout: Layout, store
     _refuse(non_finite(found), "not finite", place)
 
 
-def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, Shape | None]:
+def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, TensorShape | None]:
     """Give the tensors that an adapter's checkpoint holds.
 
     Args:
@@ -180,7 +180,7 @@ def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, Sha
     Returns:
         Shapes by name, without PEFT's prefix; None where the number of kept entries decides.
     """
-    shapes: dict[str, Shape | None] = {}
+    shapes: dict[str, TensorShape | None] = {}
     for placement in plan.placements:
         site, rank = layout.by_name[placement.site], placement.total_rank
         is_sparse = placement.sparsity > 0
@@ -232,14 +232,14 @@ def check_digests(state: Mapping[str, Tensor], expected: str, place: str) -> Non
         AdapterError: tensors were changed; the message names them.
     """
     names = sorted(state)
-    told = [expected[start : start + _DIGEST_LENGTH] for start in range(0, len(expected), _DIGEST_LENGTH)]
-    if len(told) != len(names):
+    saved = [expected[start : start + _DIGEST_LENGTH] for start in range(0, len(expected), _DIGEST_LENGTH)]
+    if len(saved) != len(names):
         raise AdapterError(
             f"{place} cannot be loaded: its configuration belongs to other tensors.",
-            found=f"{len(names)} tensors, digests of {len(told)}",
+            found=f"{len(names)} tensors, digests of {len(saved)}",
             fix=_FIX,
         )
-    changed = [name for name, one in zip(names, told, strict=True) if _digest(name, state[name]) != one]
+    changed = [name for name, one in zip(names, saved, strict=True) if _digest(name, state[name]) != one]
     _refuse(changed, "not those that were saved", place)
 
 

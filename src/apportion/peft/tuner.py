@@ -222,10 +222,10 @@ class ApportionModel(LoraModel):
         """Take the adapters off, folded in or not."""
         if merge:
             self._check_mergeable(kwargs.get("adapter_names"))
-        for module in self.model.modules():
-            if isinstance(module, ExpertLora):
-                leave(module.base_layer)
+        experts = [module.base_layer for module in self.model.modules() if isinstance(module, ExpertLora)]
         unloaded: nn.Module = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
+        for base in experts:
+            leave(base)
         return unloaded
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
@@ -268,7 +268,7 @@ class ApportionModel(LoraModel):
         )
         tensors = unstacked(gathered(in_model), model, adapter_name)
         named = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in tensors.items()}
-        config.tensor_digests = digests(named)
+        config.tensor_digests, config.promised_digests = digests(named), None
         return tensors
 
     @classmethod

@@ -23,8 +23,9 @@ LOCK_FILES = (LOCK_FILE, _OWNER_FILE)
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder for this process while the block runs.
 
-    The operating system releases the lock when the process ends, however it ends. The folder is created when missing,
-    and a folder that was created here is removed again if nothing was written to it.
+    The operating system releases the lock when the process ends, however it ends; on file systems without such locks a
+    file stands for it, which a killed process leaves behind. The folder is created when missing, and a folder that was
+    created here is removed again if nothing was written to it.
 
     Args:
         folder: The folder.
@@ -49,7 +50,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise FolderInUseError(
             f"{path} is in use by another process.",
             found=_describe_owner(owner),
-            fix="wait until it has ended, or choose another folder",
+            fix=f"wait until it has ended, choose another folder, or remove {LOCK_FILE} there if it is gone",
         ) from error
     try:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
@@ -61,6 +62,20 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         if is_new:
             with suppress(OSError):
                 path.rmdir()  # fails, as it should, where something was written
+
+
+def require_unlocked(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that another process holds, before much is read or loaded.
+
+    Args:
+        folder: The folder, which may be missing.
+
+    Raises:
+        FolderInUseError: another process holds it.
+    """
+    if Path(folder, LOCK_FILE).is_file():
+        with locked(folder):
+            pass
 
 
 def _describe_owner(path: Path) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,19 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def warn_of_unfinished(folder: Path, used: Path | None) -> None:
-    """Say which checkpoints a resumed run cannot go on from, because their writing was cut short.
+def remove_unfinished(folder: Path, used: Path | None) -> None:
+    """Remove the checkpoints whose writing was cut short, and say so.
+
+    A trainer that keeps the newest few would count them, and remove whole ones instead.
 
     Args:
         folder: Where the checkpoints are.
         used: The checkpoint that the run goes on from, if any.
     """
-    names = [path.name for path in _newest_first(folder) if not (path / MANIFEST).is_file()]
+    unfinished = [path for path in _newest_first(folder) if not (path / MANIFEST).is_file()]
+    names = [path.name for path in unfinished]
+    for path in unfinished:
+        shutil.rmtree(path)
     if names:
         consequence = f"goes on from {used.name}" if used else "begins anew"
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
 
+from apportion.errors import TrainingError
 from apportion.records.locks import locked
 
 T = TypeVar("T")
@@ -31,6 +33,7 @@ def on_first(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except Exception as error:  # noqa: BLE001 - raised below
             outcome[1] = error
+        outcome[1] = _picklable(outcome[1])
     result, failure = broadcast_object_list(outcome)
     if failure is not None:
         raise failure
@@ -73,6 +76,15 @@ def largest(value: int) -> int:
 def wait_for_all() -> None:
     """Wait until every process has come here."""
     _state().wait_for_everyone()
+
+
+def _picklable(error: Exception | None) -> Exception | None:
+    """Give an error that the other processes can be told."""
+    try:
+        pickle.dumps(error)
+    except Exception:  # noqa: BLE001 - any reason will do
+        return TrainingError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def num_processes() -> int:

@@ -16,7 +16,7 @@ from apportion.records.files import require_empty, seal, write_text
 from apportion.records.json_file import read_json
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
-from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, warn_of_unfinished
+from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, remove_unfinished
 from apportion.training.settings import TrainSettings
 
 RUN_FILE = "run.json"
@@ -105,7 +105,12 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
             fix="resume with the same plan, data and settings, or choose another output folder",
         )
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
-    warn_of_unfinished(folder / CHECKPOINTS, checkpoint)
+    if checkpoint is None and _EARLIER_PLAN not in before and (folder / CHECKPOINTS).is_dir():
+        raise ConfigurationError(
+            f"the run in {folder} was begun by an earlier version, whose checkpoints cannot be checked.",
+            fix="go on with that version, or train into another folder",
+        )
+    remove_unfinished(folder / CHECKPOINTS, checkpoint)
     return checkpoint
 
 

@@ -178,7 +178,7 @@ def fit(
         seconds=seconds,
         tokens_per_s=(tokens - trainer.tokens_before) / seconds,
         truncated=truncated,
-        signal=stop.signal,
+        signal=largest(stop.signal),
         loss_curve=tuple(losses),
     )
 
@@ -223,8 +223,10 @@ class _Trainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one step and look at its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if not math.isfinite(float(loss)):
-            self._stop(f"the loss became {float(loss)} at step {self.state.global_step + 1}")
+        value = float(loss)
+        if largest(int(not math.isfinite(value))):
+            became = value if not math.isfinite(value) else "not finite on another process"
+            self._stop(f"the loss became {became} at step {self.state.global_step + 1}")
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -253,7 +255,10 @@ class _Trainer(SFTTrainer):
 
     def _stop(self, reason: str) -> NoReturn:
         """Raise an error that names the checkpoint to go back to."""
-        last = last_checkpoint(Path(self.args.output_dir))
+        try:
+            last = last_checkpoint(Path(self.args.output_dir))
+        except TrainingError as error:  # it was changed meanwhile: the reason to stop comes first
+            raise TrainingError(f"{reason}; training stopped.", found=error.what) from error
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
         raise TrainingError(
             f"{reason}; training stopped.",
