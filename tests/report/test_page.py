@@ -157,6 +157,16 @@ def test_a_profile_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
 
 
+def test_sums_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    profile = tiny_profile()
+    norms = profile.sensitivity[TASKS[0]]
+    norms.update(dict.fromkeys(norms, 1e308))  # each is finite, and their sums are not
+    profile.save(tmp_path / "p.safetensors")
+    write_report(tmp_path / "p.safetensors", tmp_path / "r.html")
+    matrices = data_in(tmp_path / "r.html")["profiles"][0]["tasks"][0]["matrices"]
+    assert {matrix["sum"] is None for matrix in matrices if matrix["sites"] > 1} == {True}
+
+
 def test_a_demonstration(tmp_path: Path) -> None:
     results = Path(__file__).parents[2] / "docs" / "results" / "demo.json"
     profile = tiny_profile()

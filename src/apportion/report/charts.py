@@ -115,7 +115,7 @@ def _matrices(values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
     for site, value in values:
         cells.setdefault(matrix_place(site), []).append(value)
     return [
-        {"layer": layer, "name": name, "sum": _short(math.fsum(found)), "sites": len(found)}
+        {"layer": layer, "name": name, "sum": _short(sum(found)), "sites": len(found)}
         for (layer, name), found in cells.items()
     ]
 
