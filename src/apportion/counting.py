@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from apportion.records.placement import Placement
@@ -57,17 +58,20 @@ def count(placements: Iterable[Placement], sites: Mapping[str, Site], *, dense: 
     trained = drawn = 0
     sparse: Counter[float] = Counter()
     seen: set[str] = set()
-    for placement in placements:
-        for part in placement.shape.parts(sites[placement.site]):
-            if part.name in seen:
+    matrices = Counter((p.shape, sites[p.site].in_features, sites[p.site].out_features) for p in placements)
+    for (shape, in_features, out_features), number in matrices.items():
+        for part in shape.parts(in_features, out_features):
+            if part.shared in seen:
                 continue
-            seen.add(part.name)
+            if part.shared is not None:
+                seen.add(part.shared)
+            entries = part.entries * (number if part.shared is None else 1)
             if not part.trains:
-                drawn += part.entries
+                drawn += entries
             elif part.keep_frac == 1 or dense:
-                trained += part.entries
+                trained += entries
             else:
-                sparse[part.keep_frac] += part.entries
+                sparse[part.keep_frac] += entries
     kept = sum(num_kept(entries, frac) for frac, entries in sparse.items())
     return Counts(trained + kept, drawn, kept)
 
@@ -100,8 +104,9 @@ def flops_per_token(placements: Iterable[Placement], profile: Profile) -> float:
         Two operations per multiply-add, summed over the adapters that a token meets on average.
     """
     total = 0.0
+    flops = cache(lambda shape, in_features, out_features: shape.flops(in_features, out_features))
     for placement in placements:
         site = profile.layout.by_name[placement.site]
         slots = 1.0 if site.expert is None else profile.slots_per_token[site.layer, site.expert]
-        total += placement.shape.flops(site) * slots
+        total += flops(placement.shape, site.in_features, site.out_features) * slots
     return total

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LogicalParameter(NamedTuple):
@@ -47,7 +47,7 @@ def is_quantised(module: Any) -> bool:
         return False
     parameters = dict(module.named_parameters(recurse=False))
     weight = module.weight if isinstance(module, nn.Linear) and hasattr(module, "weight") else parameters.get("weight")
-    if isinstance(weight, Tensor) and weight.dtype in _PLAIN_TYPES and tuple(weight.shape) == widths:
+    if isinstance(weight, Tensor) and weight.dtype in PLAIN_TYPES and tuple(weight.shape) == widths:
         return False
     return not any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module)
 

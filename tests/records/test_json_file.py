@@ -23,9 +23,9 @@ def _nested(depth: int) -> str:
         ("", "Expecting value"),
         ('{"a": 1', "line 1 column 8"),
         ("9" * 5000, "too many digits"),
-        (_nested(MAX_JSON_DEPTH + 1), "deep inside each other"),
-        (_nested(100_000), "deep inside each other"),
-        ('{"a":' * 200 + "1" + "}" * 200, "deep inside each other"),
+        (_nested(MAX_JSON_DEPTH + 1), "nested more than 64 deep"),
+        (_nested(100_000), "nested more than 64 deep"),
+        ('{"a":' * 200 + "1" + "}" * 200, "nested more than 64 deep"),
     ],
     ids=["empty", "cut", "digits", "deep", "very-deep", "deep-objects"],
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from apportion.errors import ConfigurationError
 from apportion.methods.registry import METHODS
-from apportion.peft import masks
 from apportion.records.options import (
     GradientOptions,
-    Granularity,
     HotOptions,
     MethodOptions,
     Options,
@@ -123,7 +121,3 @@ def test_an_option_by_kind_has_a_flag_for_every_kind() -> None:
     assert flags["--rank-router"].default == "--rank"
     assert flags["--targets"].default == "all"
     assert {flag.name: flag.default for flag in VoteOptions.flags()}["targets"] == "attention,shared,dense"
-
-
-def test_masks_know_the_same_granularities() -> None:
-    assert get_args(Granularity) == get_args(masks.Granularity)

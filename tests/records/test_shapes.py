@@ -72,12 +72,12 @@ def test_a_tensor_that_sites_share_counts_once() -> None:
         alpha: float
         lora_rank: ClassVar[int] = 2
 
-        def parts(self, site: Site) -> Iterator[Part]:
-            yield Part("everywhere.lora_A", 100)
-            yield Part(f"{site.name}.lora_B", self.rank)
+        def parts(self, in_features: int, out_features: int) -> Iterator[Part]:
+            yield Part(100, shared="A")
+            yield Part(self.rank)
 
-        def flops(self, site: Site) -> int:
-            return 2 * site.in_features
+        def flops(self, in_features: int, out_features: int) -> int:
+            return 2 * in_features
 
     placements = [Placement(name, Shared(2, 4.0)) for name in SITES]
     assert count(placements, SITES).trained == 100 + 2 * len(SITES)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from apportion.adapters.factors import FrozenFactor, SparseFactor
 from apportion.adapters.wrapped import WrappedModule
+from apportion.linear_forms import PLAIN_TYPES
 
 # Shapes: T tokens (over any leading dimensions), E LoRA experts, R rank of each, I and O input and output width.
 
@@ -67,7 +68,7 @@ class LinearLora(WrappedModule):
             indices: Where B is sparse, its kept entries, laid out row by row (out, experts · rank).
         """
         weight = self.base_layer.weight
-        plain = weight.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        plain = weight.dtype in PLAIN_TYPES
         dtype = weight.dtype if plain else torch.get_default_dtype()  # quantised weights are of types of their own
         kwargs: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": dtype}
         width_in, width_out = self.base_layer.in_features, self.base_layer.out_features

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from apportion.linear_forms import PLAIN_TYPES
 
 
 def obstacle(module: nn.Module, parameter: str) -> str | None:
@@ -31,7 +30,7 @@ def obstacle(module: nn.Module, parameter: str) -> str | None:
         return "is computed from other parameters"
     if isinstance(found, DTensor):
         return "is sharded over processes"
-    if type(found) is not nn.Parameter or found.dtype not in _PLAIN:
+    if type(found) is not nn.Parameter or found.dtype not in PLAIN_TYPES:
         return f"is quantised ({type(found).__name__}, {found.dtype})"
     if found.is_meta or found.numel() == 0:
         return "is not in memory"

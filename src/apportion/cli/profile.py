@@ -81,17 +81,10 @@ def run(
             keep_partial=True,
         )
     _save(measured, output, partial)
-    for name, count in truncated.items():
-        if count:
-            console.print(f"{name}: {count} rows were longer than {max_length} tokens and were cut")
-    for name, part in usable.items():
-        if part.left_out:
-            console.print(f"{name}: {part.left_out_message(max_length)} and were left out", markup=False)
-    if measured.layout.is_moe:
-        for task in measured.tasks:
-            console.print(heat_map(measured, task=task))
-    if measured.sensitivity:
-        console.print(sensitivity_table(measured))
+    cut = {name: f"{count} rows were longer than {max_length} tokens and were cut" for name, count in truncated.items()}
+    notes = [f"{name}: {text}" for name, text in cut.items() if truncated[name]]
+    notes += [f"{n}: {p.left_out_message(max_length)} and were left out" for n, p in usable.items() if p.left_out]
+    _show(console, measured, notes)
     console.print(f"{_tokens(measured)} of {measured.layout.describe()} -> {output}")
     return {
         "profile": str(output),
@@ -102,6 +95,17 @@ def run(
         "sensitivity": measured.sensitivity,
         "counts": {task: counts.tolist() for task, counts in measured.counts.items()},
     }
+
+
+def _show(console: Console, measured: Profile, notes: list[str]) -> None:
+    """Show what was cut or left out, and what was measured."""
+    for note in notes:
+        console.print(note, markup=False)
+    if measured.layout.is_moe:
+        for task in measured.tasks:
+            console.print(heat_map(measured, task=task))
+    if measured.sensitivity:
+        console.print(sensitivity_table(measured))
 
 
 def _save(measured: Profile, output: Path, partial: str) -> None:

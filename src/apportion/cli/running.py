@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 
 from apportion.errors import ApportionError, ApportionWarning, OutputWriteError, lay_out
+from apportion.records.files import is_full
 from apportion.signals import Terminated, raising_terminated
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -60,8 +60,7 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
         if isinstance(error, OSError) and error.errno in _REFUSED:
             fix = "choose another place, or change what may be written there"
             _fail(lay_out(f"{place}{error.strerror}.", {"fix": fix}), 1)
-        full = isinstance(error, OSError) and error.errno in _FULL
-        if full or "No space left on device" in str(error):  # safetensors wraps the system's error
+        if is_full(error):
             _fail(lay_out(f"{place}the disk is full.", {"fix": "make room, then run it again"}), 1)
         raise
     if as_json and first:

@@ -41,7 +41,9 @@ def checked_row(row: dict[str, Any], source: str, number: int) -> dict[str, Any]
     except _WrongFormError as error:
         found, expected = error.args
         raise DataError(
-            f"row {number} of {source} cannot be used: {found}.", expected=expected, fix="mend the row"
+            f"row {number} of {source} cannot be used: {found}.",
+            expected=expected,
+            fix="correct or remove the row",
         ) from None
 
 

@@ -50,22 +50,8 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
         raise ConfigurationError(
             f"adapter {routed[0]!r} has gates that depend on the input, so it cannot be combined with others."
         )
-    ranks: Counter[str] = Counter()
-    for plan in plans.values():
-        for placement in plan.placements:
-            ranks[placement.site] += placement.rank
+    ranks = _combined_ranks(plans, how)
     first = next(iter(plans.values()))
-    if how == "linear":
-        ranks = Counter({placement.site: placement.rank for placement in first.placements})
-        for name, plan in plans.items():
-            if {p.site: p.rank for p in plan.placements} != dict(ranks):
-                raise ConfigurationError(
-                    f"adapter {name!r} has other sites or ranks than {next(iter(plans))!r}, so factors cannot be "
-                    "added.",
-                    fix="combine by cat",
-                )
-    elif how != "cat":
-        raise ConfigurationError(f"adapters cannot be combined by {how!r}.", fix="choose cat or linear")
     placements = tuple(Placement(site, LowRank(rank, float(rank))) for site, rank in ranks.items())
     flops = [plan.cost.adapter_flops_per_token for plan in plans.values()]
     counts = count(placements, layout.by_name)
@@ -91,6 +77,26 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
         procedure={"name": PLAIN},
         derived_from=tuple(plan.seal for plan in plans.values()),
     )
+
+
+def _combined_ranks(plans: Mapping[str, Plan], how: Combination) -> dict[str, int]:
+    """Give the combined adapter's rank at every site."""
+    by_plan = {name: {p.site: p.rank for p in plan.placements} for name, plan in plans.items()}
+    first_name, first = next(iter(by_plan.items()))
+    if how == "cat":
+        ranks: Counter[str] = Counter()
+        for part in by_plan.values():
+            ranks.update(part)
+        return dict(ranks)
+    if how != "linear":
+        raise ConfigurationError(f"adapters cannot be combined by {how!r}.", fix="choose cat or linear")
+    for name, part in by_plan.items():
+        if part != first:
+            raise ConfigurationError(
+                f"adapter {name!r} has other sites or ranks than {first_name!r}, so factors cannot be added.",
+                fix="combine by cat",
+            )
+    return first
 
 
 @torch.no_grad()

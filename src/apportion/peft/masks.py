@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -15,11 +14,10 @@ from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.peft.factors import site_factors
 from apportion.records.mask import Mask, b_shapes
+from apportion.records.options import Granularity
 from apportion.records.placement import Placement
 from apportion.records.plan import Plan
 from apportion.records.site import Site
-
-Granularity = Literal["global", "layer", "site", "projection"]
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def parse_json(text: str) -> Any:
         What it holds.
 
     Raises:
-        JsonError: it is no JSON, has a number of too many digits, or lists and objects too deep inside each other.
+        JsonError: it is no JSON, has a number of too many digits, or lists and objects are nested too deep.
     """
     try:
         data = json.loads(text)
@@ -112,7 +112,7 @@ def require_finite(data: Any) -> None:
 
 
 def check_depth(data: Any) -> None:
-    """Refuse lists and objects too deep inside each other.
+    """Refuse lists and objects that are nested too deep.
 
     Args:
         data: Plain data.
@@ -136,4 +136,4 @@ def _children(value: Any) -> list[Any]:
 
 
 def _too_deep() -> str:
-    return f"lists and objects stand more than {MAX_JSON_DEPTH} deep inside each other"
+    return f"lists and objects are nested more than {MAX_JSON_DEPTH} deep"

@@ -151,7 +151,7 @@ def read_schema(data: Any) -> dict[str, Any]:
         raise PlanError(f"it has schema version {found}; this apportion reads 1 and {SCHEMA_VERSION}.")
     try:
         check_depth(data)
-        file = (_File1 if version == 1 else _File2).model_validate(data)
+        file: _File1 | _File2 = (_File1 if version == 1 else _File2).model_validate(data)
     except JsonError as error:
         raise PlanError("it is no valid plan.", found=str(error)) from error
     except ValidationError as error:
@@ -160,7 +160,7 @@ def read_schema(data: Any) -> dict[str, Any]:
     if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
         raise PlanError("it was changed after it was written: its contents do not match its seal.")
     lora_shape(file.rank, file.alpha)
-    groups: Sequence[_Group1 | _Group2] = file.placements if isinstance(file, _File1 | _File2) else ()
+    groups: Sequence[_Group1 | _Group2] = file.placements
     _check_number_of_sites([group.sites for group in groups])
     placements = tuple(one for number, group in enumerate(groups) for one in _placements(number, group))
     _check_no_site_twice(placements)

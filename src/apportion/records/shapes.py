@@ -4,41 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from apportion.errors import PlanError, shortened
 from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
-from apportion.records.site import Site
 
 MAX_WIDTH = 65_536  # rank of all LoRA experts of a site together: above every matrix of a known model
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127  # in float32, in which adapters are computed
 
 
 class Part(NamedTuple):
-    """One tensor of an adapter at a site.
+    """One tensor of an adapter.
 
     Args:
-        name: The tensor's name; parts of one name are one tensor, which several sites share.
         entries: Its numbers, kept or not.
         trains: Whether the optimizer moves it; what does not train is drawn from a seed.
         keep_frac: Share of the entries that exist. The entries of one share are rounded up together, over all sites.
+        shared: Where several sites share the tensor, its name; tensors of one name are one.
     """
 
-    name: str
     entries: int
     trains: bool = True
     keep_frac: float = 1.0
+    shared: str | None = None
 
 
 class Shape(Protocol):
-    """The form of one adapter. It knows what it is made of and what it costs, and no model.
+    """The form of one adapter. It knows what it is made of and what it costs on a matrix, and no model.
 
     A shape is a frozen dataclass whose fields are plain data or shapes. `register` makes plan files know it.
     """
 
     kind: ClassVar[str]
+
+    def __hash__(self) -> int:
+        """Hash the fields: equal shapes are counted and written together."""
 
     @property
     def rank(self) -> int:
@@ -52,21 +55,23 @@ class Shape(Protocol):
     def lora_rank(self) -> int | None:
         """Rank of the stock LoRA that equals the adapter; None where none does, since a gate depends on the input."""
 
-    def parts(self, site: Site) -> Iterator[Part]:
-        """Give the adapter's tensors at a site.
+    def parts(self, in_features: int, out_features: int) -> Iterator[Part]:
+        """Give the adapter's tensors on a matrix.
 
         Args:
-            site: The site, for its name and widths.
+            in_features: Width of the matrix's input.
+            out_features: Width of its output.
 
         Returns:
             The tensors, one by one.
         """
 
-    def flops(self, site: Site) -> int:
-        """Count the operations that the adapter adds for a token that meets the site: two per multiply-add.
+    def flops(self, in_features: int, out_features: int) -> int:
+        """Count the operations that the adapter adds per token that meets it: two per multiply-add.
 
         Args:
-            site: The site.
+            in_features: Width of the matrix's input.
+            out_features: Width of its output.
 
         Returns:
             Operations of the forward pass.
@@ -97,9 +102,9 @@ class _Factors:
         """Rank of the stock LoRA that equals the adapter."""
         return self.rank
 
-    def flops(self, site: Site) -> int:
-        """Count the operations per token that meets the site; products with sparse factors are dense."""
-        return 2 * self.rank * (site.in_features + site.out_features)
+    def flops(self, in_features: int, out_features: int) -> int:
+        """Count the operations per token; products with sparse factors are dense."""
+        return 2 * self.rank * (in_features + out_features)
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,10 @@ class LowRank(_Factors):
 
     kind: ClassVar[str] = "low_rank"
 
-    def parts(self, site: Site) -> Iterator[Part]:
+    def parts(self, in_features: int, out_features: int) -> Iterator[Part]:
         """Give A of shape (rank, in) and B of shape (out, rank)."""
-        yield Part(f"{site.name}.lora_A", self.rank * site.in_features)
-        yield Part(f"{site.name}.lora_B", self.rank * site.out_features)
+        yield Part(self.rank * in_features)
+        yield Part(self.rank * out_features)
 
 
 @dataclass(frozen=True)
@@ -143,10 +148,10 @@ class Sparse(_Factors):
         if not 0 < self.sparsity < 1:
             raise PlanError(f"an adapter has sparsity {self.sparsity}.", fix="give a share above 0 and below 1")
 
-    def parts(self, site: Site) -> Iterator[Part]:
+    def parts(self, in_features: int, out_features: int) -> Iterator[Part]:
         """Give the frozen A and the kept entries of B."""
-        yield Part(f"{site.name}.lora_A", self.rank * site.in_features, trains=False)
-        yield Part(f"{site.name}.lora_B", self.rank * site.out_features, keep_frac=1 - self.sparsity)
+        yield Part(self.rank * in_features, trains=False)
+        yield Part(self.rank * out_features, keep_frac=1 - self.sparsity)
 
 
 @dataclass(frozen=True)
@@ -196,15 +201,15 @@ class Routed:
         """No stock LoRA equals the adapter: its gates depend on the input."""
         return
 
-    def parts(self, site: Site) -> Iterator[Part]:
+    def parts(self, in_features: int, out_features: int) -> Iterator[Part]:
         """Give the experts' factors one below the other, and the router of shape (experts, in)."""
-        for part in self.expert.parts(site):
+        for part in self.expert.parts(in_features, out_features):
             yield part._replace(entries=self.num_experts * part.entries)
-        yield Part(f"{site.name}.lora_router", self.num_experts * site.in_features)
+        yield Part(self.num_experts * in_features)
 
-    def flops(self, site: Site) -> int:
+    def flops(self, in_features: int, out_features: int) -> int:
         """Count the operations per token: all experts' factors run, since one product serves them all."""
-        return self.num_experts * (self.expert.flops(site) + 2 * site.in_features)
+        return self.num_experts * (self.expert.flops(in_features, out_features) + 2 * in_features)
 
 
 _KINDS: dict[str, type[Any]] = {}
@@ -271,6 +276,7 @@ def shape_from_dict(data: Mapping[str, Any]) -> Shape:
     return shape
 
 
+@lru_cache(maxsize=1024)
 def lora_shape(rank: int, alpha: float, *, num_experts: int = 1, top_k: int = 1, sparsity: float = 0.0) -> Shape:
     """Give the shape of LoRA experts: plain LoRA where there is one, sparse where entries of B are left out.
 

@@ -21,7 +21,7 @@ from apportion.study.pool import Pool, limited_threads
 from apportion.study.records import Run, Summary, Trial
 from apportion.study.runner import WORK, Bench, Job, versions
 from apportion.study.settings import FULL, Contender, StudySettings
-from apportion.study.sitting import Say, Sitting
+from apportion.study.sitting import ONE_PROCESS, Say, Sitting
 from apportion.study.store import load_study
 from apportion.study.summary import summarise
 from apportion.study.tuning import TuningCell, choose_rates, tuning_cell
@@ -56,7 +56,7 @@ def run_study(
     folder: Path,
     settings: StudySettings,
     commands: tuple[str, ...] = (),
-    sitting: Sitting = Sitting(),  # noqa: B008 - frozen
+    sitting: Sitting = ONE_PROCESS,
 ) -> Summary | None:
     """Plan a study, choose learning rates, do its runs and summarise them; what a folder holds is not done again.
 

@@ -25,7 +25,7 @@ from apportion.study.runner import Bench, Job
 from apportion.study.settings import StudySettings
 from apportion.study.sitting import Sitting
 
-Told = Callable[[Job, Run | Trial], None]
+OnDone = Callable[[Job, Run | Trial], None]
 
 
 class Pool:
@@ -41,12 +41,12 @@ class Pool:
     def __init__(self, folder: Path, settings: StudySettings, bench: Callable[[str], Bench], sitting: Sitting) -> None:
         self.folder, self.settings, self.bench, self.sitting = folder, settings, bench, sitting
 
-    def trials(self, jobs: list[Job], told: Told) -> list[Trial]:
+    def trials(self, jobs: list[Job], on_done: OnDone) -> list[Trial]:
         """Try learning rates.
 
         Args:
             jobs: The trials.
-            told: Called after each.
+            on_done: Called after each.
 
         Returns:
             Their records, in the same order.
@@ -54,14 +54,14 @@ class Pool:
         Raises:
             TrainingError: some failed; the others are done.
         """
-        return [record for record in self._all(jobs, told, trial=True) if isinstance(record, Trial)]
+        return [record for record in self._all(jobs, on_done, trial=True) if isinstance(record, Trial)]
 
-    def runs(self, jobs: list[Job], told: Told) -> list[Run]:
+    def runs(self, jobs: list[Job], on_done: OnDone) -> list[Run]:
         """Do runs.
 
         Args:
             jobs: The runs.
-            told: Called after each.
+            on_done: Called after each.
 
         Returns:
             Their records, in the same order.
@@ -69,9 +69,9 @@ class Pool:
         Raises:
             TrainingError: some failed; the others are done.
         """
-        return [record for record in self._all(jobs, told, trial=False) if isinstance(record, Run)]
+        return [record for record in self._all(jobs, on_done, trial=False) if isinstance(record, Run)]
 
-    def _all(self, jobs: list[Job], told: Told, *, trial: bool) -> list[Run | Trial]:
+    def _all(self, jobs: list[Job], on_done: OnDone, *, trial: bool) -> list[Run | Trial]:
         """Do everything, then say what failed."""
         found: dict[Job, Run | Trial] = {}
         failed: list[str] = []
@@ -81,7 +81,7 @@ class Pool:
                 failed.append(result.within(job.name).what)
             else:
                 found[job] = result
-                told(job, result)
+                on_done(job, result)
         if failed:
             more = f"\n  and {len(failed) - 3} more" if len(failed) > 3 else ""
             raise TrainingError(
@@ -164,9 +164,9 @@ def _start_child(threads: int, prepare: Callable[[], object]) -> None:
 @cache
 def _child_bench(folder: str, settings: str, sitting: Sitting, model: str) -> Bench:
     """Load a model and its data once a process, and make sure that they are still those of the study."""
-    told = StudySettings.model_validate_json(settings)
-    rows = read_study_rows(told)
-    bench = Bench(Path(folder), told, model, rows, trust_remote_code=sitting.trust_remote_code)
+    parsed = StudySettings.model_validate_json(settings)
+    rows = read_study_rows(parsed)
+    bench = Bench(Path(folder), parsed, model, rows, trust_remote_code=sitting.trust_remote_code)
     require_contents(Path(folder), bench.contents)
     return bench
 

@@ -282,7 +282,7 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         check_depth(data)
     except (ValueError, RecursionError) as error:
-        found = "tables and lists stand too deep inside each other" if isinstance(error, RecursionError) else str(error)
+        found = "tables and lists are nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConfigurationError(f"the study file {file} is no TOML.", found=found) from error
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 

@@ -27,3 +27,6 @@ class Sitting:
     trust_remote_code: bool = False
     say: Say = str
     prepare: Callable[[], object] = list
+
+
+ONE_PROCESS = Sitting()

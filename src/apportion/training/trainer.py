@@ -168,19 +168,7 @@ def fit(
             if balance is not None:
                 balance.end()
         seconds = time.perf_counter() - start
-    tokens = int(trainer.state.num_input_tokens_seen)
-    losses = [{"step": e["step"], "loss": float(e["loss"])} for e in trainer.state.log_history if "loss" in e]
-    return TrainResult(
-        model=model,
-        steps=trainer.state.global_step,
-        loss=sum(entry["loss"] for entry in losses) / len(losses),
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_s=(tokens - trainer.tokens_before) / seconds,
-        truncated=truncated,
-        signal=largest(stop.signal),
-        loss_curve=tuple(losses),
-    )
+    return trainer.result(seconds, truncated, largest(stop.signal))
 
 
 class _Trainer(SFTTrainer):
@@ -205,6 +193,22 @@ class _Trainer(SFTTrainer):
         else:
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
             self.state = before
+
+    def result(self, seconds: float, truncated: int, signal: int) -> TrainResult:
+        """Give what the run did."""
+        tokens = int(self.state.num_input_tokens_seen)
+        losses = [{"step": e["step"], "loss": float(e["loss"])} for e in self.state.log_history if "loss" in e]
+        return TrainResult(
+            model=self.model,
+            steps=self.state.global_step,
+            loss=sum(entry["loss"] for entry in losses) / len(losses),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_s=(tokens - self.tokens_before) / seconds,
+            truncated=truncated,
+            signal=signal,
+            loss_curve=tuple(losses),
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Add the balance loss, where there is one."""
