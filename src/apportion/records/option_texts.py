@@ -11,7 +11,6 @@ from apportion.errors import ConfigurationError, shortened
 from apportion.records.site import KINDS
 
 _NUMBER = r"\d{1,18}"  # Python reads no number of thousands of digits
-_SHOWN = 60  # characters of an option in a message
 
 
 def parse_targets(value: Any) -> tuple[str, ...]:
@@ -56,8 +55,9 @@ def layer_ranges(value: str) -> list[tuple[int, int]]:
         match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:-\s*({_NUMBER})\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-            raise ConfigurationError(f"layers={shown!r} is not understood.", fix="give layers such as 4-15 or 0,2,4-7")
+            raise ConfigurationError(
+                f"layers={shortened(value)!r} is not understood.", fix="give layers such as 4-15 or 0,2,4-7"
+            )
         ranges.append((first, last))
     return ranges
 
@@ -213,7 +213,7 @@ def parse_depths(value: Any) -> str:
     """
     if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
         raise ConfigurationError(
-            f"experts={str(value)[:_SHOWN]!r} is not understood.",
+            f"experts={shortened(str(value))!r} is not understood.",
             fix="give numbers from the first layers to the last: 2-4-6-8",
         )
     return str(value)
