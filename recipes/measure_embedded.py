@@ -51,7 +51,7 @@ def measure_routing(model: Any, tokenizer: Any) -> dict[str, Any]:
     for name, counts in profile.counts.items():
         top = counts.sort(dim=1, descending=True).values[:, :QUARTER].sum(1)
         shares[name] = float((top / counts.sum(1)).mean())
-        hot[name] = [set(hottest(row, QUARTER)) for row in counts.double()]
+        hot[name] = [set(hottest(row, QUARTER)) for row in counts.double().numpy()]
     overlaps = [
         len(one & other) / len(one | other)
         for a, b in itertools.combinations(hot, 2)

@@ -26,11 +26,12 @@ from apportion.discovery import find_sites
 from apportion.errors import ApportionError, ApportionWarning
 from apportion.peft.masks import random_mask
 from apportion.profiling.totals import PartialFile
+from apportion.records.arrays import Array, digest
 from apportion.records.files import seal
 from apportion.records.mask import Mask, load_mask
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
-from apportion.records.tensors import digest
+from apportion.records.tensors import arrays_of
 from apportion.study.settings import load_settings
 from apportion.study.store import load_study
 from apportion.training.checkpoints import MANIFEST, last_checkpoint, seal_checkpoint
@@ -171,16 +172,16 @@ def _mask_kinds(folder: Path, mask: Mask) -> list[Kind]:
     ]
 
 
-def _mask_digest(header: dict[str, Any], indices: Mapping[str, Tensor]) -> str:
+def _mask_digest(header: dict[str, Any], indices: Mapping[str, Array]) -> str:
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for site in sorted(indices):
         total.update(site.encode())
-        total.update(indices[site].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(indices[site].tobytes())
     return total.hexdigest()
 
 
 def _resealed(
-    draw: Random, path: Path, data: bytes, name: str, hashed: Callable[[dict[str, Any], dict[str, Tensor]], str]
+    draw: Random, path: Path, data: bytes, name: str, hashed: Callable[[dict[str, Any], dict[str, Array]], str]
 ) -> bytes:
     """Change a safetensors file's header or tensors as a foreign tool would, and hash it again."""
     path.write_bytes(data)
@@ -196,7 +197,7 @@ def _resealed(
     if not isinstance(header, dict):
         return save(tensors, {name: json.dumps(header)})
     try:
-        written = header | {"digest": hashed(header, tensors)}
+        written = header | {"digest": hashed(header, arrays_of(tensors))}
     except UnicodeEncodeError:
         written = header
     return save(tensors, {name: json.dumps(written)})
@@ -204,7 +205,7 @@ def _resealed(
 
 def _changed_tensors(draw: Random, tensors: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     tensor = tensors[key]
-    types = (torch.int32, torch.int64, torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.bool)
+    types = (torch.int32, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64, torch.bool)
     number = draw.choice([value for value in VALUES if isinstance(value, int | float) and abs(value) < 2**31])
     place = draw.randrange(max(1, tensor.numel()))
     changed = tensor.clone().reshape(-1)

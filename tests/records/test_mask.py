@@ -16,6 +16,7 @@ from torch import Tensor
 from apportion.errors import PlanError
 from apportion.records import mask as masks
 from apportion.records.mask import Mask, load_mask
+from apportion.records.tensors import arrays_of
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
 
@@ -35,7 +36,7 @@ def rewrite(path: Path, change: Change) -> None:
         kept = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     header.pop("digest")
     change(header, kept)
-    header["digest"] = masks._digest(header, kept)
+    header["digest"] = masks._digest(header, arrays_of(kept))
     save_file(kept, path, {"apportion_mask": json.dumps(header)})
 
 
@@ -51,7 +52,7 @@ def _positions(*numbers: int, dtype: torch.dtype = torch.int32) -> Change:
         (_positions(7, 3), "not rising"),
         (_positions(3, 8), "outside 4 x 2"),
         (_positions(0, 3, dtype=torch.int64), "not int32"),
-        (_positions(0, 3, dtype=torch.bfloat16), "not int32"),
+        (_positions(0, 3, dtype=torch.float16), "not int32"),
         (lambda header, kept: kept.update(a=kept["a"][None]), "positions of a"),
         (lambda header, kept: kept.pop("a"), "'a' has either a shape or positions"),
         (lambda header, kept: header["shapes"].pop("b"), "'b' has either a shape or positions"),

@@ -19,7 +19,7 @@ def run(console: Console, *, file: Path, other: Path | None) -> dict[str, Any]:
     for site, (rows, columns) in mask.shapes.items():
         site_name = SiteName.parse(site)
         counts = kinds.setdefault((site_name.projection or site_name.module.rpartition(".")[2]), [0, 0])
-        counts[0] += len(mask.indices[site])
+        counts[0] += mask.kept_by_site[site]
         counts[1] += rows * columns
     table = Table("matrices", "kept", "of", "share", title=str(file), title_justify="left")
     for name, (kept, entries) in kinds.items():

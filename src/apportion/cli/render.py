@@ -19,6 +19,7 @@ from apportion.records.placement import Placement
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
+from apportion.records.tensors import arrays_of
 
 _ROUTING = {
     "profile": "the profile's shares of routed tokens",
@@ -166,7 +167,7 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
         One row a layer: the colour runs from none to the layer's hottest expert, and the last column says which share
         of the slots the planned experts take.
     """
-    counts = profile.counts[task] if task else profile.total_counts()
+    counts = arrays_of(profile.counts)[task] if task else profile.counts_LE
     planned: Mapping[str, list[int]] = plan.experts_by_layer() if plan else {}
     title = f"routed tokens{f', {task}' if task else ''}" + ("; planned experts: ●" if plan else "")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))

@@ -7,20 +7,21 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from apportion.errors import ConfigurationError, ProfileError, shortened
 from apportion.methods.targets import targeted_sites
 from apportion.records.options import Criterion, HotOptions
 from apportion.records.site import Site
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from apportion.records.arrays import Array
     from apportion.records.profile import Profile
 
 # Shapes: L layers, E experts.
 
 
-def heat(profile: Profile, criterion: Criterion) -> Tensor:
+def heat(profile: Profile, criterion: Criterion) -> Array:
     """Give the quantity that experts are ranked by, and check that every layer has some.
 
     Args:
@@ -39,11 +40,11 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
             f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.",
             fix="use --method lora or --method attention",
         )
-    heats: dict[Criterion, Callable[[], Tensor]] = {
-        "count": lambda: profile.total_counts().double(),
-        "mass": profile.total_mass,
-        "sensitivity": profile.expert_sensitivity,
-        "sensitivity_count": lambda: profile.expert_sensitivity() * profile.total_counts(),
+    heats: dict[Criterion, Callable[[], Array]] = {
+        "count": lambda: profile.counts_LE.astype(np.float64),
+        "mass": lambda: profile.mass_LE,
+        "sensitivity": lambda: profile.sensitivity_LE,
+        "sensitivity_count": lambda: profile.sensitivity_LE * profile.counts_LE,
     }
     heat_LE = heats[criterion]()
     for block, row in zip(profile.layout.blocks, heat_LE, strict=True):
@@ -56,7 +57,7 @@ def heat(profile: Profile, criterion: Criterion) -> Tensor:
     return heat_LE
 
 
-def experts_kept(heat_E: Tensor, hot: int | str) -> int:
+def experts_kept(heat_E: Array, hot: int | str) -> int:
     """Tell how many experts one layer keeps.
 
     Args:
@@ -79,12 +80,12 @@ def experts_kept(heat_E: Tensor, hot: int | str) -> int:
     if hot.endswith("%"):
         return max(1, math.ceil(round(float(hot[:-1]) / 100 * num_experts, 9)))
     wanted = float(hot.removeprefix("coverage=")) * float(heat_E.sum())
-    covered = heat_E.sort(descending=True).values.cumsum(0)
+    covered = np.sort(heat_E)[::-1].cumsum()
     reached = int((covered < wanted * (1 - 1e-12)).sum()) + 1
     return min(reached, num_experts)
 
 
-def hottest(heat_E: Tensor, k: int) -> list[int]:
+def hottest(heat_E: Array, k: int) -> list[int]:
     """Pick the k hottest experts of a layer; ties go to the lower id.
 
     Args:
@@ -95,14 +96,13 @@ def hottest(heat_E: Tensor, k: int) -> list[int]:
         Expert ids in rising order.
 
     Example:
-        >>> import torch
-        >>> hottest(torch.tensor([3.0, 9.0, 3.0, 1.0]), 2)
+        >>> hottest(np.array([3.0, 9.0, 3.0, 1.0]), 2)
         [0, 1]
     """
-    return sorted(heat_E.sort(descending=True, stable=True).indices[:k].tolist())
+    return coldest(-heat_E, k)
 
 
-def coldest(heat_E: Tensor, k: int) -> list[int]:
+def coldest(heat_E: Array, k: int) -> list[int]:
     """Pick the k coldest experts of a layer; ties go to the lower id.
 
     Args:
@@ -112,7 +112,8 @@ def coldest(heat_E: Tensor, k: int) -> list[int]:
     Returns:
         Expert ids in rising order.
     """
-    return sorted(heat_E.sort(stable=True).indices[:k].tolist())
+    ids: list[int] = np.argsort(heat_E, kind="stable")[:k].tolist()
+    return sorted(ids)
 
 
 def drawn(num_experts: int, k: int, seed: str) -> list[int]:
@@ -154,7 +155,7 @@ def sites_with_experts(profile: Profile, options: HotOptions, chosen: list[list[
     return [site for site in sites if site.kind != "experts" or (site.layer, site.expert) in kept]
 
 
-def rows_of_blocks(profile: Profile, heat_LE: Tensor) -> list[Tensor]:
+def rows_of_blocks(profile: Profile, heat_LE: Array) -> list[Array]:
     """Cut every row to the layer's own number of experts."""
     return [row[: block.num_experts] for block, row in zip(profile.layout.blocks, heat_LE, strict=True)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from apportion.counting import count, flops_per_token
 from apportion.errors import ConfigurationError, PlanError
@@ -23,6 +23,7 @@ from apportion.records.plan_schema import in_file_order
 from apportion.records.profile import Profile
 from apportion.records.shapes import LARGEST_SCALE, MAX_WIDTH, SMALLEST_SCALE
 from apportion.records.site import Layout
+from apportion.records.tensors import Tensors
 
 
 def plan(
@@ -167,10 +168,10 @@ def even_profile(layout: Layout) -> Profile:
     """
     sizes = [block.num_experts for block in layout.blocks]
     tokens = math.lcm(*sizes) if sizes else 1
-    counts = torch.zeros((len(sizes), max(sizes, default=0)), dtype=torch.int64)
+    counts = np.zeros((len(sizes), max(sizes, default=0)), dtype=np.int64)
     for row, block in enumerate(layout.blocks):
         counts[row, : block.num_experts] = block.top_k * tokens // block.num_experts
-    return Profile(layout, {"even": counts}, {"even": counts.double()}, {"even": tokens})
+    return Profile(layout, Tensors({"even": counts}), Tensors({"even": counts.astype(np.float64)}), {"even": tokens})
 
 
 def count_cost(

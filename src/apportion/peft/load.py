@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apportion.discovery import find_sites
@@ -18,7 +20,6 @@ from apportion.peft.config import PEFT_TYPE, ApportionConfig
 from apportion.peft.state import check_digests, check_tensors
 from apportion.records.json_file import read_json
 from apportion.records.plan import Plan
-from apportion.records.tensors import TensorFileError, read_tensors
 
 _CONFIG_FILE, _TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -178,8 +179,8 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not file.is_file():
         raise AdapterError(f"the adapter in {os.fspath(path)} has no {_TENSORS_FILE}.", fix="copy the whole folder")
     try:
-        return read_tensors(file)[1]
-    except TensorFileError as error:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise AdapterError(
             f"{file} cannot be read: it is truncated or damaged.",
             found=str(error),

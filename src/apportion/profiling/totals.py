@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from apportion.errors import ApportionWarning, lay_out
+from apportion.records.arrays import digest, read_arrays
 from apportion.records.files import whole_file
 from apportion.records.json_file import parse_record
 from apportion.records.profile import check_totals
 from apportion.records.site import Layout
-from apportion.records.tensors import digest, read_tensors
+from apportion.records.tensors import as_tensor
 
 # Shapes: L layers, E experts of the widest layer.
 
@@ -67,7 +68,7 @@ class TaskTotals:
         Raises:
             ValueError: a tensor has another type or shape than the layout's, or a number is negative or not finite.
         """
-        check_totals(layout, self.counts, self.mass, self.sensitivity)
+        check_totals(layout, self.counts.numpy(), self.mass.numpy(), self.sensitivity)
         numbers = (self.tokens, self.sequences, self.batches)
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError(f"numbers of tokens, sequences and batches {numbers}")
@@ -140,15 +141,17 @@ class PartialFile:
 
     def _read(self, path: Path, layout: Layout) -> dict[str, TaskTotals]:
         """Read the file, raising whatever its damage leads to."""
-        metadata, tensors = read_tensors(path)
+        metadata, arrays = read_arrays(path)
         header = parse_record(metadata[_HEADER])
-        if header.pop("digest") != digest(header, tensors):
+        if header.pop("digest") != digest(header, arrays):
             raise ValueError("contents that do not match their digest")
         if header["identity"] != self.identity:
             return {}
         measured = {
             task: TaskTotals(
-                tensors[f"counts/{task}"], tensors[f"mass/{task}"], **{name: facts[name] for name in _FACTS}
+                as_tensor(arrays[f"counts/{task}"]),
+                as_tensor(arrays[f"mass/{task}"]),
+                **{name: facts[name] for name in _FACTS},
             )
             for task, facts in header["tasks"].items()
         }
@@ -166,15 +169,15 @@ class PartialFile:
         if self.path is None or not (now or time.monotonic() - self.saved_at > _SAVE_EVERY_S):
             return
         tasks = totals()
-        tensors = {f"counts/{task}": part.counts for task, part in tasks.items()}
-        tensors |= {f"mass/{task}": part.mass for task, part in tasks.items()}
+        arrays = {f"counts/{task}": part.counts.numpy() for task, part in tasks.items()}
+        arrays |= {f"mass/{task}": part.mass.numpy() for task, part in tasks.items()}
         header = {
             "identity": self.identity,
             "tasks": {task: {name: getattr(part, name) for name in _FACTS} for task, part in tasks.items()},
         }
-        metadata = {_HEADER: json.dumps(header | {"digest": digest(header, tensors)})}
+        metadata = {_HEADER: json.dumps(header | {"digest": digest(header, arrays)})}
         with whole_file(self.path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(arrays, temporary, metadata=metadata)
         self.saved_at = time.monotonic()
 
 

@@ -9,21 +9,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from apportion.errors import PlanError, shortened
+from apportion.records.arrays import Array, read_arrays
 from apportion.records.files import whole_file
 from apportion.records.json_file import parse_record
 from apportion.records.numbers import Size, describe_problem
 from apportion.records.placement import Placement
 from apportion.records.site import Site
-from apportion.records.tensors import read_tensors
+from apportion.records.tensors import Tensors, arrays_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 _HEADER = "apportion_mask"
@@ -34,21 +37,31 @@ class Mask:
     """The kept entries of every B of a sparse plan.
 
     Args:
-        indices: For each site, positions in its B of shape (out, rank) laid out row by row: rising, int32.
+        indices: For each site, positions in its B of shape (out, rank) laid out row by row: rising, int32. Tensors or
+            NumPy arrays are taken; tensors are given.
         shapes: For each site, the shape of its B: (out, LoRA experts times rank).
         a_checksum: Checksum of the frozen A that the mask was made with; None where it fits any.
         provenance: How it was made.
     """
 
-    indices: dict[str, Tensor]
+    indices: Mapping[str, Tensor]
     shapes: dict[str, tuple[int, int]]
     a_checksum: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Hold tensors as arrays, so that showing a mask takes no PyTorch."""
+        object.__setattr__(self, "indices", Tensors(self.indices))
+
     @property
     def num_kept(self) -> int:
         """Kept entries of all sites."""
-        return sum(len(kept) for kept in self.indices.values())
+        return sum(self.kept_by_site.values())
+
+    @property
+    def kept_by_site(self) -> dict[str, int]:
+        """Kept entries of each site."""
+        return {site: len(kept) for site, kept in arrays_of(self.indices).items()}
 
     @property
     def num_entries(self) -> int:
@@ -58,7 +71,7 @@ class Mask:
     @property
     def digest(self) -> str:
         """SHA-256 over the whole mask."""
-        return _digest(self._header(), self.indices)
+        return _digest(self._header(), arrays_of(self.indices))
 
     def _header(self) -> dict[str, Any]:
         """Give everything but the entries as plain data."""
@@ -80,22 +93,23 @@ class Mask:
             ``by_chance``, the share that two random masks of these sizes would have.
         """
         sites = [site for site in self.indices if self.shapes[site] == other.shapes.get(site)]
-        own = sum(len(self.indices[site]) for site in sites)
-        others = sum(len(other.indices[site]) for site in sites)
-        both = sum(int(torch.isin(self.indices[site], other.indices[site]).sum()) for site in sites)
+        mine, theirs = arrays_of(self.indices), arrays_of(other.indices)
+        num_mine = sum(len(mine[site]) for site in sites)
+        num_theirs = sum(len(theirs[site]) for site in sites)
+        num_shared = sum(int(np.isin(mine[site], theirs[site]).sum()) for site in sites)
         entries = sum(self.shapes[site][0] * self.shapes[site][1] for site in sites)
         return {
             "sites": len(sites),
-            "shared_frac": both / own if own else 0.0,
-            "jaccard": both / (own + others - both) if own + others else 0.0,
-            "by_chance": others / entries if entries else 0.0,
+            "shared_frac": num_shared / num_mine if num_mine else 0.0,
+            "jaccard": num_shared / (num_mine + num_theirs - num_shared) if num_mine + num_theirs else 0.0,
+            "by_chance": num_theirs / entries if entries else 0.0,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as one safetensors file, whole or not at all."""
         with whole_file(path) as temporary:
             metadata = {_HEADER: json.dumps(self._header() | {"digest": self.digest}), "format": "pt"}
-            save_file({site: kept.contiguous() for site, kept in self.indices.items()}, temporary, metadata=metadata)
+            save_file(arrays_of(self.indices), temporary, metadata=metadata)
 
 
 def load_mask(path: str | os.PathLike[str]) -> Mask:
@@ -114,7 +128,7 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
     if not file.is_file():
         raise PlanError(f"there is no mask {file}.", fix="give the mask.safetensors that training wrote")
     try:
-        metadata, indices = read_tensors(file)
+        metadata, indices = read_arrays(file)
         if _HEADER not in metadata:
             raise ValueError(f"no {_HEADER} in its metadata")
         header = parse_record(metadata[_HEADER])
@@ -146,7 +160,7 @@ def _validator() -> TypeAdapter[_Header]:
     return TypeAdapter(_Header)
 
 
-def _from_header(header: dict[str, Any], indices: Mapping[str, Tensor]) -> Mask:
+def _from_header(header: dict[str, Any], indices: Mapping[str, Array]) -> Mask:
     """Put a mask together, raising ValueError where its parts are not those of one."""
     try:
         checked = _validator().validate_python(header)
@@ -158,12 +172,12 @@ def _from_header(header: dict[str, Any], indices: Mapping[str, Tensor]) -> Mask:
         if not _are_positions(indices[site], rows * columns):
             raise ValueError(f"positions of {site} that are not int32, not rising, or outside {rows} x {columns}")
     ordered = {site: indices[site] for site in checked.shapes}
-    return Mask(ordered, checked.shapes, checked.a_checksum, checked.provenance)
+    return Mask(Tensors(ordered), checked.shapes, checked.a_checksum, checked.provenance)
 
 
-def _are_positions(kept: Tensor, num_entries: int) -> bool:
+def _are_positions(kept: Array, num_entries: int) -> bool:
     """Tell whether kept entries rise within their matrix."""
-    if kept.dtype != torch.int32 or kept.ndim != 1:
+    if kept.dtype != np.int32 or kept.ndim != 1:
         return False
     if len(kept) == 0:
         return True
@@ -176,10 +190,10 @@ def b_shapes(placements: Iterable[Placement], sites: Mapping[str, Site]) -> dict
     return {p.site: (sites[p.site].out_features, p.total_rank) for p in sparse}
 
 
-def _digest(header: dict[str, Any], indices: Mapping[str, Tensor]) -> str:
+def _digest(header: dict[str, Any], indices: Mapping[str, Array]) -> str:
     """Hash the header and every site's entries."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for site in sorted(indices):
         total.update(site.encode())
-        total.update(indices[site].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(indices[site].tobytes())
     return total.hexdigest()

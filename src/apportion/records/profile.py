@@ -9,20 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from apportion.errors import ProfileError, shortened
+from apportion.records.arrays import Array, ArrayFileError, digest, read_arrays
 from apportion.records.files import whole_file
 from apportion.records.json_file import parse_record
 from apportion.records.numbers import Amount, Size, describe_problem
 from apportion.records.site import Layout
-from apportion.records.tensors import TensorFileError, digest, read_tensors
+from apportion.records.tensors import Tensors, arrays_of, as_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 PROFILE_HEADER = "apportion_profile"
@@ -36,19 +39,25 @@ class Profile:
 
     Args:
         layout: The sites of the profiled model.
-        counts: For each task, how often each expert was selected: int64, shape (L, E).
-        routing_mass: For each task, the summed routing weights of each expert: float64, shape (L, E).
+        counts: For each task, how often each expert was selected: int64, shape (L, E). Tensors or NumPy arrays are
+            taken; tensors are given.
+        routing_mass: For each task, the summed routing weights of each expert: float64, shape (L, E); as `counts`.
         tokens: For each task, the tokens that were counted.
         sensitivity: For each task, the squared gradient norm of each site by name; empty when not measured.
         provenance: Where the numbers come from: data, samples, versions.
     """
 
     layout: Layout
-    counts: dict[str, Tensor]
-    routing_mass: dict[str, Tensor]
+    counts: Mapping[str, Tensor]
+    routing_mass: Mapping[str, Tensor]
     tokens: dict[str, int]
     sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Hold tensors as arrays, so that planning from a file takes no PyTorch."""
+        for name in ("counts", "routing_mass"):
+            object.__setattr__(self, name, Tensors(getattr(self, name)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -63,7 +72,7 @@ class Profile:
     @property
     def num_experts(self) -> Tensor:
         """How many columns of each row count: int64, shape (L,)."""
-        return torch.tensor([block.num_experts for block in self.layout.blocks], dtype=torch.int64)
+        return as_tensor(np.array([block.num_experts for block in self.layout.blocks], dtype=np.int64))
 
     @property
     def fingerprint(self) -> str:
@@ -73,15 +82,42 @@ class Profile:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything measured: two profiles with the same digest hold the same numbers."""
-        return digest(self._header(), self._tensors())
+        return digest(self._header(), self._arrays())
+
+    @cached_property
+    def counts_LE(self) -> Array:
+        """Selections summed over tasks: int64, shape (L, E)."""
+        total_LE: Array = np.sum([arrays_of(self.counts)[task] for task in self.tasks], axis=0)
+        return total_LE
+
+    @cached_property
+    def mass_LE(self) -> Array:
+        """Routing mass summed over tasks: float64, shape (L, E)."""
+        total_LE: Array = np.sum([arrays_of(self.routing_mass)[task] for task in self.tasks], axis=0)
+        return total_LE
+
+    @cached_property
+    def sensitivity_LE(self) -> Array:
+        """Squared gradient norms summed over tasks and over each expert's matrices: float64, shape (L, E)."""
+        total_LE = np.zeros(self.mass_LE.shape)
+        for norms in self.measured_sensitivity().values():
+            for row, block in enumerate(self.layout.blocks):
+                for expert in range(block.num_experts):
+                    names = (block.site(expert, projection).name for projection in block.projections)
+                    total_LE[row, expert] += sum(norms[name] for name in names)
+        return total_LE
 
     def total_counts(self) -> Tensor:
-        """Selections summed over tasks: int64, shape (L, E)."""
-        return torch.stack([self.counts[task] for task in self.tasks]).sum(0)
+        """Return `counts_LE` as a tensor."""
+        return as_tensor(self.counts_LE)
 
     def total_mass(self) -> Tensor:
-        """Routing mass summed over tasks: float64, shape (L, E)."""
-        return torch.stack([self.routing_mass[task] for task in self.tasks]).sum(0)
+        """Return `mass_LE` as a tensor."""
+        return as_tensor(self.mass_LE)
+
+    def expert_sensitivity(self) -> Tensor:
+        """Return `sensitivity_LE` as a tensor."""
+        return as_tensor(self.sensitivity_LE)
 
     def total_tokens(self) -> int:
         """Tokens summed over tasks."""
@@ -89,12 +125,12 @@ class Profile:
 
     @cached_property
     def slots_per_token(self) -> dict[tuple[int, int], float]:
-        """Give, for each layer and expert, the routed slots that fall on it a token: they add up to top-k."""
-        counts, tokens = self.total_counts(), self.total_tokens()
+        """Give the routed slots per token of each layer and expert: those of one layer add up to top-k."""
+        tokens = self.total_tokens()
         return {
-            (block.layer, expert): int(counts[row, expert]) / tokens
-            for row, block in enumerate(self.layout.blocks)
-            for expert in range(block.num_experts)
+            (block.layer, expert): count / tokens
+            for block, row in zip(self.layout.blocks, self.counts_LE.tolist(), strict=True)
+            for expert, count in enumerate(row[: block.num_experts])
         }
 
     def measured_sensitivity(self) -> dict[str, dict[str, float]]:
@@ -114,16 +150,6 @@ class Profile:
             )
         return self.sensitivity
 
-    def expert_sensitivity(self) -> Tensor:
-        """Sum the squared gradient norms over tasks and over each expert's matrices: float64, shape (L, E)."""
-        total_LE = torch.zeros_like(self.total_mass())
-        for norms in self.measured_sensitivity().values():
-            for row, block in enumerate(self.layout.blocks):
-                for expert in range(block.num_experts):
-                    names = (block.site(expert, projection).name for projection in block.projections)
-                    total_LE[row, expert] += sum(norms[name] for name in names)
-        return total_LE
-
     def of_task(self, task: str) -> Profile:
         """Give the part of the profile that belongs to one task.
 
@@ -140,8 +166,8 @@ class Profile:
             raise ProfileError(f"the profile has no task {task!r}.", found=", ".join(self.tasks))
         return Profile(
             layout=self.layout,
-            counts={task: self.counts[task]},
-            routing_mass={task: self.routing_mass[task]},
+            counts=Tensors({task: arrays_of(self.counts)[task]}),
+            routing_mass=Tensors({task: arrays_of(self.routing_mass)[task]}),
             tokens={task: self.tokens[task]},
             sensitivity={task: self.sensitivity[task]} if task in self.sensitivity else {},
             provenance=self.provenance,
@@ -152,7 +178,7 @@ class Profile:
         header = self._header()
         metadata = {PROFILE_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
         with whole_file(path) as temporary:
-            save_file(self._tensors(), temporary, metadata=metadata)
+            save_file(self._arrays(), temporary, metadata=metadata)
 
     def _header(self) -> dict[str, Any]:
         """Give everything but the tensors as plain data."""
@@ -164,10 +190,13 @@ class Profile:
             "provenance": self.provenance,
         }
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Give the tensors under their names in the file."""
-        return {f"counts/{task}": self.counts[task].contiguous() for task in self.tasks} | {
-            f"routing_mass/{task}": self.routing_mass[task].contiguous() for task in self.tasks
+    def _arrays(self) -> dict[str, Array]:
+        """Give the arrays under their names in the file."""
+        measured = {"counts": self.counts, "routing_mass": self.routing_mass}
+        return {
+            f"{name}/{task}": np.ascontiguousarray(arrays_of(values)[task])
+            for name, values in measured.items()
+            for task in self.tasks
         }
 
 
@@ -189,8 +218,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
             f"there is no profile {file}.", fix=f"make one with: apportion profile MODEL --data DATA -o {file}"
         )
     try:
-        metadata, tensors = read_tensors(file)
-    except TensorFileError as error:
+        metadata, arrays = read_arrays(file)
+    except ArrayFileError as error:
         raise ProfileError(
             f"the profile {file} cannot be read: it is truncated or not a safetensors file.",
             found=str(error),
@@ -209,12 +238,12 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
                 f"{SCHEMA_VERSION}.",
                 fix="profile again, or install the version that wrote it",
             )
-        profile = _from_header(header, tensors)
+        profile = _from_header(header, arrays)
     except ValueError as error:
         if isinstance(error, ProfileError):
             raise
         raise ProfileError(f"the profile {file} is damaged.", found=str(error), fix="profile again") from error
-    if header.pop("digest") != digest(header, tensors):
+    if header.pop("digest") != digest(header, arrays):
         raise ProfileError(
             f"the profile {file} was changed after it was written: its contents do not match its digest.",
             fix="profile again",
@@ -223,7 +252,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     return profile
 
 
-def check_totals(layout: Layout, counts: Tensor, mass: Tensor, sensitivity: Mapping[str, float]) -> None:
+def check_totals(layout: Layout, counts: Array, mass: Array, sensitivity: Mapping[str, float]) -> None:
     """Refuse totals of one task that no measurement gives.
 
     Args:
@@ -233,17 +262,17 @@ def check_totals(layout: Layout, counts: Tensor, mass: Tensor, sensitivity: Mapp
         sensitivity: Squared gradient norms by site.
 
     Raises:
-        ValueError: a tensor has another type or shape than the layout's, a number is negative or not finite, or a site
+        ValueError: an array has another type or shape than the layout's, a number is negative or not finite, or a site
             is none of the layout's.
     """
     widths = [block.num_experts for block in layout.blocks]
     shape = (len(widths), max(widths, default=0))
-    for totals, dtype in ((counts, torch.int64), (mass, torch.float64)):
+    for totals, dtype in ((counts, np.int64), (mass, np.float64)):
         if totals.dtype != dtype or totals.shape != shape:
             raise ValueError(
-                f"totals of type {totals.dtype} and shape {tuple(totals.shape)}, expected {dtype} and {shape}"
+                f"totals of type {totals.dtype} and shape {totals.shape}, expected {np.dtype(dtype)} and {shape}"
             )
-        if not bool((totals >= 0).all() and totals.isfinite().all()):
+        if not bool((totals >= 0).all() and np.isfinite(totals).all()):
             raise ValueError("totals that are negative or not finite")
         if any(bool(row_E[width:].any()) for row_E, width in zip(totals, widths, strict=True)):
             raise ValueError("totals of experts that their layer does not have")
@@ -271,7 +300,7 @@ def _validator() -> TypeAdapter[_Header]:
     return TypeAdapter(_Header)
 
 
-def _from_header(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
+def _from_header(header: dict[str, Any], arrays: Mapping[str, Array]) -> Profile:
     """Put a profile together, raising ValueError where its parts are not those of one."""
     try:
         checked = _validator().validate_python(header)
@@ -279,12 +308,12 @@ def _from_header(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Profi
         raise ValueError(describe_problem(error)) from error
     layout = Layout.from_dict(checked.layout)
     names = {f"{kind}/{task}" for kind in ("counts", "routing_mass") for task in checked.tokens}
-    if names != set(tensors):
-        raise ValueError(f"tensors that are missing or that no task has: {min(names ^ set(tensors))!a}")
+    if names != set(arrays):
+        raise ValueError(f"tensors that are missing or that no task has: {min(names ^ set(arrays))!a}")
     return Profile(
         layout=layout,
-        counts={task: tensors[f"counts/{task}"] for task in checked.tokens},
-        routing_mass={task: tensors[f"routing_mass/{task}"] for task in checked.tokens},
+        counts=Tensors({task: arrays[f"counts/{task}"] for task in checked.tokens}),
+        routing_mass=Tensors({task: arrays[f"routing_mass/{task}"] for task in checked.tokens}),
         tokens=checked.tokens,
         sensitivity=checked.sensitivity,
         provenance=checked.provenance,
@@ -299,7 +328,8 @@ def _check_measured(file: Path, profile: Profile) -> None:
             raise ValueError(f"the sensitivity of a task {min(unknown)!a}, which it does not have")
         for task in profile.tasks:
             norms = profile.sensitivity.get(task, {})
-            check_totals(profile.layout, profile.counts[task], profile.routing_mass[task], norms)
+            counts, mass = arrays_of(profile.counts)[task], arrays_of(profile.routing_mass)[task]
+            check_totals(profile.layout, counts, mass, norms)
             if task in profile.sensitivity and (missing := measurable - set(norms)):
                 raise ValueError(f"no sensitivity of {min(missing)!a} for task {task!a}")
             if task in profile.sensitivity and not any(norms.values()):

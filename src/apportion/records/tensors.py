@@ -1,56 +1,66 @@
-"""Tensors in files: read whole, with a digest that tells a damaged file from a good one."""
+"""Arrays as tensors, where a public name promises tensors: reading a file takes no PyTorch until they are used."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from apportion.records.arrays import Array, as_array
 
-from apportion.records.files import seal
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class TensorFileError(ValueError):
-    """A file is no safetensors file, or is damaged."""
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read a safetensors file.
+class Tensors(Mapping[str, "Tensor"]):
+    """Tensors by name, held as NumPy arrays.
 
     Args:
-        path: The file.
-
-    Returns:
-        Its metadata, and its tensors by name.
-
-    Raises:
-        TensorFileError: it cannot be read.
+        values: Tensors or arrays by name. Each is copied only if it is not in the CPU's memory.
     """
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata: dict[str, str] = opened.metadata() or {}
-            return metadata, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise TensorFileError(str(error)) from error
+
+    def __init__(self, values: Mapping[str, Tensor | Array]) -> None:
+        self.arrays = arrays_of(values)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Give one as a tensor that shares the array's memory."""
+        return as_tensor(self.arrays[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self.arrays)
+
+    def __repr__(self) -> str:
+        """Show the arrays."""
+        return f"{type(self).__name__}({self.arrays!r})"
 
 
-def digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Hash a header and every tensor's name, type, shape and bytes.
+def arrays_of(values: Mapping[str, Tensor | Array] | Mapping[str, Tensor]) -> dict[str, Array]:
+    """Give tensors as the arrays that they are held as.
 
     Args:
-        header: Plain data.
-        tensors: Tensors by name, of any type, on the CPU.
+        values: Tensors or arrays by name.
 
     Returns:
-        SHA-256.
+        Arrays by name; they share the memory of tensors on the CPU.
     """
-    total = hashlib.sha256(seal(header).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    if isinstance(values, Tensors):
+        return values.arrays
+    return {name: as_array(value) for name, value in values.items()}
+
+
+def as_tensor(array: Array) -> Tensor:
+    """Give an array as a tensor of the same type.
+
+    Args:
+        array: The array.
+
+    Returns:
+        A tensor that shares its memory.
+    """
+    import torch  # records are read without PyTorch
+
+    return torch.from_numpy(array)

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
+from apportion.records.arrays import Array
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.records.site_name import SiteName
@@ -90,9 +89,9 @@ def _task(name: str, profile: Profile, tokens: int) -> dict[str, Any]:
     measured = set(profile.sensitivity) == set(profile.tasks)
     grids = {}
     if profile.layout.is_moe:
-        grids = {"count": _rows(profile, profile.total_counts()), "mass": _rows(profile, profile.total_mass())}
+        grids = {"count": _rows(profile, profile.counts_LE), "mass": _rows(profile, profile.mass_LE)}
         if measured:
-            grids["sensitivity"] = _rows(profile, profile.expert_sensitivity())
+            grids["sensitivity"] = _rows(profile, profile.sensitivity_LE)
     sites: dict[str, float] = {}
     if measured:
         for norms in profile.sensitivity.values():
@@ -101,7 +100,7 @@ def _task(name: str, profile: Profile, tokens: int) -> dict[str, Any]:
     return {"name": name, "tokens": tokens, "grids": grids, "matrices": _matrices(sites.items())}
 
 
-def _rows(profile: Profile, heat_LE: Tensor) -> list[list[float | None]]:
+def _rows(profile: Profile, heat_LE: Array) -> list[list[float | None]]:
     """Cut each layer's row to its own number of experts."""
     return [
         [_short(value) for value in row[: block.num_experts]]

@@ -316,7 +316,7 @@ class Bench:
         """Give the mean over layers of the Jaccard index of two counts' hottest experts."""
         found = []
         for block, one, other in zip(self.profile.layout.blocks, one_LE, other_LE, strict=True):
-            rows = [row[: block.num_experts].double() for row in (one, other)]
+            rows = [row[: block.num_experts].double().numpy() for row in (one, other)]
             kept = experts_kept(rows[0], self.settings.profile.hot)
             first, second = (set(hottest(row, kept)) for row in rows)
             found.append(len(first & second) / len(first | second))
