@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "160"
+os.environ["APPORTION_CACHE"] = os.path.join(tempfile.mkdtemp(), "cache")
 
 from collections.abc import Callable, Iterator
 

@@ -12,9 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import apportion
 from apportion.accounting import layout_of
+from apportion.configurations import config_source, known_configurations
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError, PlanMismatchError
-from apportion.loading import config_source, known_configurations
 from architectures import NOT_SUPPORTED, build, tiny_config
 from tiny_models import build_tiny
 

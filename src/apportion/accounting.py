@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from apportion.configurations import config_source, keep_layout, known_layout
 from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError, PlanMismatchError, ProfileError
-from apportion.methods.planning import build_plan, check_settings, even_profile
-from apportion.methods.registry import find_method
+from apportion.errors import ConfigurationError
+from apportion.methods.planning import check_settings, cost_on
 from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
 from apportion.records.cost import Cost
 from apportion.records.profile import Profile
@@ -25,7 +25,6 @@ def cost(
     method: str = "hellora",
     *,
     rank: int = 32,
-    alpha: float | None = None,
     seed: int = 0,
     profile: Profile | None = None,
     trust_remote_code: bool = False,
@@ -37,10 +36,9 @@ def cost(
     ``even``. Parameters are exact either way, except where `hot` is a coverage.
 
     Args:
-        model_or_config: A model, a configuration, or a folder or ``config.json`` to read one from.
+        model_or_config: A model, a configuration, or the name of one as `layout_of` takes it.
         method: A method's name.
         rank: Rank of every adapter.
-        alpha: Scale numerator; it costs nothing.
         seed: Seed of methods that draw at random.
         profile: What was measured on this architecture.
         trust_remote_code: Run Python code that comes with the model.
@@ -55,33 +53,30 @@ def cost(
         PlanMismatchError: the profile is of another architecture.
         ProfileError: the method needs a profile, or one with sensitivities.
 
-    Cost: the model is built on the meta device: no weight is allocated.
+    Cost: seconds for a configuration that was not looked at before: the model is built on the meta device, without
+        memory for its weights. Its layout is kept for the next time.
     """
     if isinstance(model_or_config, nn.Module):
         layout = find_sites(model_or_config)
     else:
-        layout = layout_of(model_or_config, trust_remote_code=trust_remote_code)
-    if profile is not None and profile.fingerprint != layout.fingerprint:
-        raise PlanMismatchError(
-            "the profile was made for another architecture.",
-            details={"model": layout.describe(), "profile": profile.layout.describe()},
-            fix="profile this model",
-        )
-    if profile is None and find_method(method).reads_tasks:
-        raise ProfileError(
-            f"what {method} costs depends on the tasks.",
-            fix="give a profile, for all of these methods but random_votes one made with --sensitivity",
-        )
-    settings = check_settings(rank, alpha, seed)
-    measured = even_profile(layout) if profile is None else profile
-    return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
+        fingerprint = None if profile is None else profile.fingerprint
+        layout = layout_of(model_or_config, fingerprint, trust_remote_code=trust_remote_code)
+    return cost_on(layout, method, check_settings(rank, None, seed), options, profile)
 
 
-def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote_code: bool = False) -> Layout:
+def layout_of(
+    config: PreTrainedConfig | str | os.PathLike[str],
+    fingerprint: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Layout:
     """Find a model's sites from its configuration alone.
 
     Args:
-        config: A configuration, or a folder or ``config.json`` to read one from.
+        config: A configuration, or the name of one: ``embedded``, one of `known_configurations`, a hub id, a folder or
+            a ``config.json``.
+        fingerprint: The architecture that is expected, if any: a layout that was found before is taken only if it has
+            this fingerprint.
         trust_remote_code: Run Python code that comes with the model. Without it such a model is refused, unless
             transformers has an implementation of its own.
 
@@ -92,20 +87,35 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote
         ConfigurationError: the configuration cannot be read, is of no known causal language model, or comes with code
             that was not to be run.
     """
-    if not isinstance(config, PreTrainedConfig):
-        path = os.fspath(config)
-        # Code that comes with a model is found by its folder alone.
-        place = Path(path).parent if trust_remote_code and Path(path).name == "config.json" else path
-        try:
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            if needs_remote_code(error):
-                raise remote_code_refusal(ConfigurationError, path) from error
-            raise ConfigurationError(
-                f"the configuration {path} cannot be read.",
-                found=_first_line(error),
-                fix="give a config.json of a model type that this version of transformers knows",
-            ) from error
+    if isinstance(config, PreTrainedConfig):
+        return _sites_of(config, trust_remote_code=trust_remote_code)
+    layout = None if trust_remote_code else known_layout(config, fingerprint)
+    if layout is None:
+        read = _read(config_source(config), trust_remote_code=trust_remote_code)
+        layout = _sites_of(read, trust_remote_code=trust_remote_code)
+        if not trust_remote_code:
+            keep_layout(config, layout)
+    return layout
+
+
+def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read a configuration."""
+    # Code that comes with a model is found by its folder alone.
+    place = Path(path).parent if trust_remote_code and Path(path).name == "config.json" else path
+    try:
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        if needs_remote_code(error):
+            raise remote_code_refusal(ConfigurationError, path) from error
+        raise ConfigurationError(
+            f"the configuration {path} cannot be read.",
+            found=_first_line(error),
+            fix="give a config.json of a model type that this version of transformers knows",
+        ) from error
+
+
+def _sites_of(config: PreTrainedConfig, *, trust_remote_code: bool) -> Layout:
+    """Build the model without memory for its weights, and look for sites."""
     auto = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
@@ -114,7 +124,7 @@ def layout_of(config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote
         raise ConfigurationError(
             f"no {config.model_type} model can be built from this configuration.",
             found=_first_line(error),
-            fix="mend its sizes",
+            fix="change its sizes to ones that a model can have",
         ) from error
     return find_sites(model)
 

@@ -26,13 +26,12 @@ from apportion.profiling.run import profile
 from apportion.records.files import seal, write_text
 from apportion.records.json_file import read_json
 from apportion.records.numbers import describe_problem
-from apportion.records.outputs import check_output_folder
+from apportion.records.outputs import DEMO_RESULTS_FILE, check_output_folder
 from apportion.records.profile import Profile
 from apportion.signals import end_by
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 
-RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 SETTINGS_FILE = "settings.json"
 METHODS: tuple[str, ...] = ("lora", "attention", "hellora", "random", "cold")
@@ -155,7 +154,7 @@ def run_demo(
                 _save_run(place, facts, (before, after, unrelated_before, unrelated_after))
             runs.append(_read_run(place / "result.json"))
     result = DemoResult(settings, measured, runs)
-    write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=1) + "\n")
+    write_text(folder / DEMO_RESULTS_FILE, json.dumps(result.as_dict(), indent=1) + "\n")
     write_text(folder / TABLE_FILE, markdown_table(result.as_dict()))
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from apportion.configurations import EMBEDDED, config_source
 from apportion.errors import MissingDependencyError, ModelLoadError
 from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
 
-EMBEDDED = "embedded"
-_ASSETS = Path(str(files("apportion"))) / "assets"
-_CONFIGS = _ASSETS / "configs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -96,31 +93,10 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def config_source(name: str | os.PathLike[str]) -> str:
-    """Tell where transformers finds the configuration of a model.
-
-    Args:
-        name: ``embedded``, one of `known_configurations`, a hub id, a folder, or a ``config.json``.
-
-    Returns:
-        A path or a hub id.
-    """
-    text = os.fspath(name)
-    if text == EMBEDDED:
-        return str(_embedded_folder())
-    shipped = _CONFIGS / f"{text}.json"
-    return str(shipped) if text in known_configurations() else text
-
-
-def known_configurations() -> list[str]:
-    """List the models whose configuration ships with the package, by the names that `config_source` takes."""
-    return sorted(path.stem for path in _CONFIGS.glob("*.json"))
-
-
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """Turn a name into what `from_pretrained` takes."""
     if name == EMBEDDED:
-        return str(_embedded_folder()), {}
+        return config_source(EMBEDDED), {}
     if name.endswith(".gguf"):
         path = Path(name)
         if not path.is_file():
@@ -132,11 +108,6 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 def _on_disk(offload: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Say how `from_pretrained` leaves the weights on disk."""
     return {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": os.fspath(offload)}
-
-
-def _embedded_folder() -> Path:
-    """Find the embedded model among the package's files."""
-    return _ASSETS / EMBEDDED
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -317,7 +317,7 @@ def test_an_interrupted_command_says_so(run: Run, monkeypatch: pytest.MonkeyPatc
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("apportion.cli.cost.cost", interrupt)
+    monkeypatch.setattr("apportion.cli.cost.cost_on", interrupt)
     done = run("cost", "embedded")
     assert done.exit_code == 1
     assert done.stderr == "error: interrupted.\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +18,6 @@ from apportion.records.options import MethodOptions, Options, SparseTraining
 from apportion.training.settings import TrainSettings
 
 _COMMANDS: Any = typer.main.get_command(app)
-HEAVY = ("torch", "transformers", "peft", "pandas", "datasets", "trl")
 
 
 def _run(*arguments: object) -> Result:
@@ -198,15 +195,3 @@ def test_methods_are_listed_with_descriptions_of_their_options() -> None:
         described = {option: field.description for option, field in method.options.model_fields.items()}
         assert listed[name]["descriptions"] == described
         assert listed[name]["options"].keys() == described.keys()
-
-
-@pytest.mark.parametrize("words", [["plan", "--help"], ["train", "--help"], ["methods"], ["methods", "--json"]])
-def test_help_and_the_list_of_methods_load_no_heavy_library(words: list[str]) -> None:
-    code = (
-        "import sys; from apportion.cli.main import app; from typer.testing import CliRunner\n"
-        f"result = CliRunner().invoke(app, {words!r})\n"
-        "assert result.exit_code == 0 and 'hellori' in result.output, result.output\n"
-        f"heavy = set({HEAVY!r}) & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -230,7 +230,7 @@ def test_sparsity_is_a_share(profile_of: ProfileOf, sparsity: float) -> None:
 
 
 def test_the_published_count() -> None:
-    cost = apportion.cost(apportion.loading.config_source("olmoe-1b-7b"), "hellori", hot=8, rank=32)
+    cost = apportion.cost("olmoe-1b-7b", "hellori", hot=8, rank=32)
     assert cost.trainable_parameters == cost.stored_parameters == 2_100_429
     assert round(cost.lora_count_ratio, 5) == 0.00674
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,38 @@ from apportion.records.outputs import check_output_folder
 from apportion.training.phase import save_adapter
 
 
-def run(
-    console: Console,
-    *,
-    adapters: list[Path],
-    output: Path,
-    weights: str | None,
-    how: str,
-    model: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    adapters: list[Path]
+    output: Path
+    weights: str | None
+    how: str
+    model: str | None
+    dtype: str | None
+    trust_remote_code: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Load the adapters onto one model, combine them, and save the result."""
     quiet()
-    shares = _weights(weights, len(adapters))
-    _check_same_base(adapters)
-    name = base_of(adapters[0], model)
-    check_output_folder(output, inputs=(*adapters, name))
-    loaded, _ = load_model(name, dtype, trust_remote_code=trust_remote_code)
-    names = [f"a{number}" for number in range(len(adapters))]
-    peft_model = load(loaded, adapters[0], adapter_name=names[0])
-    for path, adapter in zip(adapters[1:], names[1:], strict=True):
+    shares = _weights(args.weights, len(args.adapters))
+    _check_same_base(args.adapters)
+    name = base_of(args.adapters[0], args.model)
+    check_output_folder(args.output, inputs=(*args.adapters, name))
+    loaded, _ = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
+    names = [f"a{number}" for number in range(len(args.adapters))]
+    peft_model = load(loaded, args.adapters[0], adapter_name=names[0])
+    for path, adapter in zip(args.adapters[1:], names[1:], strict=True):
         peft_model.load_adapter(path, adapter)
-    peft_model.add_weighted_adapter(names, shares, "default", combination_type=how)
+    peft_model.add_weighted_adapter(names, shares, "default", combination_type=args.how)
     for adapter in names:
         peft_model.delete_adapter(adapter)
-    save_adapter(peft_model, output)
+    save_adapter(peft_model, args.output)
     count = sum(parameter.numel() for key, parameter in peft_model.named_parameters() if ".default." in key)
-    console.print(f"{len(adapters)} adapters combined by {how}: {count:,} parameters -> {output}")
-    return {"adapter": str(output), "parameters": count, "weights": shares, "how": how}
+    console.print(f"{len(args.adapters)} adapters combined by {args.how}: {count:,} parameters -> {args.output}")
+    return {"adapter": str(args.output), "parameters": count, "weights": shares, "how": args.how}
 
 
 def _weights(text: str | None, count: int) -> list[float]:

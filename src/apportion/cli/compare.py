@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,49 +28,54 @@ from apportion.study.settings import StudySettings, check_settings, load_setting
 from apportion.study.sitting import Sitting
 
 
-def run(
-    console: Console,
-    *,
-    study: Path | None,
-    output: Path | None,
-    options: dict[str, Any],
-    data: list[str] | None,
-    sitting: dict[str, Any],
-    page: Path | None,
-    force: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    study: Path | None
+    output: Path | None
+    options: dict[str, Any]
+    data: list[str] | None
+    sitting: dict[str, Any]
+    page: Path | None
+    force: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Run a study, or summarise the folder of one, and show what it says."""
     quiet()
-    _check_page(page, [*([study] if study else []), *named_sources(data or []).values()], force=force)
-    if study is not None and study.is_dir():
+    _check_page(
+        args.page, [*([args.study] if args.study else []), *named_sources(args.data or []).values()], force=args.force
+    )
+    if args.study is not None and args.study.is_dir():
         told = [
-            *options,
-            *(["data"] if data else []),
-            *(["output"] if output else []),
-            *(["dry_run"] if sitting["dry_run"] else []),
+            *args.options,
+            *(["data"] if args.data else []),
+            *(["output"] if args.output else []),
+            *(["dry_run"] if args.sitting["dry_run"] else []),
         ]
         if told:
             raise ConfigurationError(
-                f"{study} is a study's folder, whose runs are only summarised, and {told[0]} was given.",
+                f"{args.study} is a study's folder, whose runs are only summarised, and {told[0]} was given.",
                 fix="give the study's .toml file, or leave that out",
             )
-        summary: Summary | None = write_summary(study, say=lambda text: console.print(text, soft_wrap=True))
-        folder = study
+        summary: Summary | None = write_summary(args.study, say=lambda text: console.print(text, soft_wrap=True))
+        folder = args.study
     else:
-        settings = _settings(study, data, options)
-        folder = output or Path("build") / settings.name
+        settings = _settings(args.study, args.data, args.options)
+        folder = args.output or Path("build") / settings.name
         with console.status("starting") as status:
-            how = Sitting(**sitting, say=lambda text: _say(console, status, text), prepare=quiet)
-            summary = run_study(folder, settings, _commands(study, data, options, folder), how)
+            how = Sitting(**args.sitting, say=lambda text: _say(console, status, text), prepare=quiet)
+            summary = run_study(folder, settings, _commands(args.study, args.data, args.options, folder), how)
     if summary is None:
         return {"folder": str(folder), "dry_run": True}
     console.print(cells_table(summary))
     for sentence in summary.verdicts:
         console.print(f"- {sentence}")
     console.print(f"settings, runs and summary -> {folder}")
-    if page:
-        write_page(folder, page)
-        console.print(f"page -> {page}")
+    if args.page:
+        write_page(folder, args.page)
+        console.print(f"page -> {args.page}")
     return summary.model_dump(mode="json") | {"folder": str(folder)}
 
 

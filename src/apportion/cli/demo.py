@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,31 @@ from rich.table import Table
 
 from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map
-from apportion.demo import QUICK, RESULTS_FILE, DemoResult, DemoSettings, run_demo
+from apportion.demo import QUICK, DemoResult, DemoSettings, run_demo
+from apportion.records.outputs import DEMO_RESULTS_FILE
 from apportion.records.plan import load_plan
 
 
-def run(console: Console, *, output: Path, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    output: Path
+    quick: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Run the demonstration and show its table."""
     quiet()
-    settings = QUICK if quick else DemoSettings()
+    settings = QUICK if args.quick else DemoSettings()
     with console.status("starting") as status:
-        result = run_demo(output, settings, report=lambda text: _say(console, status, text))
+        result = run_demo(args.output, settings, report=lambda text: _say(console, status, text))
     for task in settings.tasks:
-        console.print(heat_map(result.profile, load_plan(output / task / "hellora" / "plan.json"), task=task))
+        console.print(heat_map(result.profile, load_plan(args.output / task / "hellora" / "plan.json"), task=task))
         console.print()
     console.print(comparison_table(result))
-    console.print(f"settings, figures and versions -> {output / RESULTS_FILE}")
-    if quick:
+    console.print(f"settings, figures and versions -> {args.output / DEMO_RESULTS_FILE}")
+    if args.quick:
         console.print("this was --quick: too little training to tell the methods apart")
     return result.as_dict()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,41 @@ from apportion.loading import load_model
 from apportion.peft.load import load
 
 
-def run(
-    console: Console,
-    *,
-    model: str,
-    data: list[str],
-    adapter: Path | None,
-    samples: int,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    model: str
+    data: list[str]
+    adapter: Path | None
+    samples: int
+    batch_size: int
+    max_length: int
+    seed: int
+    dtype: str | None
+    trust_remote_code: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Score and show; one data set's figures by themselves, several data sets' with their mean."""
     quiet()
-    sources = named_sources(data)
-    rows = {task: read_rows(text, num_rows=samples, split="test", seed=seed) for task, text in sources.items()}
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    scored = load(loaded, adapter) if adapter else loaded
-    result = evaluate_tasks(scored, tokenizer, rows, batch_size=batch_size, max_length=max_length, progress=True)
-    table = Table("task", title=f"{model}{f' with {adapter}' if adapter else ''}", title_justify="left")
+    sources = named_sources(args.data)
+    rows = {
+        task: read_rows(text, num_rows=args.samples, split="test", seed=args.seed) for task, text in sources.items()
+    }
+    loaded, tokenizer = load_model(args.model, args.dtype, trust_remote_code=args.trust_remote_code)
+    scored = load(loaded, args.adapter) if args.adapter else loaded
+    result = evaluate_tasks(
+        scored, tokenizer, rows, batch_size=args.batch_size, max_length=args.max_length, progress=True
+    )
+    table = Table("task", title=f"{args.model}{f' with {args.adapter}' if args.adapter else ''}", title_justify="left")
     for heading in ("samples", "loss", "perplexity", "exact match", "rows cut"):
         table.add_column(heading, justify="right")
     for task, own in result.tasks.items():
         match = "" if own.exact_match is None else f"{own.exact_match:.4f}"
         table.add_row(task, f"{own.samples:,}", f"{own.loss:.4f}", f"{own.perplexity:.4f}", match, f"{own.truncated:,}")
     notes = [
-        f"{task}: {own.left_out} of {own.samples} rows have no completion token within {max_length} tokens; "
+        f"{task}: {own.left_out} of {own.samples} rows have no completion token within {args.max_length} tokens; "
         "the loss leaves them out"
         for task, own in result.tasks.items()
         if own.left_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,23 @@ from apportion.peft.load import load
 from apportion.records.outputs import check_output_folder
 
 
-def run(
-    console: Console, *, adapter: Path, output: Path, model: str | None, dtype: str | None, trust_remote_code: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    adapter: Path
+    output: Path
+    model: str | None
+    dtype: str | None
+    trust_remote_code: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Load an adapter and write it as plain LoRA."""
     quiet()
-    name = base_of(adapter, model)
-    check_output_folder(output, inputs=(adapter, name))
-    loaded, _ = load_model(name, dtype, trust_remote_code=trust_remote_code)
-    export_lora(load(loaded, adapter), output)
-    console.print(f"{adapter} as plain LoRA -> {output}")
-    return {"adapter": str(output)}
+    name = base_of(args.adapter, args.model)
+    check_output_folder(args.output, inputs=(args.adapter, name))
+    loaded, _ = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
+    export_lora(load(loaded, args.adapter), args.output)
+    console.print(f"{args.adapter} as plain LoRA -> {args.output}")
+    return {"adapter": str(args.output)}

@@ -347,6 +347,14 @@ def report(
 
 
 @app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="Any file or folder that apportion wrote.")], json_: Json = False
+) -> None:
+    """Say what a file or folder is, and what it holds."""
+    run("show", path=path, as_json=json_)
+
+
+@app.command()
 def methods(json_: Json = False) -> None:
     """List every method: its options, its source, one line."""
     run("methods", as_json=json_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,24 @@ from apportion.records.mask import load_mask
 from apportion.records.site_name import SiteName
 
 
-def run(console: Console, *, file: Path, other: Path | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    file: Path
+    other: Path | None
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Show the kept share of every projection type, and the overlap with another mask."""
-    mask = load_mask(file)
+    mask = load_mask(args.file)
     kinds: dict[str, list[int]] = {}
     for site, (rows, columns) in mask.shapes.items():
         site_name = SiteName.parse(site)
         counts = kinds.setdefault((site_name.projection or site_name.module.rpartition(".")[2]), [0, 0])
         counts[0] += mask.kept_by_site[site]
         counts[1] += rows * columns
-    table = Table("matrices", "kept", "of", "share", title=str(file), title_justify="left")
+    table = Table("matrices", "kept", "of", "share", title=str(args.file), title_justify="left")
     for name, (kept, entries) in kinds.items():
         table.add_row(name, f"{kept:,}", f"{entries:,}", f"{kept / entries:.2%}")
     table.add_section()
@@ -33,10 +42,10 @@ def run(console: Console, *, file: Path, other: Path | None) -> dict[str, Any]:
         "projections": {name: {"kept": kept, "entries": entries} for name, (kept, entries) in kinds.items()},
         "provenance": mask.provenance,
     }
-    if other:
-        facts["overlap"] = mask.overlap(load_mask(other))
+    if args.other:
+        facts["overlap"] = mask.overlap(load_mask(args.other))
         console.print(
-            f"{facts['overlap']['shared_frac']:.1%} of its entries are kept by {other} too "
+            f"{facts['overlap']['shared_frac']:.1%} of its entries are kept by {args.other} too "
             f"({facts['overlap']['by_chance']:.1%} by chance); Jaccard {facts['overlap']['jaccard']:.3f}"
         )
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,35 @@ from apportion.peft.load import check_mergeable, load, read_adapter_plan
 from apportion.records.outputs import check_output_folder
 
 
-def run(
-    console: Console, *, adapter: Path, output: Path, model: str | None, dtype: str | None, trust_remote_code: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    adapter: Path
+    output: Path
+    model: str | None
+    dtype: str | None
+    trust_remote_code: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Merge and save; the output folder appears whole."""
     quiet()
-    name = base_of(adapter, model)
-    check_output_folder(output, inputs=(adapter, name), renamed=True)
-    check_mergeable(read_adapter_plan(adapter), adapter)
-    loaded, tokenizer = load_model(name, dtype, trust_remote_code=trust_remote_code)
-    merged = load(loaded, adapter).merge_and_unload(safe_merge=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    name = base_of(args.adapter, args.model)
+    check_output_folder(args.output, inputs=(args.adapter, name), renamed=True)
+    check_mergeable(read_adapter_plan(args.adapter), args.adapter)
+    loaded, tokenizer = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
+    merged = load(loaded, args.adapter).merge_and_unload(safe_merge=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{args.output.name}.", dir=args.output.parent))
     try:
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        temporary.replace(output)
+        if args.output.exists():
+            args.output.rmdir()
+        temporary.replace(args.output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    console.print(f"{adapter} merged into {name} -> {output}")
-    return {"model": str(output), "base": name}
+    console.print(f"{args.adapter} merged into {name} -> {args.output}")
+    return {"model": str(args.output), "base": name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,12 @@ from rich.table import Table
 from apportion.methods.registry import METHODS
 
 
-def run(console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """Nothing: the command has no options but --json."""
+
+
+def run(console: Console, _args: Arguments) -> dict[str, Any]:
     """Show the table of methods."""
     listed: dict[str, dict[str, Any]] = {
         method.name: {

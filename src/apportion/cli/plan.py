@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,34 @@ from apportion.records.outputs import check_output
 from apportion.records.profile import load_profile
 
 
-def run(
-    console: Console,
-    *,
-    profile: Path,
-    output: Path,
-    method: str,
-    rank: int,
-    alpha: float | None,
-    seed: int,
-    options: dict[str, Any],
-    picture: Path | None,
-    force: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    profile: Path
+    output: Path
+    method: str
+    rank: int
+    alpha: float | None
+    seed: int
+    options: dict[str, Any]
+    picture: Path | None
+    force: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Make a plan from a profile, save it and show it."""
-    check_output(output, "plan", inputs=(profile,), force=force)
-    if picture:
-        if picture.resolve() == output.resolve():
-            raise ConfigurationError(f"plan and picture would both be written to {output}.", fix="give two files")
-        check_output(picture, "picture", inputs=(profile,), force=force)
-    measured = load_profile(profile)
-    made = plan(measured, method, rank=rank, alpha=alpha, seed=seed, **options)
-    made.save(output)
+    check_output(args.output, "plan", inputs=(args.profile,), force=args.force)
+    if args.picture:
+        if args.picture.resolve() == args.output.resolve():
+            raise ConfigurationError(f"plan and picture would both be written to {args.output}.", fix="give two files")
+        check_output(args.picture, "picture", inputs=(args.profile,), force=args.force)
+    measured = load_profile(args.profile)
+    made = plan(measured, args.method, rank=args.rank, alpha=args.alpha, seed=args.seed, **args.options)
+    made.save(args.output)
     ranks = sorted({placement.rank for placement in made.placements})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    console.print(cost_table(made.cost, f"{method} on {made.model}, {shown}"))
+    console.print(cost_table(made.cost, f"{args.method} on {made.model}, {shown}"))
     if len(ranks) > 1:
         console.print(rank_table(made, measured.layout))
     if not made.is_mergeable:
@@ -50,7 +54,7 @@ def run(
         console.print(f"budget: {taken:,} of {allowed:,} {unit}, {allowed - taken:,} under")
     if made.cost.sites_by_kind.get("experts"):
         console.print(heat_map(measured, made))
-        if picture:
-            draw(heat_map(measured, made), f"{method} on {made.model}", picture)
-    console.print(f"-> {output}")
-    return made.as_dict() | {"plan": str(output)}
+        if args.picture:
+            draw(heat_map(measured, made), f"{args.method} on {made.model}", args.picture)
+    console.print(f"-> {args.output}")
+    return made.as_dict() | {"plan": str(args.output)}

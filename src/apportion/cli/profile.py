@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,65 +30,82 @@ from apportion.records.profile import Profile
 _UNEVEN = 10
 
 
-def run(
-    console: Console,
-    *,
-    model: str,
-    data: list[str],
-    output: Path,
-    samples: int,
-    max_length: int,
-    batch_size: int,
-    sensitivity: bool,
-    procedure: SensitivityProcedure | None,
-    seed: int,
-    loading: Loading,
-    force: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    model: str
+    data: list[str]
+    output: Path
+    samples: int
+    max_length: int
+    batch_size: int
+    sensitivity: bool
+    procedure: SensitivityProcedure | None
+    seed: int
+    loading: Loading
+    force: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Read the data, run the model over them, save and show the profile."""
     quiet()
-    if procedure and not sensitivity:
+    if args.procedure and not args.sensitivity:
         raise ConfigurationError("a procedure was given, and no sensitivity asked for.", fix="add --sensitivity")
-    if loading.low_memory and sensitivity:
+    if args.loading.low_memory and args.sensitivity:
         raise ConfigurationError(
             "gradients need all weights in memory, and --low-memory leaves them on disk.",
             fix="leave out --sensitivity or --low-memory",
         )
-    sources = named_sources(data)
-    check_output(output, "profile", inputs=(model, *sources.values()), force=force)
-    partial = f"{output}.partial"
-    rows = {name: read_rows(source, num_rows=samples, seed=seed) for name, source in sources.items()}
-    facts = {"model": model, "data": sources, "max_length": max_length, "seed": seed, "batch_size": batch_size}
-    with _weights_on_disk(output) if loading.low_memory else nullcontext() as offload:
+    sources = named_sources(args.data)
+    check_output(args.output, "profile", inputs=(args.model, *sources.values()), force=args.force)
+    partial = f"{args.output}.partial"
+    rows = {name: read_rows(source, num_rows=args.samples, seed=args.seed) for name, source in sources.items()}
+    facts = {
+        "model": args.model,
+        "data": sources,
+        "max_length": args.max_length,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+    }
+    with _weights_on_disk(args.output) if args.loading.low_memory else nullcontext() as offload:
         loaded, tokenizer = load_model(
-            model, loading.dtype, offload=offload, trust_remote_code=loading.trust_remote_code
+            args.model, args.loading.dtype, offload=offload, trust_remote_code=args.loading.trust_remote_code
         )
-        usable = {name: _with_labels(name, part, tokenizer, max_length) for name, part in rows.items() if sensitivity}
+        usable = {
+            name: _with_labels(name, part, tokenizer, args.max_length)
+            for name, part in rows.items()
+            if args.sensitivity
+        }
         rows |= {name: part.rows for name, part in usable.items()}
         left_out = {name: part.left_out for name, part in usable.items()}
-        _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=sensitivity)
-        encoded = {name: [encode(row, tokenizer, max_length) for row in part] for name, part in rows.items()}
+        _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=args.sensitivity)
+        encoded = {name: [encode(row, tokenizer, args.max_length) for row in part] for name, part in rows.items()}
         truncated = {name: sum(row.truncated for row in part) for name, part in encoded.items()}
         pad_id = int(tokenizer.pad_token_id or 0)
         streams = {
-            name: tqdm(list(batches(part, pad_id, batch_size)), desc=name, delay=2.0) for name, part in encoded.items()
+            name: tqdm(list(batches(part, pad_id, args.batch_size)), desc=name, delay=2.0)
+            for name, part in encoded.items()
         }
         measured = profile(
             loaded,
             streams,
-            sensitivity=procedure or sensitivity,
-            provenance=facts | {"truncated": truncated, "left_out": left_out, "samples": samples},
+            sensitivity=args.procedure or args.sensitivity,
+            provenance=facts | {"truncated": truncated, "left_out": left_out, "samples": args.samples},
             partial=partial,
             keep_partial=True,
         )
-    _save(measured, output, partial)
-    cut = {name: f"{count} rows were longer than {max_length} tokens and were cut" for name, count in truncated.items()}
+    _save(measured, args.output, partial)
+    cut = {
+        name: f"{count} rows were longer than {args.max_length} tokens and were cut"
+        for name, count in truncated.items()
+    }
     notes = [f"{name}: {text}" for name, text in cut.items() if truncated[name]]
-    notes += [f"{n}: {p.left_out_message(max_length)} and were left out" for n, p in usable.items() if p.left_out]
+    notes += [f"{n}: {p.left_out_message(args.max_length)} and were left out" for n, p in usable.items() if p.left_out]
     _show(console, measured, notes)
-    console.print(f"{_tokens(measured)} of {measured.layout.describe()} -> {output}")
+    console.print(f"{_tokens(measured)} of {measured.layout.describe()} -> {args.output}")
     return {
-        "profile": str(output),
+        "profile": str(args.output),
         "digest": measured.digest,
         "tokens": measured.tokens,
         "truncated": truncated,

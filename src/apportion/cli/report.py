@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,19 @@ from apportion.cli.render import readable_bytes
 from apportion.report.page import write_report
 
 
-def run(console: Console, *, path: Path, output: Path, profile: Path | None, force: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    path: Path
+    output: Path
+    profile: Path | None
+    force: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Write the page and say where it is."""
-    written = write_report(path, output, profile, force=force)
+    written = write_report(args.path, args.output, args.profile, force=args.force)
     size = readable_bytes(written.bytes)
-    console.print(f"{written.kind} {path} -> {output} ({size}; open it in a browser, no network is needed)")
+    console.print(f"{written.kind} {args.path} -> {args.output} ({size}; open it in a browser, no network is needed)")
     return asdict(written)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -17,6 +18,8 @@ from apportion.errors import ApportionError, ApportionWarning, OutputWriteError,
 from apportion.records.files import is_full
 from apportion.signals import Terminated, raising_terminated
 
+# Libraries that say at import, to everyone who has them installed, which of their optional kernels are missing.
+_CHATTER = ("bitsandbytes", "torchao", "torch.utils._pytree")
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -38,17 +41,20 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
     Args:
         command: The command's name, which is its module's.
         as_json: Print what it returns as one JSON object on standard output, and everything else on standard error.
-        **arguments: What its module's `run` takes.
+        **arguments: The fields of its module's `Arguments`.
 
     Raises:
         Exit: with the code, after the message.
     """
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
     console = Console(stderr=as_json, highlight=False, quiet=not first)
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         with raising_terminated():
-            result = importlib.import_module(f"apportion.cli.{command}").run(console=console, **arguments)
+            module = importlib.import_module(f"apportion.cli.{command}")
+            result = module.run(console, module.Arguments(**arguments))
     except ApportionError as error:
         _fail(str(error), 1 if isinstance(error, OutputWriteError) else 2)
     except KeyboardInterrupt:

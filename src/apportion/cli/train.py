@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +25,53 @@ from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
 
 
-def run(
-    console: Console,
-    *,
-    plan: Path,
-    data: list[str],
-    weights: str | None,
-    output: Path,
-    model: str | None,
-    samples: int | None,
-    loading: Loading,
-    settings: dict[str, Any],
-    mask: Path | None,
-    on_top_of: Path | None,
-    resume: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Arguments:
+    """What the command was given, by the names of its options."""
+
+    plan: Path
+    data: list[str]
+    weights: str | None
+    output: Path
+    model: str | None
+    samples: int | None
+    loading: Loading
+    settings: dict[str, Any]
+    mask: Path | None
+    on_top_of: Path | None
+    resume: bool
+
+
+def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Train, save and say what was done."""
     quiet()
-    chosen = load_plan(plan)
-    checked = TrainSettings(**settings, bf16=loading.dtype == "bfloat16")
+    chosen = load_plan(args.plan)
+    checked = TrainSettings(**args.settings, bf16=args.loading.dtype == "bfloat16")
     checked.check()
-    name = model or chosen.base_model
+    name = args.model or chosen.base_model
     if name is None:
         raise ConfigurationError("the plan does not say which model it is for.", fix="give --model")
-    inputs: list[str | Path] = [name, *([on_top_of] if on_top_of else [])]
-    on_first(lambda: require_unlocked(output))
-    on_first(lambda: check_output_folder(output, inputs=inputs, may_hold=resume))
-    sources, shares = named_sources(data), parse_weights(weights)
-    parts = {task: read_rows(source, num_rows=samples, seed=checked.seed) for task, source in sources.items()}
+    inputs: list[str | Path] = [name, *([args.on_top_of] if args.on_top_of else [])]
+    on_first(lambda: require_unlocked(args.output))
+    on_first(lambda: check_output_folder(args.output, inputs=inputs, may_hold=args.resume))
+    sources, shares = named_sources(args.data), parse_weights(args.weights)
+    parts = {task: read_rows(source, num_rows=args.samples, seed=checked.seed) for task, source in sources.items()}
     rows = mix(parts, shares, checked.seed)
-    chosen_mask = load_mask(mask) if mask else None
-    facts: dict[str, Any] = {"model": name, "dtype": loading.dtype, "data": sources, "weights": shares}
-    loaded, tokenizer = load_model(name, loading.dtype, trust_remote_code=loading.trust_remote_code)
+    chosen_mask = load_mask(args.mask) if args.mask else None
+    facts: dict[str, Any] = {"model": name, "dtype": args.loading.dtype, "data": sources, "weights": shares}
+    loaded, tokenizer = load_model(name, args.loading.dtype, trust_remote_code=args.loading.trust_remote_code)
     below = None
-    if on_top_of:
-        loaded, below = merge_below(loaded, on_top_of)
+    if args.on_top_of:
+        loaded, below = merge_below(loaded, args.on_top_of)
     result = train(
         loaded,
         tokenizer,
         chosen,
         rows,
-        output,
+        args.output,
         checked,
         mask=chosen_mask,
-        resume=resume,
+        resume=args.resume,
         facts=facts | {"on_top_of": below},
     )
     console.print(str(result.model.receipt))
@@ -77,9 +81,10 @@ def run(
         console.print(f"stopped at step {result.steps} with a checkpoint; go on with the same command and --resume")
         end_by(result.signal)
     console.print(
-        f"{result.steps} steps, mean loss {result.loss:.4f}, {result.tokens_per_s:,.0f} tokens a second -> {output}"
+        f"{result.steps} steps, mean loss {result.loss:.4f}, {result.tokens_per_s:,.0f} tokens per second "
+        f"-> {args.output}"
     )
     return result.as_dict() | {
-        "adapter": str(output),
+        "adapter": str(args.output),
         "trainable_parameters": result.model.receipt.trainable_parameters,
     }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from apportion.counting import count, flops_per_token
-from apportion.errors import ConfigurationError, PlanError
+from apportion.errors import ConfigurationError, PlanError, PlanMismatchError, ProfileError
 from apportion.methods.base import AdapterSettings
 from apportion.methods.registry import find_method
 from apportion.methods.targets import targeted_sites
@@ -155,6 +155,42 @@ def build_plan(
         placements=placements,
         procedure={"name": LORI if settings.sparsity else PLAIN},
     )
+
+
+def cost_on(
+    layout: Layout, method: str, settings: AdapterSettings, options: dict[str, Any], profile: Profile | None = None
+) -> Cost:
+    """Count what a method's adapters cost on a model.
+
+    Args:
+        layout: The model's sites.
+        method: The method's name.
+        settings: Rank, scale and seed, as `check_settings` gives them.
+        options: The method's own options.
+        profile: What was measured on this architecture; without it every expert is taken to have the same share of
+            the tokens.
+
+    Returns:
+        The cost.
+
+    Raises:
+        ConfigurationError: the method, an option or the rank does not fit the model.
+        PlanMismatchError: the profile is of another architecture.
+        ProfileError: the method needs a profile, or one with sensitivities.
+    """
+    if profile is not None and profile.fingerprint != layout.fingerprint:
+        raise PlanMismatchError(
+            "the profile was made for another architecture.",
+            details={"model": layout.describe(), "profile": profile.layout.describe()},
+            fix="profile this model",
+        )
+    if profile is None and find_method(method).reads_tasks:
+        raise ProfileError(
+            f"what {method} costs depends on the tasks.",
+            fix="give a profile, for all of these methods but random_votes one made with --sensitivity",
+        )
+    measured = even_profile(layout) if profile is None else profile
+    return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
 
 
 def even_profile(layout: Layout) -> Profile:

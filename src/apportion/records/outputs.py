@@ -19,6 +19,10 @@ from apportion.records.profile import PROFILE_HEADER
 
 OutputKind = Literal["profile", "plan", "report", "study page", "study data", "picture"]
 
+ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+RUN_FILE, TRAINING_RESULT_FILE = "run.json", "training.json"
+DEMO_RESULTS_FILE = "results.json"
+
 _HEAD_BYTES = 4096
 
 
@@ -133,7 +137,7 @@ def _may_be_replaced(path: Path, kind: OutputKind) -> bool:
 
 def _is_profile(path: Path) -> bool:
     """Recognise a profile by its header."""
-    with safe_open(path, framework="pt") as opened:
+    with safe_open(path, framework="np") as opened:
         return PROFILE_HEADER in (opened.metadata() or {})
 
 

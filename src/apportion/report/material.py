@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from apportion.demo import RESULTS_FILE
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.records.json_file import read_json
+from apportion.records.outputs import DEMO_RESULTS_FILE
 from apportion.records.plan import Plan, load_plan
 from apportion.records.profile import Profile, load_profile
 from apportion.report.commands import demo_command, plan_command, profile_command
@@ -62,12 +62,12 @@ def read_material(path: str | os.PathLike[str], profile: str | os.PathLike[str] 
         raise ConfigurationError(f"a profile was given, and {source} is no plan.", fix="leave --profile out")
     if (source / STUDY_FILE).is_file():
         return _read_study(source)
-    if (source / RESULTS_FILE).is_file():
+    if (source / DEMO_RESULTS_FILE).is_file():
         return _read_demo(source)
     if source.is_dir():
         raise ConfigurationError(
             f"{source} is the folder of neither a study nor a finished demonstration: it has no {STUDY_FILE} and "
-            f"no {RESULTS_FILE}.",
+            f"no {DEMO_RESULTS_FILE}.",
             fix=f"give {_TAKEN}",
         )
     if source.suffix == ".safetensors":
@@ -117,7 +117,7 @@ def _read_study(folder: Path) -> Material:
 
 def _read_demo(folder: Path) -> Material:
     """Read a demonstration's results, profile and plans."""
-    file = folder / RESULTS_FILE
+    file = folder / DEMO_RESULTS_FILE
     results = read_json(
         file,
         lambda found: ConfigurationError(f"{file} is damaged.", found=found, fix="run the demonstration again"),

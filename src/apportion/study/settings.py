@@ -256,6 +256,12 @@ class StudySettings(_Settings):
         return contender.lr_low or self.tuning.low, contender.lr_high or self.tuning.high
 
     @property
+    def planned_runs(self) -> int:
+        """Runs of the whole study; full fine-tuning has no budget, so it runs once where others run at each budget."""
+        cells = sum(1 if one.method == FULL else len(self.budgets) for one in self.contenders)
+        return len(self.models) * len(self.tasks) * self.seeds * cells
+
+    @property
     def digest(self) -> str:
         """Hash of all settings."""
         return seal(self.model_dump(mode="json"))

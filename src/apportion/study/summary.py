@@ -25,7 +25,7 @@ def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
         The summary.
     """
     settings, runs = study.settings, study.runs
-    planned = planned_runs(settings)
+    planned = settings.planned_runs
     comparisons = _compare_all(settings, runs) if len(runs) == planned else []
     cells = [
         _cell(settings, list(part))
@@ -50,12 +50,6 @@ def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
         hot_set_stability=stability,
         commands=commands,
     )
-
-
-def planned_runs(settings: StudySettings) -> int:
-    """Count a study's runs; full fine-tuning has one budget, which is none."""
-    budgets = sum(1 if one.method == FULL else len(settings.budgets) for one in settings.contenders)
-    return len(settings.models) * len(settings.tasks) * budgets * settings.seeds
 
 
 def _cell(settings: StudySettings, runs: Sequence[Run]) -> CellSummary:

@@ -1,0 +1,140 @@
+"""Configurations that ship with the package, and layouts of models that were looked at before.
+
+A layout is found by building the model without its weights, which takes PyTorch and seconds. It follows from the
+configuration alone, so it is shipped for the shipped configurations and kept in the user's cache for others.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from platformdirs import user_cache_path
+
+from apportion._version import __version__
+from apportion.errors import ApportionError
+from apportion.records.files import whole_file
+from apportion.records.json_file import parse_record
+from apportion.records.site import Layout
+
+EMBEDDED = "embedded"
+CACHE_VARIABLE = "APPORTION_CACHE"
+ASSETS = Path(str(files("apportion"))) / "assets"
+
+_CONFIGS, _LAYOUTS = ASSETS / "configs", ASSETS / "layouts"
+_MAX_LAYOUT_BYTES = 1 << 26
+_SUFFIX = ".json.gz"
+
+
+@cache
+def known_configurations() -> tuple[str, ...]:
+    """List the models whose configuration ships with the package, by the names that `config_source` takes."""
+    return tuple(sorted(path.stem for path in _CONFIGS.glob("*.json")))
+
+
+def config_source(name: str | os.PathLike[str]) -> str:
+    """Tell where transformers finds the configuration of a model.
+
+    Args:
+        name: ``embedded``, one of `known_configurations`, a hub id, a folder, or a ``config.json``.
+
+    Returns:
+        A path or a hub id.
+    """
+    text = os.fspath(name)
+    if text == EMBEDDED:
+        return str(ASSETS / EMBEDDED)
+    return str(_CONFIGS / f"{text}.json") if text in known_configurations() else text
+
+
+def known_layout(name: str | os.PathLike[str], fingerprint: str | None = None) -> Layout | None:
+    """Give the layout of a model, if it is shipped or was found before.
+
+    Args:
+        name: As `config_source` takes it.
+        fingerprint: The architecture that the layout must have, if any.
+
+    Returns:
+        The layout; None if it is not known, or is of another architecture.
+    """
+    text = os.fspath(name)
+    file = shipped_layout_file(text) if text in (EMBEDDED, *known_configurations()) else _cache_file(text)
+    layout = None if file is None else _read_layout(file)
+    return layout if layout and fingerprint in (None, layout.fingerprint) else None
+
+
+def keep_layout(name: str | os.PathLike[str], layout: Layout) -> None:
+    """Keep a layout in the user's cache, so that the next look at its configuration takes no PyTorch.
+
+    Args:
+        name: As `config_source` takes it; without a configuration file on this machine nothing is kept.
+        layout: The layout.
+    """
+    file = _cache_file(name)
+    if file is not None:
+        with suppress(OSError, ApportionError):  # the cache is full, read-only or missing: it is only a cache
+            write_layout(layout, file)
+
+
+def write_layout(layout: Layout, path: Path) -> None:
+    """Write a layout as compressed JSON, the same bytes for the same layout.
+
+    Args:
+        layout: The layout.
+        path: The file.
+    """
+    text = json.dumps(layout.as_dict(), separators=(",", ":"))
+    with whole_file(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def shipped_layout_file(name: str) -> Path:
+    """Name the file of a shipped layout."""
+    return _LAYOUTS / f"{name}{_SUFFIX}"
+
+
+def _read_layout(path: Path) -> Layout | None:
+    """Read a layout; None if there is none or it is damaged."""
+    try:
+        with gzip.open(path) as opened:
+            text = opened.read(_MAX_LAYOUT_BYTES)
+        return Layout.from_dict(parse_record(text))
+    except (OSError, EOFError, ValueError):
+        return None
+
+
+def _cache_file(name: str | os.PathLike[str]) -> Path | None:
+    """Name the file that keeps the layout of a configuration: another one for each content and each version."""
+    config = _config_file(os.fspath(name))
+    if config is None:
+        return None
+    try:
+        text = config.read_bytes()
+    except OSError:
+        return None
+    versions = f"{__version__}|{version('transformers')}|{version('torch')}|"
+    key = hashlib.sha256(versions.encode() + text).hexdigest()
+    folder = os.environ.get(CACHE_VARIABLE)
+    return (Path(folder) if folder else user_cache_path("apportion")) / "layouts" / f"{key}{_SUFFIX}"
+
+
+def _config_file(name: str) -> Path | None:
+    """Find the configuration file of a folder, of a hub id that was downloaded before, or the file itself."""
+    path = Path(config_source(name))
+    if path.is_dir():
+        return path / "config.json"
+    if path.is_file():
+        return path
+    with suppress(HFValidationError, OSError):
+        found = try_to_load_from_cache(name, "config.json")
+        return Path(found) if isinstance(found, str) else None
+    return None
