@@ -1,0 +1,1 @@
+"""Stacked experts: how their weights are stored and read."""
