@@ -63,4 +63,5 @@ def as_tensor(array: Array) -> Tensor:
     """
     import torch  # records are read without PyTorch
 
-    return torch.from_numpy(array)
+    tensor = torch.from_numpy(array)
+    return tensor if tensor.numel() else tensor.new_empty(tensor.shape)  # NumPy's strides of nothing are zero
