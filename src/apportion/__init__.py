@@ -10,6 +10,7 @@ from apportion._version import __version__
 if TYPE_CHECKING:
     from apportion.accounting import cost
     from apportion.errors import ApportionError
+    from apportion.formats.export import export
     from apportion.loading import embedded
     from apportion.methods.planning import plan
     from apportion.peft.attach import Receipt, apply
@@ -34,6 +35,7 @@ __all__ = [
     "apply",
     "cost",
     "embedded",
+    "export",
     "load",
     "load_plan",
     "load_profile",
@@ -53,6 +55,7 @@ _HOMES = {
     "apply": "apportion.peft.attach",
     "cost": "apportion.accounting",
     "embedded": "apportion.loading",
+    "export": "apportion.formats.export",
     "load": "apportion.peft.load",
     "load_plan": "apportion.records.plan",
     "load_profile": "apportion.records.profile",

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import apportion
-from apportion.errors import ApportionError, ConfigurationError, OutputExistsError
-from apportion.peft.export import export_lora
+from apportion.errors import ApportionError, ConfigurationError
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny
 
@@ -124,28 +123,3 @@ def test_weights_that_give_no_finite_adapter_are_refused(weights: list[float], h
         both.add_weighted_adapter(["one", "two"], weights, "both", combination_type=how)
     assert set(both.peft_config) == {"one", "two"}
     assert not any(".both" in name for name, _ in both.named_parameters())
-
-
-@pytest.mark.parametrize(("name", "method"), [("dense", "lori"), ("dense", "lora"), ("olmoe", "lori")])
-def test_exported_factors_load_in_stock_peft(
-    name: str, method: str, profile_of: ProfileOf, tokens: Tensor, tmp_path: Path
-) -> None:
-    model = build_dense() if name == "dense" else build_tiny(name)
-    base = copy.deepcopy(model)
-    options: dict[str, Any] = {"targets": "attention"} if name == "olmoe" else {"ranks": {"dense": 6}}
-    adapted = apportion.apply(model, apportion.plan(profile_of(model), method, rank=4, **options))
-    _shake(adapted, "default")
-    export_lora(adapted, tmp_path / "plain")
-    stock = peft.PeftModel.from_pretrained(base, str(tmp_path / "plain"))
-    assert type(stock.peft_config["default"]) is peft.LoraConfig
-    assert torch.allclose(stock(input_ids=tokens).logits, adapted.eval()(input_ids=tokens).logits, atol=1e-6)
-    with pytest.raises(OutputExistsError):
-        export_lora(adapted, tmp_path / "plain")
-
-
-def test_what_plain_lora_cannot_say_is_refused(profile_of: ProfileOf, tmp_path: Path) -> None:
-    model = build_tiny("olmoe")
-    adapted = apportion.apply(model, apportion.plan(profile_of(model), "hellori", hot=2, rank=4))
-    with pytest.raises(ConfigurationError, match="no linear layer"):
-        export_lora(adapted, tmp_path / "plain")
-    assert not (tmp_path / "plain").exists()

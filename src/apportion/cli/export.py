@@ -8,12 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
-from apportion.loading import load_model
-from apportion.peft.export import export_lora
-from apportion.peft.load import load
-from apportion.records.outputs import check_output_folder
+from apportion.formats.export import FORMATS, export
 
 
 @dataclass(frozen=True)
@@ -22,17 +18,18 @@ class Arguments:
 
     adapter: Path
     output: Path
+    format: str
     model: str | None
     dtype: str | None
     trust_remote_code: bool
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Load an adapter and write it as plain LoRA."""
+    """Write the adapter in another form."""
     quiet()
-    name = base_of(args.adapter, args.model)
-    check_output_folder(args.output, inputs=(args.adapter, name))
-    loaded, _ = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
-    export_lora(load(loaded, args.adapter), args.output)
-    console.print(f"{args.adapter} as plain LoRA -> {args.output}")
-    return {"adapter": str(args.output)}
+    export(
+        args.adapter, args.output, format=args.format, dtype=args.dtype, model=args.model,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    console.print(f"{args.adapter} for {FORMATS[args.format].summary} -> {args.output}")
+    return {"adapter": str(args.output), "format": args.format}

@@ -307,16 +307,19 @@ def combine(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the plain LoRA adapter.")],
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="the trained one")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format to load the model in.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the adapter in the new form.")],
+    format_: Annotated[str, typer.Option("--format", help="peft: plain LoRA, for adapters of linear layers.")] = "peft",
+    model: Annotated[
+        str | None, typer.Option(help=f"The base model. {CONFIG_HELP}", show_default="the trained one")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format of the factors.", show_default="as stored")] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Write an adapter of linear layers as plain LoRA, for software that knows nothing of apportion."""
+    """Write an adapter in a form that other software reads; the base model's weights are not needed."""
     run(
-        "export", adapter=adapter, output=output, model=model, dtype=dtype, trust_remote_code=trust_remote_code,
-        as_json=json_,
+        "export", adapter=adapter, output=output, format=format_, model=model, dtype=dtype,
+        trust_remote_code=trust_remote_code, as_json=json_,
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from apportion.peft.attach import check_architecture
 from apportion.peft.config import PEFT_TYPE, ApportionConfig
 from apportion.peft.state import check_digests, check_tensors
 from apportion.records.json_file import read_json
+from apportion.records.outputs import ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE
 from apportion.records.plan import Plan
-
-_CONFIG_FILE, _TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+from apportion.records.site import Layout
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
@@ -45,23 +45,13 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
             were saved; the model is then as it was.
     """
     config = read_adapter_config(path)
-    plan, layout = _read_plan(config, path), find_sites(model)
+    plan, layout = read_plan(config, path), find_sites(model)
     check_architecture(layout, plan)
     if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
         raise ConfigurationError(
             "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.", fix="leave it out"
         )
-    state = _read_tensors(path)
-    check_tensors(state, plan, layout, config.stores, f"the adapter in {os.fspath(path)}")
-    if config.promised_digests is None:
-        warnings.warn(
-            f"the adapter in {os.fspath(path)} has no digests, so changed numbers in it would not be noticed: it was "
-            "written by an older version. Save it again to add them.",
-            ApportionWarning,
-            stacklevel=2,
-        )
-    else:
-        check_digests(state, config.promised_digests, f"the adapter in {os.fspath(path)}")
+    read_state(path, config, plan, layout)
     _check_chain(path)
     base = _with_adapter_below(model, path)
     try:
@@ -84,7 +74,7 @@ def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
         AdapterError: its configuration is damaged.
         PlanError: the plan in the folder was changed.
     """
-    return _read_plan(read_adapter_config(path), path)
+    return read_plan(read_adapter_config(path), path)
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
@@ -101,9 +91,9 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
         AdapterError: the configuration is damaged.
     """
     folder = os.fspath(path)
-    file = Path(folder, _CONFIG_FILE)
+    file = Path(folder, ADAPTER_CONFIG_FILE)
     if not file.is_file():
-        raise ConfigurationError(f"there is no adapter in {folder}.", fix=f"give a folder with {_CONFIG_FILE}")
+        raise ConfigurationError(f"there is no adapter in {folder}.", fix=f"give a folder with {ADAPTER_CONFIG_FILE}")
 
     def damaged(found: str) -> AdapterError:
         return AdapterError(
@@ -122,8 +112,19 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
     return config
 
 
-def _read_plan(config: ApportionConfig, path: str | os.PathLike[str]) -> Plan:
-    """Read the plan that an adapter's configuration holds."""
+def read_plan(config: ApportionConfig, path: str | os.PathLike[str]) -> Plan:
+    """Read the plan that an adapter's configuration holds.
+
+    Args:
+        config: The configuration.
+        path: The adapter's folder, for messages.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: it was changed after it was written.
+    """
     try:
         return config.read_plan()
     except PlanError as error:
@@ -173,11 +174,43 @@ def merge_below(model: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Modu
     return merged, {"path": str(Path(path).resolve()), "sha256": _weights_digest(path)}
 
 
+def read_state(path: str | os.PathLike[str], config: ApportionConfig, plan: Plan, layout: Layout) -> dict[str, Tensor]:
+    """Read an adapter's tensors, and check that they are those that were saved for its plan.
+
+    Args:
+        path: The adapter's folder.
+        config: Its configuration.
+        plan: Its plan.
+        layout: The base model's sites.
+
+    Returns:
+        The tensors under their names in the file.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or its tensors are not exactly those of the plan, or not those
+            that were saved.
+    """
+    state, place = _read_tensors(path), f"the adapter in {os.fspath(path)}"
+    check_tensors(state, plan, layout, config.stores, place)
+    if config.promised_digests is None:
+        warnings.warn(
+            f"{place} has no digests, so changed numbers in it would not be noticed: it was written by an older "
+            "version. Save it again to add them.",
+            ApportionWarning,
+            stacklevel=3,
+        )
+    else:
+        check_digests(state, config.promised_digests, place)
+    return state
+
+
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read an adapter's tensors."""
-    file = Path(path, _TENSORS_FILE)
+    file = Path(path, ADAPTER_TENSORS_FILE)
     if not file.is_file():
-        raise AdapterError(f"the adapter in {os.fspath(path)} has no {_TENSORS_FILE}.", fix="copy the whole folder")
+        raise AdapterError(
+            f"the adapter in {os.fspath(path)} has no {ADAPTER_TENSORS_FILE}.", fix="copy the whole folder"
+        )
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
@@ -190,7 +223,7 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _weights_digest(path: str | os.PathLike[str]) -> str:
     """Hash an adapter's tensors."""
-    return hashlib.sha256(Path(path, _TENSORS_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256(Path(path, ADAPTER_TENSORS_FILE).read_bytes()).hexdigest()
 
 
 def _check_chain(path: str | os.PathLike[str]) -> None:
@@ -214,7 +247,7 @@ def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Mo
     if below is None:
         return model
     folder = Path(below["path"])
-    if not os.path.isfile(folder / _TENSORS_FILE) or _weights_digest(folder) != below["sha256"]:
+    if not os.path.isfile(folder / ADAPTER_TENSORS_FILE) or _weights_digest(folder) != below["sha256"]:
         raise ConfigurationError(
             f"the adapter in {path} was trained on top of another one, which is gone or was changed.",
             place=folder,

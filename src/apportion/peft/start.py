@@ -31,7 +31,7 @@ def start_factors(model: nn.Module, adapter_name: str, seed: int, *, frozen: boo
     """
     for site, a_RI, is_frozen in _matrices(model, adapter_name):
         if is_frozen == frozen:
-            _draw(a_RI, site, seed)
+            draw(a_RI, site, seed)
 
 
 def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | None:
@@ -51,7 +51,7 @@ def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | No
     for placement in plan.placements:
         if placement.sparsity:
             a_RI = torch.empty(placement.total_rank, sites[placement.site].in_features)
-            _draw(a_RI, placement.site, seed)
+            draw(a_RI, placement.site, seed)
             total.update(placement.site.encode())
             total.update(a_RI.numpy().tobytes())
     return total.hexdigest()
@@ -75,11 +75,16 @@ def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor
                 yield f"{path}.lora_router", called.lora_router[adapter_name].weight.data, False
 
 
-def _draw(a_RI: Tensor, site: str, seed: int) -> None:
+def draw(a_RI: Tensor, site: str, seed: int) -> None:
     """Fill one A from its own generator; the bound 1/sqrt(in) is that of PEFT's initialisation.
 
     The numbers are those of `uniform_` on a processor with fused multiply-add, which rounds once: the sum is exact in
     float64, so every processor rounds it to the same float32.
+
+    Args:
+        a_RI: The matrix to fill; one on the meta device is left as it is.
+        site: The site's name.
+        seed: The seed.
     """
     if a_RI.device.type == "meta":
         return

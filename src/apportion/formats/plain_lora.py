@@ -1,0 +1,69 @@
+"""Stock PEFT's LoRA: what every reader of adapters knows, for adapters of linear layers alone."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from apportion.errors import ConfigurationError
+from apportion.formats.factors import SavedAdapter
+from apportion.records.files import whole_file, write_text
+from apportion.records.outputs import ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE
+
+
+def check(adapter: SavedAdapter) -> None:
+    """Refuse an adapter that plain LoRA cannot express.
+
+    Args:
+        adapter: The adapter.
+
+    Raises:
+        ConfigurationError: it has routed LoRA experts, or stands on something other than linear layers.
+    """
+    for placement in adapter.plan.placements:
+        is_linear = adapter.layout.by_name[placement.site].storage == "linear"
+        if placement.is_routed or not is_linear:
+            reason = "several LoRA experts" if placement.is_routed else "no linear layer of its own"
+            raise ConfigurationError(
+                f"{placement.site} has {reason}, which plain LoRA cannot express.",
+                fix="merge the adapter into the model, or plan with targets attention,shared,dense",
+            )
+
+
+def write(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``: frozen factors drawn, sparse ones made dense.
+
+    Args:
+        adapter: An adapter that `check` accepts.
+        folder: The output folder.
+        dtype: Type of the factors; as they are stored if None.
+    """
+    tensors = {}
+    for site, _, a_RI, b_OR, _ in adapter.factors():
+        for name, factor in (("lora_A", a_RI), ("lora_B", b_OR)):
+            tensors[f"base_model.model.{site.name}.{name}.weight"] = factor.to(dtype or factor.dtype).contiguous()
+    plan = adapter.plan
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        target_modules=[placement.site for placement in plan.placements],
+        rank_pattern={p.site: p.rank for p in plan.placements if p.rank != plan.rank},
+        alpha_pattern={p.site: p.alpha for p in plan.placements if p.alpha != plan.alpha},
+        task_type=adapter.config.task_type,
+        base_model_name_or_path=adapter.config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    with whole_file(folder / ADAPTER_TENSORS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_text(folder / ADAPTER_CONFIG_FILE, _as_json(config))
+
+
+def _as_json(config: LoraConfig) -> str:
+    """Write a configuration as PEFT does."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return Path(folder, ADAPTER_CONFIG_FILE).read_text()
