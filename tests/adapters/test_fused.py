@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from apportion.adapters.experts import ExpertLora, run_experts
+from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import ExpertFactors
-from apportion.adapters.grouped import grouped_low_rank
 from apportion.adapters.routed_rows import RoutedExperts, SortedRows, joined
 from apportion.discovery import find_sites
-from apportion.expert_forms import known_form
+from apportion.experts.forms import known_form
+from apportion.experts.grouped import grouped_low_rank
+from apportion.experts.run import run_experts
 from architectures import build
 
 FORMS = ["olmoe", "gpt_oss", "openai_privacy_filter", "nemotron_h", "dbrx"]

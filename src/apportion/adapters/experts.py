@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,111 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.dispatch import enter, is_dispatched
+from apportion.adapters.constants import constant
 from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.fused import fused_experts
-from apportion.adapters.grouped import constant, grouped_linear, grouped_low_rank, reorder_rows
 from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
 from apportion.adapters.one_token import run_one_token
 from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts, joined
 from apportion.adapters.wrapped import WrappedModule
-from apportion.expert_forms import ExpertForm, known_form
+from apportion.experts.dispatch import enter, is_dispatched
+from apportion.experts.forms import known_form
+from apportion.experts.grouped import grouped_low_rank, inverse_order, reorder_rows
+from apportion.experts.run import base_product, expert_of_rows, run_experts
 
 # Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
 # I and O a projection's input and output width, R summed rank of the planned experts.
 
 _RANK_BLOCK = 8  # PyTorch's grouped product wants ranks that are multiples of it
 _FEW_ROWS = 128  # up to here, rounding and joining factors costs more than it saves
-
-Product = Callable[[str, Tensor, Tensor], Tensor]
-
-
-def run_experts(
-    base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None, weights_TK: Tensor | None, product: Product
-) -> Tensor:
-    """Run stacked experts on the routed rows, sorted by expert, with products of the caller's.
-
-    Args:
-        base: A module that `form_of` knows.
-        hidden_TD: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
-        ids_TK: Expert ids, shape (T, K); None where the module is called with copies.
-        weights_TK: Routing weights, shape (T, K); None where the module is called with copies.
-        product: Called with each stacked parameter's path, its input rows and where each expert's rows end, int32;
-            gives the output rows, as `base_product` does.
-
-    Returns:
-        The shape of `hidden_TD`.
-    """
-    form = known_form(base)
-    rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
-    if ids_TK is None or weights_TK is None:
-        routed = rows_ND.any(dim=1)  # the rows of tokens that are not routed to an expert are zero, and stay so
-        ends_E = routed.view(form.num_experts, -1).sum(1).cumsum(0).to(torch.int32)
-        rows_S = routed.nonzero().squeeze(1)
-        out_SD = _run_sorted(base, form, rows_ND.index_select(0, rows_S), ends_E, product)
-        summed = torch.zeros_like(rows_ND).index_copy(0, rows_S, out_SD.to(rows_ND.dtype))
-    else:
-        num_tokens, top_k = ids_TK.shape
-        ids_S, order_S = ids_TK.reshape(-1).sort(stable=True)
-        experts = torch.arange(form.num_experts, device=ids_S.device)
-        ends_E = torch.searchsorted(ids_S, experts, right=True, out_int32=True)
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        x_SD = reorder_rows(rows_ND, order_S, place_S, copies=top_k)
-        out_SD = _run_sorted(base, form, x_SD, ends_E, product)
-        out_SD = reorder_rows(out_SD, place_S, order_S) * weights_TK.reshape(-1, 1)
-        summed = out_SD.view(num_tokens, top_k, -1).sum(1)
-    return summed.to(hidden_TD.dtype).view_as(hidden_TD)
-
-
-def token_of_rows(base: nn.Module, hidden_TD: Tensor, ids_TK: Tensor | None) -> Tensor:
-    """Tell which token each of the rows is that `run_experts` sorts by expert.
-
-    Args:
-        base: As `run_experts` takes it.
-        hidden_TD: As `run_experts` takes it.
-        ids_TK: As `run_experts` takes it.
-
-    Returns:
-        Positions among the T tokens, shape (S,).
-    """
-    if ids_TK is None:
-        rows_ND = hidden_TD.reshape(-1, hidden_TD.shape[-1])
-        return rows_ND.any(dim=1).nonzero().squeeze(1) % (len(rows_ND) // known_form(base).num_experts)
-    return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
-
-
-def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply sorted rows by one stacked parameter, bias included.
-
-    Args:
-        base: A module that `form_of` knows.
-        parameter: The parameter's path.
-        x_SI: Rows sorted by expert.
-        ends_E: Where each expert's rows end, int32.
-
-    Returns:
-        Shape (S, O), in the parameter's type.
-    """
-    form = known_form(base)
-    matrices, transposed = form.matrices(base, parameter)
-    out_SO = grouped_linear(x_SI, matrices, ends_E, transposed=transposed)
-    if not form.has_bias:
-        return out_SO
-    biased: Tensor = out_SO + getattr(base, f"{parameter}_bias")[_expert_of_rows(x_SI, ends_E)]
-    return biased
-
-
-def _expert_of_rows(x_SI: Tensor, ends_E: Tensor) -> Tensor:
-    """Give the expert of every sorted row, shape (S,)."""
-    return torch.searchsorted(ends_E, torch.arange(len(x_SI), device=x_SI.device, dtype=torch.int32), right=True)
-
-
-def _run_sorted(base: Any, form: ExpertForm, x_SD: Tensor, ends_E: Tensor, product: Product) -> Tensor:
-    """Run stacked experts on rows that are sorted by expert."""
-    entered = {parameter: product(parameter, x_SD, ends_E) for parameter in form.entering}
-    out_SD = product(form.parameters[-1], form.activate(base, entered), ends_E)
-    normed: Tensor = getattr(base, form.norm)(out_SD) if form.norm else out_SD
-    return normed
 
 
 def _low_rank(term: LowRankTerm, x_SI: Tensor, ends_E: Tensor) -> Tensor:
@@ -135,9 +47,9 @@ def _low_rank(term: LowRankTerm, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
     planned_H = constant(factors.experts, x_SI.device)
     is_planned_E = torch.zeros_like(ends_E, dtype=torch.bool).index_fill(0, planned_H, value=True)
-    unplanned_S = ~is_planned_E[_expert_of_rows(x_SI, ends_E)]
+    unplanned_S = ~is_planned_E[expert_of_rows(x_SI, ends_E)]
     order_S = unplanned_S.to(torch.uint8).sort(stable=True).indices
-    place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    place_S = inverse_order(order_S)
     ends_H = ends_E.diff(prepend=ends_E.new_zeros(1))[planned_H].cumsum(0).to(torch.int32)
     behind_S1 = (torch.arange(len(order_S), device=order_S.device) >= ends_H[-1]).unsqueeze(1)
     first_SI = reorder_rows(x_SI, order_S, place_S).masked_fill(behind_S1, 0)

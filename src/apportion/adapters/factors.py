@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apportion.adapters.grouped import constant
+from apportion.adapters.constants import constant
 
 # Shapes: k kept entries of a matrix; H planned experts, R their summed rank.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apportion.adapters.factors import ExpertFactors, SparseFactor
-from apportion.expert_forms import ExpertForm
+from apportion.experts.forms import ExpertForm
 
 # Shapes: T tokens, K experts a token, S = T·K rows sorted by expert, E experts, P of them with rows,
 # H of them planned, N terms of one parameter, D model width, I and O a parameter's input and output width, r rank of an

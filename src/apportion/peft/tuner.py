@@ -14,7 +14,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from apportion.adapters.dispatch import leave
 from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import ExpertFactors
 from apportion.adapters.linear import LinearLora
@@ -23,6 +22,7 @@ from apportion.adapters.weight import WeightLora
 from apportion.adapters.wrapped import WrappedModule
 from apportion.discovery import find_sites
 from apportion.errors import AdapterError, ConfigurationError, PlanMismatchError
+from apportion.experts.dispatch import leave
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
 from apportion.peft.factors import site_factors

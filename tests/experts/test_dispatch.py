@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+from transformers.integrations.moe import use_experts_implementation
 
 import apportion
-from apportion.adapters.dispatch import is_dispatched
+from apportion.experts.dispatch import enter, is_dispatched, leave
 from apportion.records.profile import Profile
 from tiny_models import build_tiny
 
@@ -105,3 +107,18 @@ def test_a_bare_configuration_is_enough_for_a_model_without_weights(profile_of: 
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny.config.to_dict()))
     adapted = apportion.apply(model, plan)
     assert adapted.receipt.trainable_parameters == plan.cost.trainable_parameters
+
+
+def test_fp8_experts_are_dispatched_by_their_own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts_class = type("Experts", (FP8Experts,), {})
+    use_experts_implementation(experts_class, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    config = copy.deepcopy(build_tiny("olmoe").config)
+    experts = experts_class(config, block_size=(8, 8))
+    monkeypatch.setitem(ALL_FP8_EXPERTS_FUNCTIONS._global_mapping, "chosen", lambda *_: "the chosen function's output")
+    config._experts_implementation_internal = "chosen"
+    inputs = (torch.zeros(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2))
+    enter(experts)
+    assert experts(*inputs, run_rows=lambda *_: "the adapted rows") == "the adapted rows"
+    assert experts(*inputs) == "the chosen function's output"
+    leave(experts)
+    assert experts.config is config

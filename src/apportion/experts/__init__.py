@@ -1,0 +1,1 @@
+"""Stacked experts: the forms in which models hold them, and how to run them, with or without adapters."""
