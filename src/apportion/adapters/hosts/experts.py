@@ -6,7 +6,6 @@ of their own. The merged weight is never built, and no gradient of a frozen weig
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,45 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.constants import constant
-from apportion.adapters.factors import ExpertFactors, FrozenFactor, SparseFactor, matrix_of
-from apportion.adapters.fused import fused_experts
+from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
+from apportion.adapters.hosts.wrapped import WrappedModule
+from apportion.adapters.kernels.composed import add_terms
+from apportion.adapters.kernels.cpu.routed import RoutedExperts
+from apportion.adapters.kernels.cpu.run import run_on_cpu
+from apportion.adapters.kernels.terms import LowRankTerm
 from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
-from apportion.adapters.one_token import run_one_token
-from apportion.adapters.routed_rows import LowRankTerm, RoutedExperts, joined
-from apportion.adapters.wrapped import WrappedModule
+from apportion.adapters.specs import DEFAULT_OPTIONS, ExpertFactors, FactorOptions
 from apportion.experts.dispatch import enter, is_dispatched
 from apportion.experts.forms import known_form
-from apportion.experts.grouped import grouped_low_rank, inverse_order, reorder_rows
-from apportion.experts.run import base_product, expert_of_rows, run_experts
+from apportion.experts.run import base_product, run_experts
 
-# Shapes: T tokens, K experts a token, S = T·K routed rows sorted by expert, E experts, D model width, F expert width,
-# I and O a projection's input and output width, R summed rank of the planned experts.
-
-_RANK_BLOCK = 8  # PyTorch's grouped product wants ranks that are multiples of it
-_FEW_ROWS = 128  # up to here, rounding and joining factors costs more than it saves
-
-
-def _low_rank(term: LowRankTerm, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-    """Give what a term adds to sorted rows; nothing here waits for a GPU.
-
-    The rows of the planned experts come first, in their order, and the products stop behind them.
-    """
-    factors, b_RO = term.planned, matrix_of(term.b_RO).to(x_SI.dtype)
-    a_HRI = factors.padded(term.a_RI * factors.scale(term.a_RI), _RANK_BLOCK)
-    b_HRO = factors.padded(b_RO, _RANK_BLOCK)
-    if len(factors.experts) == len(ends_E):
-        return grouped_low_rank(x_SI, a_HRI, b_HRO, ends_E)
-    planned_H = constant(factors.experts, x_SI.device)
-    is_planned_E = torch.zeros_like(ends_E, dtype=torch.bool).index_fill(0, planned_H, value=True)
-    unplanned_S = ~is_planned_E[expert_of_rows(x_SI, ends_E)]
-    order_S = unplanned_S.to(torch.uint8).sort(stable=True).indices
-    place_S = inverse_order(order_S)
-    ends_H = ends_E.diff(prepend=ends_E.new_zeros(1))[planned_H].cumsum(0).to(torch.int32)
-    behind_S1 = (torch.arange(len(order_S), device=order_S.device) >= ends_H[-1]).unsqueeze(1)
-    first_SI = reorder_rows(x_SI, order_S, place_S).masked_fill(behind_S1, 0)
-    delta_SO = grouped_low_rank(first_SI, a_HRI, b_HRO, ends_H).masked_fill(behind_S1, 0)
-    return reorder_rows(delta_SO, place_S, order_S)
+# Shapes: T tokens, K experts per token, S = T·K routed rows sorted by expert, E experts, N rows of the batch that use
+# one adapter, D model width, I and O a projection's input and output width, R summed rank of the planned experts.
 
 
 class ExpertLora(WrappedModule):
@@ -80,22 +54,14 @@ class ExpertLora(WrappedModule):
         self.factors: dict[str, dict[str, ExpertFactors]] = {}
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        factors: Mapping[str, ExpertFactors],
-        dropout: float = 0.0,
-        *,
-        frozen_a: bool = False,
-        stored_a: bool = False,
+        self, adapter_name: str, factors: Mapping[str, ExpertFactors], options: FactorOptions = DEFAULT_OPTIONS
     ) -> None:
         """Add zero-initialised factors under a new name.
 
         Args:
             adapter_name: The adapter's name.
             factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
-            dropout: Share of the adapter's inputs that is dropped in training.
-            frozen_a: Whether A stays as it is drawn.
-            stored_a: Whether checkpoints hold a frozen A.
+            options: How the factors train and are stored.
         """
         a: dict[str, Any] = {}
         b: dict[str, Any] = {}
@@ -105,16 +71,16 @@ class ExpertLora(WrappedModule):
             kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
             a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
             b[name] = nn.Parameter(torch.zeros(rank, width_out, **kwargs))
-            if frozen_a:
-                a[name] = FrozenFactor(rank, width_in, weights_EOI.device, stored=stored_a)
+            if options.frozen_a:
+                a[name] = FrozenFactor(rank, width_in, weights_EOI.device, stored=options.stored_a)
             if planned.indices is not None:
                 b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), weights_EOI.device)
             nn.init.kaiming_uniform_(matrix_of(a[name]), a=math.sqrt(5))
         self.factors[adapter_name] = dict(factors)
-        for side, made in ((self.lora_A, a), (self.lora_B, b)):
-            whole = all(isinstance(factor, nn.Parameter) for factor in made.values())
-            side[adapter_name] = nn.ParameterDict(made) if whole else nn.ModuleDict(made)
-        self.lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        for container, made in ((self.lora_A, a), (self.lora_B, b)):
+            plain = all(isinstance(factor, nn.Parameter) for factor in made.values())
+            container[adapter_name] = nn.ParameterDict(made) if plain else nn.ModuleDict(made)
+        self.lora_dropout[adapter_name] = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
 
     def keep(self, adapter_name: str, name: str, indices: Sequence[Tensor]) -> None:
         """Keep other entries of a sparse B, all of them zero.
@@ -140,7 +106,7 @@ class ExpertLora(WrappedModule):
 
         Args:
             active: Adapters that this module has.
-            hidden_states: Shape (T, D); or (E·T, D), one copy of the tokens an expert, where the module is called so.
+            hidden_states: Shape (T, D); or (E·T, D), one copy of the tokens per expert, where the module is called so.
             top_k_index: Expert ids, shape (T, K).
             top_k_weights: Routing weights, shape (T, K).
 
@@ -166,50 +132,39 @@ class ExpertLora(WrappedModule):
         top_k_weights: Tensor | None = None,
     ) -> Tensor:
         """Run the experts and the adapters on the base module's weights as they are now: inside its own forward."""
-        form = self.form
-        composed = not hidden_states.is_cpu or torch.compiler.is_compiling() or len(active) > 1 or form.norm
-        if composed or top_k_index is None or top_k_weights is None:
+        is_composed = (
+            not hidden_states.is_cpu or torch.compiler.is_compiling() or len(active) > 1 or self.form.norm is not None
+        )
+        if is_composed or top_k_index is None or top_k_weights is None:
             return run_experts(
                 self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
             )
-        dtype = form.weights(self.base_layer, "down_proj").dtype
-        terms: dict[str, Sequence[LowRankTerm]] = {
-            parameter: list(self._terms(active[0], parameter).values()) for parameter in form.parameters
-        }
-        if torch.is_grad_enabled() or top_k_index.numel() > _FEW_ROWS:
-            terms = {parameter: joined([term.to(dtype) for term in own]) for parameter, own in terms.items()}
         dropout = self.lora_dropout[active[0]]
         routed = RoutedExperts(
             module=self.base_layer,
-            form=form,
+            form=self.form,
             ids_TK=top_k_index,
-            terms=terms,
+            terms={name: list(self._terms(active[0], name).values()) for name in self.form.parameters},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
-        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        plain = len(hidden_TD) == 1 and not routed.dropout and not torch.is_grad_enabled()
-        run = run_one_token if plain else fused_experts
-        autocast = torch.is_autocast_enabled("cpu")  # the backward pass has none either
-        with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-            out_TD = run(routed, hidden_TD.to(dtype), top_k_weights)
-        return out_TD.to(hidden_states.dtype).view_as(hidden_states)
+        return run_on_cpu(routed, hidden_states, top_k_weights)
 
     def _run_mixed(self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run each adapter on the rows that name it; a module that is called with copies has them expert by expert."""
         if self.form.called == "routed":
-            mixed: Tensor = super()._run_mixed(adapter_names, args, kwargs)
-            return mixed
+            out_TD: Tensor = super()._run_mixed(adapter_names, args, kwargs)
+            return out_TD
         hidden_TED = args[0].view(self.form.num_experts, -1, args[0].shape[-1]).transpose(0, 1)
         parts = []
-        for name, rows in rows_by_name(adapter_names):
-            selected = select_rows(hidden_TED, rows, len(adapter_names)).transpose(0, 1)
-            out = self.run([name] if name in self.lora_A else [], selected.flatten(0, 1))
-            parts.append((rows, out.view_as(selected).transpose(0, 1)))
+        for name, rows_N in rows_by_name(adapter_names):
+            selected_ETD = select_rows(hidden_TED, rows_N, len(adapter_names)).transpose(0, 1)
+            out_ND = self.run([name] if name in self.lora_A else [], selected_ETD.flatten(0, 1))
+            parts.append((rows_N, out_ND.view_as(selected_ETD).transpose(0, 1)))
         out_TED: Tensor = assemble_rows(parts)
         return out_TED.transpose(0, 1).reshape_as(args[0])
 
     def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
-        """Give what an adapter adds to the product of one stacked parameter, by projection."""
+        """Return what an adapter adds to the product of one stacked parameter, by projection."""
         terms = {}
         for name, stacked in self.form.projections_in(parameter).items():
             planned = self.factors[adapter].get(name)
@@ -249,23 +204,14 @@ class ExpertLora(WrappedModule):
             Shape (S, O).
         """
         for adapter in active:
-            named = self._terms(adapter, parameter)
-            if not named:
-                continue
-            x = self.lora_dropout[adapter](x_SI)
-            terms = joined([term.to(x_SI.dtype) for term in named.values()])
-            if len(terms) < len(named):
-                out_SO = out_SO + _low_rank(terms[0], x, ends_E).to(out_SO.dtype)
-                continue
-            parts = self.form.split(parameter, out_SO)
-            for name, term in zip(named, terms, strict=True):
-                parts[name] = parts[name] + _low_rank(term, x, ends_E).to(out_SO.dtype)
-            out_SO = self.form.join(parameter, parts)
+            terms = self._terms(adapter, parameter)
+            if terms:
+                out_SO = add_terms(self.form, parameter, terms, self.lora_dropout[adapter](x_SI), out_SO, ends_E)
         return out_SO
 
     @torch.no_grad()
     def delta(self, adapter_name: str, name: str) -> Tensor:
-        """Give what an adapter adds to one projection's weights.
+        """Return what an adapter adds to one projection's weights.
 
         Args:
             adapter_name: The adapter.
@@ -277,7 +223,7 @@ class ExpertLora(WrappedModule):
         factors = self.factors[adapter_name][name]
         a_RI, b_RO = matrix_of(self.lora_A[adapter_name][name]), matrix_of(self.lora_B[adapter_name][name])
         parts = zip(factors.by_expert(a_RI).values(), factors.by_expert(b_RO).values(), factors.scales, strict=True)
-        return torch.stack([(b.t() @ a) * scale for a, b, scale in parts])
+        return torch.stack([(b_rO.t() @ a_rI) * scale for a_rI, b_rO, scale in parts])
 
     def merged_parameters(self) -> tuple[str, ...]:
         """Name the stacked parameters that merging adds to."""
