@@ -13,8 +13,10 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import use_experts_implementation
 
 import apportion
+from apportion.adapters.hosts.experts import ExpertLora
 from apportion.experts.dispatch import enter, is_dispatched, leave
 from apportion.records.profile import Profile
+from architectures import build
 from tiny_models import build_tiny
 
 ProfileOf = Callable[[nn.Module], Profile]
@@ -29,20 +31,80 @@ def _adapted(model: nn.Module, profile_of: ProfileOf) -> nn.Module:
     return adapted
 
 
+@pytest.mark.parametrize("registered", ["before attaching", "after attaching"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
-def test_hooks_on_the_base_experts_run_once_per_call(family: str, profile_of: ProfileOf, tokens: Tensor) -> None:
-    adapted = _adapted(build_tiny(family), profile_of).train()
-    experts = adapted.get_base_model().model.layers[-1].mlp.experts
-    assert is_dispatched(experts.base_layer)
-    calls = []
-    experts.base_layer.register_forward_pre_hook(lambda *_: calls.append("before"))
-    experts.base_layer.register_forward_hook(lambda *_: calls.append("after"))
-    experts.base_layer.register_full_backward_hook(lambda *_: calls.append("backward"))
-    adapted(input_ids=tokens, labels=tokens).loss.backward()
-    assert calls == ["before", "after", "backward"]
+def test_hooks_on_the_base_experts_run_once_per_call(
+    family: str, registered: str, profile_of: ProfileOf, tokens: Tensor
+) -> None:
+    model = build_tiny(family)
+    calls: list[str] = []
+    if registered == "before attaching":
+        profile = profile_of(model)
+        _note_calls(model.model.layers[-1].mlp.experts, calls)
+        adapted = _adapted(model, lambda _: profile).train()
+    else:
+        adapted = _adapted(model, profile_of).train()
+        _note_calls(adapted.get_base_model().model.layers[-1].mlp.experts.base_layer, calls)
+    assert is_dispatched(adapted.get_base_model().model.layers[-1].mlp.experts.base_layer)
+    for _ in range(2):
+        calls.clear()
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        assert calls == ["before", "after", "backward"]
     with torch.no_grad(), adapted.disable_adapter():
         adapted(input_ids=tokens)
     assert calls[3:] == ["before", "after"]
+
+
+def _note_calls(experts: nn.Module, calls: list[str]) -> None:
+    experts.register_forward_pre_hook(lambda *_: calls.append("before"))
+    experts.register_forward_hook(lambda *_: calls.append("after"))
+    experts.register_full_backward_hook(lambda *_: calls.append("backward"))
+
+
+@pytest.mark.parametrize("family", ["llama4", "dbrx"])
+def test_experts_outside_the_registries_run_directly(family: str, profile_of: ProfileOf, tokens: Tensor) -> None:
+    adapted = _adapted(build(family), profile_of)
+    hosts = [module for module in adapted.modules() if isinstance(module, ExpertLora)]
+    assert hosts
+    assert not any(is_dispatched(host.base_layer) for host in hosts)
+    calls: list[str] = []
+    _note_calls(hosts[-1].base_layer, calls)
+    with torch.no_grad():
+        with adapted.disable_adapter():
+            base = adapted(input_ids=tokens).logits
+        assert calls == ["before", "after"]
+        found = adapted(input_ids=tokens).logits
+        assert calls == ["before", "after"]
+        assert not torch.allclose(found, base, atol=1e-3)
+        merged = adapted.merge_and_unload()
+        assert torch.allclose(merged(input_ids=tokens).logits, found, atol=1e-5, rtol=0)
+
+
+def test_experts_in_module_lists_are_called_layer_by_layer(profile_of: ProfileOf, tokens: Tensor) -> None:
+    adapted = _adapted(build_tiny("listed"), profile_of)
+    assert not any(isinstance(module, ExpertLora) for module in adapted.modules())
+    layers = [module for path, module in adapted.named_modules() if path.endswith("base_layer") and ".experts." in path]
+    assert layers
+    calls = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        found = adapted(input_ids=tokens).logits
+        assert len(calls) == len(layers)
+        merged = adapted.merge_and_unload()
+        assert torch.allclose(merged(input_ids=tokens).logits, found, atol=1e-4, rtol=0)
+
+
+def test_two_adapted_models_may_share_a_configuration(profile_of: ProfileOf, tokens: Tensor) -> None:
+    config = build_tiny("olmoe").config
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    adapted = [_adapted(model, profile_of) for model in models]
+    with torch.no_grad():
+        expected = [model(input_ids=tokens).logits for model in adapted]
+        plain = adapted[0].unload()
+        assert all(layer.mlp.experts.config is config for layer in plain.model.layers)
+        assert torch.equal(adapted[1](input_ids=tokens).logits, expected[1])
+        assert not torch.allclose(plain(input_ids=tokens).logits, expected[0], atol=1e-3)
 
 
 def test_models_that_share_a_configuration_keep_their_own_experts_function(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -70,12 +69,17 @@ class WeightLora(WrappedModule):
         Returns:
             What the module returns.
         """
+        base = self.base_layer
         if not active:
-            return self.base_layer(*args, **kwargs)
-        weight_OI = self.base_layer.weight
+            return base(*args, **kwargs)
+        hook = vars(base).get("_hf_hook")  # accelerate's, which may fetch the weight for the call alone
+        if hook is not None:
+            args, kwargs = hook.pre_forward(base, *args, **kwargs)
+        weight_OI = base.weight
         for adapter in active:
             weight_OI = weight_OI + self.delta(adapter).to(weight_OI.dtype)
-        return _twin_with_weight(self.base_layer, weight_OI)(*args, **kwargs)
+        output = _twin_with_weight(base, weight_OI)(*args, **kwargs)
+        return output if hook is None else hook.post_forward(base, output)
 
     def is_finite(self, adapter_name: str) -> bool:
         """Tell whether all that an adapter would add to the weight is finite."""
@@ -99,13 +103,8 @@ def _twin_with_weight(base: Any, weight_OI: Tensor) -> Any:
     attributes["_parameters"] = {**base._parameters, "weight": weight_OI}
     attributes["_compiled_call_impl"] = None  # compiled for the module's own weight
     attributes.pop("weight", None)  # FSDP1 keeps its view of the weight here
-    forward = attributes.get("forward")
-    if (
-        isinstance(forward, functools.partial) and "_old_forward" in attributes
-    ):  # accelerate's hooks are bound to the module
-        attributes["_old_forward"] = MethodType(base._old_forward.__func__, twin)
-        attributes["forward"] = functools.partial(forward.func, twin)
-    elif isinstance(forward, MethodType):
+    forward = attributes.pop("_old_forward", attributes.get("forward"))  # under accelerate's hook
+    if isinstance(forward, MethodType):
         attributes["forward"] = MethodType(forward.__func__, twin)
     elif forward is not None:
         raise TypeError(f"{type(base).__name__} was given a forward of its own, which an adapter cannot run through.")
