@@ -120,7 +120,7 @@ class ExpertLora(WrappedModule):
             output = self.base_layer(hidden_states, *routing)
         elif self.is_dispatched:
             output = self.base_layer(hidden_states, *routing, run_rows=run_rows)
-        else:
+        else:  # the direct path that `is_dispatched` describes
             output = run_rows(hidden_states, *routing)
         return output
 
