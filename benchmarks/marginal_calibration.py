@@ -34,7 +34,7 @@ import apportion
 from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.demo import DemoSettings
-from apportion.expert_forms import known_form
+from apportion.experts.forms import known_form
 from apportion.loading import load_model
 from apportion.profiling.sensitivity import summed_sample_losses
 from apportion.records.files import write_text

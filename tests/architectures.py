@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from apportion.discovery import find_sites
-from apportion.expert_forms import form_of
+from apportion.experts.forms import form_of
 from apportion.models.auto import auto_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -109,7 +109,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "solar_open": {}, "unlimited_ocr": {}, "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-# Families whose experts transformers does not mark, and that `expert_forms` describes.
+# Families whose experts transformers does not mark, and that `experts/forms.py` describes.
 UNMARKED: dict[str, dict[str, Any]] = {
     "dbrx": {
         "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "rope_parameters": _SECTIONS,

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from apportion.errors import ConfigurationError
-from apportion.expert_forms import ExpertForm, form_of
+from apportion.experts.forms import ExpertForm, form_of
 from apportion.linear_forms import (
     has_own_forward,
     is_linear,

@@ -59,8 +59,11 @@ def check_training(family: str, units: str) -> None:
         fully_shard(layer.mlp.experts.base_layer if units == "experts" else layer, mesh=mesh)
     if units == "layers":
         fully_shard(sharded, mesh=mesh)
-    experts = inner.model.layers[0].mlp.experts
-    assert isinstance(experts.base_layer.down_proj, DTensor)
+    for layer in inner.model.layers:
+        experts = layer.mlp.experts
+        assert all(isinstance(parameter, DTensor) for parameter in experts.base_layer.parameters())
+        factors = [*experts.lora_A.parameters(), *experts.lora_B.parameters()]
+        assert all(isinstance(factor, DTensor) == (units == "layers") for factor in factors)
     found = gradients(sharded, tokens[dist.get_rank() :: 2])
     assert found.keys() == expected.keys()
     for name, grad in found.items():

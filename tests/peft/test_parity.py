@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import apportion
-from apportion.adapters.experts import ExpertLora
+from apportion.adapters.hosts.experts import ExpertLora
 from apportion.profiling.run import profile as measure
 from tiny_models import build_tiny
 

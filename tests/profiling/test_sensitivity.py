@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, DataError, ProfileError
-from apportion.expert_forms import known_form
+from apportion.experts.forms import known_form
 from apportion.profiling import totals as totals_module
 from apportion.profiling.block_coordinate import block_coordinate_meter
 from apportion.profiling.norms import Rows, expert_squared_norms, gram_is_cheaper

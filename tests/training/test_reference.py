@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import apportion
-from apportion.adapters.experts import ExpertLora
+from apportion.adapters.hosts.experts import ExpertLora
 from tiny_models import build_tiny
 
 STEPS = 50

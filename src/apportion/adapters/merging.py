@@ -25,13 +25,13 @@ def obstacle(module: nn.Module, parameter: str) -> str | None:
     """
     owner_path, _, name = parameter.rpartition(".")
     owner: Any = module.get_submodule(owner_path)
-    found = vars(owner)["_parameters"].get(name)
-    if found is None:
+    stored = vars(owner)["_parameters"].get(name)
+    if stored is None:
         return "is computed from other parameters"
-    if isinstance(found, DTensor):
+    if isinstance(stored, DTensor):
         return "is sharded over processes"
-    if type(found) is not nn.Parameter or found.dtype not in PLAIN_TYPES:
-        return f"is quantised ({type(found).__name__}, {found.dtype})"
-    if found.is_meta or found.numel() == 0:
+    if type(stored) is not nn.Parameter or stored.dtype not in PLAIN_TYPES:
+        return f"is quantised ({type(stored).__name__}, {stored.dtype})"
+    if stored.is_meta or stored.numel() == 0:
         return "is not in memory"
     return None

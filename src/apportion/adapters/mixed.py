@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Shapes: N rows of the batch that use one adapter.
+
 
 def rows_by_name(adapter_names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Go through the adapters of a batch's rows.
@@ -22,12 +24,12 @@ def rows_by_name(adapter_names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.tensor([row for row, other in enumerate(adapter_names) if other == name])
 
 
-def select_rows(value: Any, rows: Tensor, num_rows: int) -> Any:
+def select_rows(value: Any, rows_N: Tensor, num_rows: int) -> Any:
     """Take some rows' entries of a tensor that holds all rows' entries, one row after the other.
 
     Args:
         value: The tensor; anything else is returned as it is.
-        rows: The rows to take.
+        rows_N: The rows to take.
         num_rows: Rows of the batch.
 
     Returns:
@@ -41,7 +43,7 @@ def select_rows(value: Any, rows: Tensor, num_rows: int) -> Any:
     if len(value) % num_rows:
         raise ValueError(f"{len(value)} entries cannot be divided among {num_rows} rows with adapters of their own.")
     by_row = value.reshape(num_rows, -1, *value.shape[1:])
-    return by_row.index_select(0, rows.to(value.device)).flatten(0, 1)
+    return by_row.index_select(0, rows_N.to(value.device)).flatten(0, 1)
 
 
 def assemble_rows(parts: Sequence[tuple[Tensor, Any]]) -> Any:
@@ -55,10 +57,10 @@ def assemble_rows(parts: Sequence[tuple[Tensor, Any]]) -> Any:
     """
     first = parts[0][1]
     if isinstance(first, tuple):
-        columns = [[(rows, output[place]) for rows, output in parts] for place in range(len(first))]
+        columns = [[(rows_N, output[place]) for rows_N, output in parts] for place in range(len(first))]
         return tuple(assemble_rows(column) for column in columns)
     if not isinstance(first, Tensor):
         return first
-    order = torch.cat([rows for rows, _ in parts]).argsort().to(first.device)
-    by_row = torch.cat([output.reshape(len(rows), -1, *output.shape[1:]) for rows, output in parts])
+    order = torch.cat([rows_N for rows_N, _ in parts]).argsort().to(first.device)
+    by_row = torch.cat([output.reshape(len(rows_N), -1, *output.shape[1:]) for rows_N, output in parts])
     return by_row.index_select(0, order).flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Stacked experts: how their weights are stored and read."""
+"""Stacked experts: the forms in which models hold them, and how to run them, with or without adapters."""

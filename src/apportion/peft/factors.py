@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import matrix_of
+from apportion.adapters.hosts.experts import ExpertLora
 from apportion.discovery import walk_modules
 
 

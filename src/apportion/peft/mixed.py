@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from apportion.adapters.wrapped import WrappedModule
+from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.errors import ConfigurationError
 
 BASE = "__base__"  # PEFT's name for a row without an adapter

@@ -10,10 +10,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import FrozenFactor, matrix_of
-from apportion.adapters.linear import LinearLora
-from apportion.adapters.weight import WeightLora
+from apportion.adapters.hosts.experts import ExpertLora
+from apportion.adapters.hosts.linear import LinearLora
+from apportion.adapters.hosts.weight import WeightLora
 from apportion.discovery import walk_modules
 from apportion.records.plan import Plan
 from apportion.records.site import Site

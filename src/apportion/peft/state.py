@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from apportion.adapters.experts import ExpertLora
 from apportion.adapters.factors import FrozenFactor, SparseFactor
-from apportion.adapters.linear import LinearLora
-from apportion.adapters.weight import WeightLora
+from apportion.adapters.hosts.experts import ExpertLora
+from apportion.adapters.hosts.linear import LinearLora
+from apportion.adapters.hosts.weight import WeightLora
 from apportion.counting import count
 from apportion.errors import AdapterError
 from apportion.records.placement import Placement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,15 +14,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from apportion.adapters.dispatch import leave
-from apportion.adapters.experts import ExpertLora
-from apportion.adapters.factors import ExpertFactors
-from apportion.adapters.linear import LinearLora
+from apportion.adapters.hosts.experts import ExpertLora
+from apportion.adapters.hosts.linear import LinearLora
+from apportion.adapters.hosts.weight import WeightLora
+from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.merging import obstacle
-from apportion.adapters.weight import WeightLora
-from apportion.adapters.wrapped import WrappedModule
+from apportion.adapters.specs import ExpertFactors, FactorOptions, FactorSpec
 from apportion.discovery import find_sites
 from apportion.errors import AdapterError, ConfigurationError, PlanMismatchError
+from apportion.experts.dispatch import leave
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
 from apportion.peft.factors import site_factors
@@ -111,27 +111,15 @@ class ApportionModel(LoraModel):
             return
         kind = {"fused": ExpertLora, "weight": WeightLora, "linear": LinearLora}[storage]
         module: Any = target if isinstance(target, kind) else kind(base)
-        scale = placement.scale
-        frozen: dict[str, Any] = {"frozen_a": placement.sparsity > 0, "stored_a": lora_config.store_a}
+        if isinstance(module, LinearLora) and isinstance(target, LoraLayer):
+            module.adopt(target)
+        options = FactorOptions(
+            dropout=lora_config.lora_dropout, frozen_a=placement.sparsity > 0, stored_a=lora_config.store_a
+        )
         if isinstance(module, ExpertLora):
-            factors = _factors(placements, lambda placed: _kept_entries(lora_config, placed))
-            module.add_adapter(adapter_name, factors, lora_config.lora_dropout, **frozen)
-        elif isinstance(module, LinearLora):
-            if isinstance(target, LoraLayer):
-                module.adopt(target)
-            module.add_adapter(
-                adapter_name,
-                placement.rank,
-                scale,
-                num_experts=placement.num_experts,
-                top_k=placement.top_k,
-                dropout=lora_config.lora_dropout,
-                indices=_kept_entries(lora_config, placement),
-                **frozen,
-            )
+            module.add_adapter(adapter_name, _expert_factors(lora_config, placements), options)
         else:
-            indices = _kept_entries(lora_config, placement)
-            module.add_adapter(adapter_name, placement.rank, scale, indices=indices, **frozen)
+            module.add_adapter(adapter_name, _factor_spec(lora_config, placement), options)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(requires_grad=False)
         module.set_adapter(self.active_adapters, inference_mode=lora_config.inference_mode)
@@ -319,21 +307,33 @@ def _kept_entries(config: ApportionConfig, placement: Placement) -> Tensor | Non
     return torch.zeros(0, dtype=torch.int32) if config.mask is None else config.mask.indices[placement.site]
 
 
-def _factors(placements: Iterable[Placement], kept: Callable[[Placement], Tensor | None]) -> dict[str, ExpertFactors]:
+def _factor_spec(config: ApportionConfig, placement: Placement) -> FactorSpec:
+    """Describe what is planned for one matrix."""
+    return FactorSpec(
+        rank=placement.rank,
+        scale=placement.scale,
+        num_experts=placement.num_experts,
+        top_k=placement.top_k,
+        indices=_kept_entries(config, placement),
+    )
+
+
+def _expert_factors(config: ApportionConfig, placements: Iterable[Placement]) -> dict[str, ExpertFactors]:
     """Describe one layer's planned experts by projection."""
-    by_projection: dict[str, list[tuple[int, Placement]]] = defaultdict(list)
+    by_projection: dict[str, dict[int, Placement]] = defaultdict(dict)
     for placement in placements:
         _, expert, projection = placement.name
         if expert is not None and projection is not None:
-            by_projection[projection].append((expert, placement))
-    described = {}
-    for projection, found in by_projection.items():
-        planned = [placement for _, placement in sorted(found, key=lambda pair: pair[0])]
-        indices = [entries for placement in planned if (entries := kept(placement)) is not None]
-        described[projection] = ExpertFactors(
-            experts=tuple(sorted(expert for expert, _ in found)),
+            by_projection[projection][expert] = placement
+    factors = {}
+    for projection, by_expert in by_projection.items():
+        experts = tuple(sorted(by_expert))
+        planned = [by_expert[expert] for expert in experts]
+        indices = [entries for placement in planned if (entries := _kept_entries(config, placement)) is not None]
+        factors[projection] = ExpertFactors(
+            experts=experts,
             ranks=tuple(placement.rank for placement in planned),
             scales=tuple(placement.scale for placement in planned),
             indices=tuple(indices) if indices else None,
         )
-    return described
+    return factors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import ConfigurationError
-from apportion.expert_forms import known_form
+from apportion.experts.forms import known_form
 from apportion.linear_forms import is_quantised
 from apportion.profiling.routing import Batch, RunBatch, counting_hooks, evaluation_mode
 from apportion.profiling.sensitivity import check_loss, frozen, rows_of, summed_sample_losses

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apportion.discovery import base_model, execution_device, find_router, walk_modules
 from apportion.errors import DataError, ProfileError
-from apportion.expert_forms import form_of
+from apportion.experts.forms import form_of
 from apportion.profiling.totals import TaskTotals
 from apportion.records.site import ExpertBlock, Layout
 

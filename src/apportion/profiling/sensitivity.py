@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apportion.adapters.experts import ExpertLora, base_product, run_experts, token_of_rows
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import DataError, ProfileError
-from apportion.expert_forms import known_form
+from apportion.experts.forms import known_form
+from apportion.experts.run import AdaptedExperts, base_product, run_experts, token_of_rows
 from apportion.profiling.norms import Rows, expert_squared_norms
 from apportion.profiling.routing import Batch, Inputs, RunBatch, counting_hooks, evaluation_mode
 from apportion.profiling.totals import TaskTotals
@@ -221,6 +221,7 @@ def _linear_hook(meter: _Meter, site: Site) -> Callable[[nn.Module, tuple[Any, .
 def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> Callable[..., Tensor]:
     """Make a forward for stacked experts that keeps every product's input until its output's gradient arrives."""
     form = known_form(own)
+    adapted = called if isinstance(called, AdaptedExperts) else None
 
     def forward(
         hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -248,9 +249,9 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
 
             if out_SO.requires_grad:
                 out_SO.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-            if not isinstance(called, ExpertLora):
+            if adapted is None:
                 return out_SO
-            return called.after_product(called.adapters_to_run(), parameter, x_SI, out_SO, ends_E)
+            return adapted.after_product(adapted.adapters_to_run(), parameter, x_SI, out_SO, ends_E)
 
         return run_experts(own, hidden_states, top_k_index, top_k_weights, product)
 

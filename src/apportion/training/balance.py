@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.linear import BalanceSums, LinearLora
+from apportion.adapters.balance import BalanceSums
+from apportion.adapters.hosts.linear import LinearLora
 from apportion.errors import ConfigurationError, TrainingError
 
 

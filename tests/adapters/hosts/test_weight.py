@@ -12,7 +12,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from apportion.adapters.weight import WeightLora
+from apportion.adapters.hosts.weight import WeightLora
+from apportion.adapters.specs import FactorSpec
 from apportion.discovery import find_sites
 from tiny_models import build_tiny
 
@@ -22,7 +23,7 @@ def _router() -> WeightLora:
     model = build_tiny("olmoe").requires_grad_(False)
     name = next(site.name for site in find_sites(model).sites() if site.kind == "router")
     layer = WeightLora(model.get_submodule(name))
-    layer.add_adapter("default", rank=2, scale=2.0)
+    layer.add_adapter("default", FactorSpec(rank=2, scale=2.0))
     layer.set_adapter("default")
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer

@@ -1,4 +1,4 @@
-"""What all layers here share: a wrapped module, adapters by name, and merging them into its weights and out again."""
+"""What all hosts share: a wrapped module, adapters by name, and merging them into its weights and out again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class WrappedModule(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        """Give the wrapped module's attribute where this module has none."""
+        """Return the wrapped module's attribute where this module has none."""
         try:
             return super().__getattr__(name)
         except AttributeError:

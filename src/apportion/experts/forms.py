@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import use_experts_implementation
 
+# Shapes: S routed rows sorted by expert, E experts, O a parameter's output width, P the shape of a parameter as it is
+# stored: (E, out, in), (E, in, out), or either of them with the experts' rows one under the other.
+
 
 @dataclass(frozen=True)
 class Stacked:
@@ -42,7 +45,7 @@ class ExpertForm:
         projections: Where each projection lives, by the last part of its site names; ``down_proj`` is the last.
         activate: What stands between the entering projections and ``down_proj``: from the module and the products of
             the entering parameters to the input of ``down_proj``.
-        called: ``routed`` with the tokens, their experts' ids and weights; ``stacked`` with one copy of all tokens an
+        called: ``routed`` with the tokens, their experts' ids and weights; ``stacked`` with one copy of all tokens per
             expert, one copy after the other, each token already multiplied by its weight, which is zero where it is
             not routed there.
         has_bias: Whether every parameter has a bias, under its name with ``_bias``.
@@ -70,7 +73,7 @@ class ExpertForm:
         return (*self.entering, self.projections["down_proj"].parameter)
 
     def projections_in(self, parameter: str) -> dict[str, Stacked]:
-        """Give the projections that a parameter holds, in its order."""
+        """Return the projections that a parameter holds, in its order."""
         return {name: stacked for name, stacked in self.projections.items() if stacked.parameter == parameter}
 
     def split(self, parameter: str, out_SO: Tensor) -> dict[str, Tensor]:
@@ -102,7 +105,7 @@ class ExpertForm:
         return torch.stack(tensors, dim=2).flatten(1) if interleaved else torch.cat(tensors, dim=1)
 
     def matrices(self, module: nn.Module, parameter: str) -> tuple[Tensor, bool]:
-        """Give a parameter with the experts first, as it is stored otherwise.
+        """Return a parameter with the experts first, as it is stored otherwise.
 
         Args:
             module: The experts module.
@@ -115,7 +118,7 @@ class ExpertForm:
         return self._experts_first(attrgetter(parameter)(module)), transposed
 
     def weights(self, module: nn.Module, projection: str) -> Tensor:
-        """Give one projection of every expert.
+        """Return one projection of every expert.
 
         Args:
             module: The experts module.
@@ -126,23 +129,35 @@ class ExpertForm:
         """
         return self.view(attrgetter(self.projections[projection].parameter)(module), projection)
 
-    def view(self, tensor: Tensor, projection: str) -> Tensor:
-        """Give one projection of every expert in a tensor of its parameter's shape, such as the parameter's gradient.
+    def bias(self, module: nn.Module, parameter: str) -> Tensor | None:
+        """Return a parameter's bias.
 
         Args:
-            tensor: The parameter, or a tensor of its shape.
+            module: The experts module.
+            parameter: The parameter's path.
+
+        Returns:
+            Shape (experts, out); None where the experts have none.
+        """
+        return getattr(module, f"{parameter}_bias") if self.has_bias else None
+
+    def view(self, stored_P: Tensor, projection: str) -> Tensor:
+        """Return one projection of every expert in a tensor of its parameter's shape, such as the gradient.
+
+        Args:
+            stored_P: The parameter, or a tensor of its shape.
             projection: The projection.
 
         Returns:
             A view of shape (experts, out, in).
         """
         stacked = self.projections[projection]
-        matrices = self._experts_first(tensor)
+        matrices = self._experts_first(stored_P)
         return (matrices.transpose(1, 2) if stacked.transposed else matrices)[:, stacked.rows]
 
-    def _experts_first(self, tensor: Tensor) -> Tensor:
+    def _experts_first(self, stored_P: Tensor) -> Tensor:
         """Give a tensor the experts' axis where its rows are the experts' rows one under the other."""
-        return tensor if tensor.ndim == 3 else tensor.view(self.num_experts, -1, tensor.shape[-1])
+        return stored_P if stored_P.ndim == 3 else stored_P.view(self.num_experts, -1, stored_P.shape[-1])
 
 
 def form_of(module: Any) -> ExpertForm | None:
@@ -162,7 +177,7 @@ def form_of(module: Any) -> ExpertForm | None:
 
 
 def known_form(module: Any) -> ExpertForm:
-    """Give the form of a module that has one.
+    """Return the form of a module that has one.
 
     Args:
         module: A module of stacked experts.
@@ -241,7 +256,7 @@ def _rows_of_all_experts(module: Any) -> ExpertForm | None:
 
 
 def _interleaved() -> tuple[slice, slice]:
-    """Give the rows of gate and up where they alternate."""
+    """Return the rows of gate and up where they alternate."""
     return slice(0, None, 2), slice(1, None, 2)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apportion.adapters.grouped import grouped_linear, grouped_low_rank, reorder_rows
+from apportion.experts.grouped import grouped_linear, grouped_low_rank, reorder_rows
 
 SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 

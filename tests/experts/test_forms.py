@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.experts import base_product, run_experts, token_of_rows
 from apportion.discovery import find_sites
-from apportion.expert_forms import form_of, known_form
+from apportion.experts.forms import form_of, known_form
+from apportion.experts.run import base_product, run_experts, token_of_rows
 from architectures import build
 from tiny_models import build_tiny
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -11,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.factors import FrozenFactor, SparseFactor
-from apportion.adapters.wrapped import WrappedModule
+from apportion.adapters.factors import factor_pair
+from apportion.adapters.hosts.wrapped import WrappedModule
+from apportion.adapters.specs import DEFAULT_OPTIONS, FactorOptions, FactorSpec
+
+# Shapes: O and I output and input width of the weight, R rank.
 
 
 class WeightLora(WrappedModule):
@@ -31,41 +32,21 @@ class WeightLora(WrappedModule):
         super().__init__(base_layer)
         self.scaling: dict[str, float] = {}
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        rank: int,
-        scale: float,
-        *,
-        frozen_a: bool = False,
-        stored_a: bool = False,
-        indices: Tensor | None = None,
-    ) -> None:
+    def add_adapter(self, adapter_name: str, spec: FactorSpec, options: FactorOptions = DEFAULT_OPTIONS) -> None:
         """Add zero-initialised factors under a new name.
 
         Args:
             adapter_name: The adapter's name.
-            rank: Rank of the factors.
-            scale: alpha / rank.
-            frozen_a: Whether A stays as it is drawn.
-            stored_a: Whether checkpoints hold a frozen A.
-            indices: Where B is sparse, its kept entries, laid out row by row (out, rank).
+            spec: What is planned for the weight, without LoRA experts.
+            options: Whether A is frozen and stored.
         """
         weight = self.base_layer.weight
-        out_features, in_features = weight.shape
-        kwargs: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": weight.dtype}
-        self.lora_A[adapter_name] = nn.Linear(in_features, rank, **kwargs)
-        self.lora_B[adapter_name] = nn.Linear(rank, out_features, **kwargs)
-        nn.init.kaiming_uniform_(self.lora_A[adapter_name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[adapter_name].weight)
-        if frozen_a:
-            self.lora_A[adapter_name] = FrozenFactor(rank, in_features, weight.device, stored=stored_a)
-        if indices is not None:
-            self.lora_B[adapter_name] = SparseFactor(out_features, rank, indices, weight.device)
-        self.scaling[adapter_name] = scale
+        a, b = factor_pair(spec, options, tuple(weight.shape), weight.device, weight.dtype)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
+        self.scaling[adapter_name] = spec.scale
 
     def delta(self, adapter_name: str) -> Tensor:
-        """Give what an adapter adds to the weight.
+        """Return what an adapter adds to the weight.
 
         Args:
             adapter_name: The adapter.
@@ -73,9 +54,9 @@ class WeightLora(WrappedModule):
         Returns:
             Shape (out, in), in the factors' type.
         """
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        delta: Tensor = (b @ a) * self.scaling[adapter_name]
-        return delta
+        a_RI, b_OR = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        delta_OI: Tensor = (b_OR @ a_RI) * self.scaling[adapter_name]
+        return delta_OI
 
     def run(self, active: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Run the module with the named adapters.
@@ -88,12 +69,17 @@ class WeightLora(WrappedModule):
         Returns:
             What the module returns.
         """
+        base = self.base_layer
         if not active:
-            return self.base_layer(*args, **kwargs)
-        weight = self.base_layer.weight
+            return base(*args, **kwargs)
+        hook = vars(base).get("_hf_hook")  # accelerate's, which may fetch the weight for the call alone
+        if hook is not None:
+            args, kwargs = hook.pre_forward(base, *args, **kwargs)
+        weight_OI = base.weight
         for adapter in active:
-            weight = weight + self.delta(adapter).to(weight.dtype)
-        return _twin_with_weight(self.base_layer, weight)(*args, **kwargs)
+            weight_OI = weight_OI + self.delta(adapter).to(weight_OI.dtype)
+        output = _twin_with_weight(base, weight_OI)(*args, **kwargs)
+        return output if hook is None else hook.post_forward(base, output)
 
     def is_finite(self, adapter_name: str) -> bool:
         """Tell whether all that an adapter would add to the weight is finite."""
@@ -106,23 +92,20 @@ class WeightLora(WrappedModule):
         weight.data += sign * self.delta(adapter_name).to(weight.dtype)
 
 
-def _twin_with_weight(base: Any, weight: Tensor) -> Any:
+def _twin_with_weight(base: Any, weight_OI: Tensor) -> Any:
     """Make a copy of a module that shares everything with it but its weight; the module itself stays as it is.
 
     Other threads may run the module meanwhile. `torch.func.functional_call` would swap the weight in place.
     """
     twin = object.__new__(type(base))
-    own = vars(twin)
-    own.update(vars(base))
-    own["_parameters"] = {**base._parameters, "weight": weight}
-    own["_compiled_call_impl"] = None  # compiled for the module's own weight
-    own.pop("weight", None)  # FSDP1 keeps its view of the weight here
-    forward = own.get("forward")
-    if isinstance(forward, functools.partial) and "_old_forward" in own:  # accelerate's hooks are bound to the module
-        own["_old_forward"] = MethodType(base._old_forward.__func__, twin)
-        own["forward"] = functools.partial(forward.func, twin)
-    elif isinstance(forward, MethodType):
-        own["forward"] = MethodType(forward.__func__, twin)
+    attributes = vars(twin)
+    attributes.update(vars(base))
+    attributes["_parameters"] = {**base._parameters, "weight": weight_OI}
+    attributes["_compiled_call_impl"] = None  # compiled for the module's own weight
+    attributes.pop("weight", None)  # FSDP1 keeps its view of the weight here
+    forward = attributes.pop("_old_forward", attributes.get("forward"))  # under accelerate's hook
+    if isinstance(forward, MethodType):
+        attributes["forward"] = MethodType(forward.__func__, twin)
     elif forward is not None:
         raise TypeError(f"{type(base).__name__} was given a forward of its own, which an adapter cannot run through.")
     return twin

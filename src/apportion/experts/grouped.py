@@ -1,8 +1,7 @@
-"""Products of rows that are sorted by group: one matrix a group, no work where there are no rows, no wait for a GPU."""
+"""Products of rows sorted by group: one matrix per group, no work where there are no rows, no wait for a GPU."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Shapes: S rows sorted by group, G groups, I inner width, O outer width, R rank.
+# Shapes: S rows sorted by group, N rows of which S are copies, G groups, I inner width, O outer width, R rank.
 
 _ALIGNMENT_BYTES = 16
 
@@ -29,7 +28,7 @@ def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor, *, transpos
         Shape (S, O); rows behind the last group's are not defined.
 
     Cost: 2 S I O operations. In bfloat16 on CUDA one grouped product without a wait for the device, where the strides
-        are multiples of 16 bytes; elsewhere one product a group that has rows. Only what needs a gradient gets one.
+        are multiples of 16 bytes; elsewhere one product per group that has rows. Only what needs a gradient gets one.
     """
     weight_GIO = weight_GOI if transposed else weight_GOI.transpose(1, 2)
     x_SI = x_SI.to(weight_GIO.dtype)
@@ -63,7 +62,7 @@ def reorder_rows(x_NI: Tensor, order_S: Tensor, place_S: Tensor, copies: int = 1
 
     Args:
         x_NI: Rows, shape (N, I).
-        order_S: A permutation of N times `copies` slots, `copies` slots a row, int64, shape (S,).
+        order_S: A permutation of N times `copies` slots, `copies` slots per row, int64, shape (S,).
         place_S: The inverse permutation, shape (S,).
         copies: How often each row is taken.
 
@@ -72,6 +71,11 @@ def reorder_rows(x_NI: Tensor, order_S: Tensor, place_S: Tensor, copies: int = 1
     """
     rows: Tensor = _ReorderRows.apply(x_NI, order_S, place_S, copies)  # type: ignore[no-untyped-call]
     return rows
+
+
+def inverse_order(order_S: Tensor) -> Tensor:
+    """Return the inverse of a permutation, shape (S,)."""
+    return torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
 
 
 class _ReorderRows(torch.autograd.Function):
@@ -85,32 +89,12 @@ class _ReorderRows(torch.autograd.Function):
         return x_NI.index_select(0, order_S if copies == 1 else order_S // copies)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads_SI: Tensor) -> tuple[Tensor, None, None, None]:
         """Gather back and sum."""
         (place_S,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, place_S)
-        return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1), None, None, None
-
-
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Give numbers that never change as a tensor; it is copied to a device once.
-
-    Args:
-        values: The numbers, whole or not.
-        device: Where they are needed.
-
-    Returns:
-        Shape (len(values),).
-    """
-    made: Tensor = torch.tensor(values, device=device) if torch.compiler.is_compiling() else _constant(values, device)
-    return made
-
-
-@functools.lru_cache(maxsize=4096)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Make a constant that is kept."""
-    with torch.inference_mode(mode=False):
-        return torch.tensor(values, device=device)
+        grad_SI = grads_SI[0].index_select(0, place_S)
+        grad_NI = grad_SI if ctx.copies == 1 else grad_SI.view(-1, ctx.copies, grad_SI.shape[1]).sum(1)
+        return grad_NI, None, None, None
 
 
 def _is_aligned(*tensors: Tensor) -> bool:
@@ -127,45 +111,46 @@ def _is_aligned(*tensors: Tensor) -> bool:
 
 
 @torch.library.custom_op("apportion::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _grouped_mm(x_SI: Tensor, weight_GIO: Tensor, ends_G: Tensor) -> Tensor:
     """Multiply group by group."""
-    out = x.new_zeros(len(x), weight.shape[2])
-    for group, rows in _groups(ends):
-        torch.mm(x[rows], weight[group], out=out[rows])
-    return out
+    out_SO = x_SI.new_zeros(len(x_SI), weight_GIO.shape[2])
+    for group, rows in _groups(ends_G):
+        torch.mm(x_SI[rows], weight_GIO[group], out=out_SO[rows])
+    return out_SO
 
 
 @torch.library.custom_op("apportion::grouped_outer", mutates_args=())
-def _grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """Give every group's xᵀ · grad."""
-    out = x.new_zeros(len(ends), x.shape[1], grad.shape[1])
-    for group, rows in _groups(ends):
-        torch.mm(x[rows].t(), grad[rows], out=out[group])
-    return out
+def _grouped_outer(x_SI: Tensor, grad_SO: Tensor, ends_G: Tensor) -> Tensor:
+    """Return every group's xᵀ · grad."""
+    out_GIO = x_SI.new_zeros(len(ends_G), x_SI.shape[1], grad_SO.shape[1])
+    for group, rows in _groups(ends_G):
+        torch.mm(x_SI[rows].t(), grad_SO[rows], out=out_GIO[group])
+    return out_GIO
 
 
-def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Give the groups that have rows, and their rows; on CUDA this waits for the device."""
-    for group, (first, last) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+def _groups(ends_G: Tensor) -> Iterator[tuple[int, slice]]:
+    """Go through the groups that have rows; on CUDA this waits for the device."""
+    for group, (first, last) in enumerate(itertools.pairwise([0, *ends_G.tolist()])):
         if last > first:
             yield group, slice(first, last)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001 - PyTorch's names
-    """Keep what the gradients need."""
-    x, weight, ends = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, ends)
+    """Save what the gradients need."""
+    x_SI, weight_GIO, ends_G = inputs
+    ctx.save_for_backward(x_SI if ctx.needs_input_grad[1] else None, weight_GIO, ends_G)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """Give the gradients that are needed."""
-    x, weight, ends = ctx.saved_tensors
+def _backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients that are needed."""
+    x_SI, weight_GIO, ends_G = ctx.saved_tensors
     needs_x, needs_weight, _ = ctx.needs_input_grad
-    grad = grad.contiguous()
-    grad_x = torch.ops.apportion.grouped_mm(grad, weight.transpose(1, 2), ends) if needs_x else None
-    return grad_x, torch.ops.apportion.grouped_outer(x, grad, ends) if needs_weight else None, None
+    grad_SO = grad_SO.contiguous()
+    grad_x_SI = torch.ops.apportion.grouped_mm(grad_SO, weight_GIO.transpose(1, 2), ends_G) if needs_x else None
+    grad_weight_GIO = torch.ops.apportion.grouped_outer(x_SI, grad_SO, ends_G) if needs_weight else None
+    return grad_x_SI, grad_weight_GIO, None
 
 
-_grouped_mm.register_fake(lambda x, weight, _: x.new_empty(len(x), weight.shape[2]))
-_grouped_outer.register_fake(lambda x, grad, ends: x.new_empty(len(ends), x.shape[1], grad.shape[1]))
+_grouped_mm.register_fake(lambda x_SI, weight_GIO, _: x_SI.new_empty(len(x_SI), weight_GIO.shape[2]))
+_grouped_outer.register_fake(lambda x_SI, grad_SO, ends_G: x_SI.new_empty(len(ends_G), x_SI.shape[1], grad_SO.shape[1]))
 _grouped_mm.register_autograd(_backward, setup_context=_save)

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from apportion.adapters.linear import BalanceSums, LinearLora
+from apportion.adapters.hosts.linear import LinearLora
+from apportion.adapters.specs import FactorSpec
 
 
 def _layer(num_experts: int, top_k: int, rank: int = 3, dtype: torch.dtype = torch.float64) -> LinearLora:
     layer = LinearLora(nn.Linear(7, 5, dtype=dtype))
-    layer.add_adapter("default", rank, 2.0, num_experts=num_experts, top_k=top_k)
+    layer.add_adapter("default", FactorSpec(rank, scale=2.0, num_experts=num_experts, top_k=top_k))
     layer.set_adapter("default")
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer
@@ -59,7 +60,7 @@ def test_equals_the_plain_sum_over_experts(num_experts: int, top_k: int, seed: i
 
 def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
     layer = LinearLora(nn.Linear(64, 64))
-    layer.add_adapter("default", 2, 1.0, num_experts=8, top_k=2)
+    layer.add_adapter("default", FactorSpec(rank=2, scale=1.0, num_experts=8, top_k=2))
     sizes = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -75,7 +76,7 @@ def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
 
 def test_types_may_differ() -> None:
     layer = LinearLora(nn.Linear(7, 5, dtype=torch.bfloat16))
-    layer.add_adapter("default", 2, 1.0, num_experts=3, top_k=2)
+    layer.add_adapter("default", FactorSpec(rank=2, scale=1.0, num_experts=3, top_k=2))
     for name in ("lora_A", "lora_B", "lora_router"):
         getattr(layer, name).float()
     out = layer(torch.randn(4, 7, dtype=torch.bfloat16))
@@ -92,16 +93,3 @@ def test_one_expert_merges_and_more_do_not() -> None:
     assert torch.allclose(layer.base_layer.weight, weight)
     with pytest.raises(ValueError, match="gate that depends"):
         _layer(2, 1).merge()
-
-
-def test_the_balance_loss_is_the_switch_form_over_real_tokens() -> None:
-    sums = BalanceSums()
-    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
-    ids = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    sums.add(probabilities, ids)
-    assert sums.loss is not None
-    assert float(sums.loss) == pytest.approx(1.0)
-    sums.real_T = torch.tensor([True, True, False])
-    sums.add(probabilities, ids)
-    shares, means = torch.tensor([1, 2, 1]) / 4, torch.tensor([0.4, 0.4, 0.2])
-    assert float(sums.loss) == pytest.approx(3 * float((shares * means).sum()))

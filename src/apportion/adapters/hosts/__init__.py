@@ -1,0 +1,1 @@
+"""Modules that carry adapters: a linear layer, stacked experts, a bare weight."""

@@ -1,0 +1,247 @@
+"""LoRA on some experts of a layer whose experts are stacked in one parameter.
+
+The adapter works on activations: the rows routed to planned experts get ``(x Aᵀ) Bᵀ`` added, gate and up with factors
+of their own. The merged weight is never built, and no gradient of a frozen weight is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
+from apportion.adapters.hosts.wrapped import WrappedModule
+from apportion.adapters.kernels.composed import add_terms
+from apportion.adapters.kernels.cpu.routed import RoutedExperts
+from apportion.adapters.kernels.cpu.run import run_on_cpu
+from apportion.adapters.kernels.terms import LowRankTerm
+from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
+from apportion.adapters.specs import DEFAULT_OPTIONS, ExpertFactors, FactorOptions
+from apportion.experts.dispatch import enter, is_dispatched
+from apportion.experts.forms import known_form
+from apportion.experts.run import base_product, run_experts
+
+# Shapes: T tokens, K experts per token, S = T·K routed rows sorted by expert, E experts, N rows of the batch that use
+# one adapter, D model width, I and O a projection's input and output width, R summed rank of the planned experts.
+
+
+class ExpertLora(WrappedModule):
+    """A module of stacked experts, with LoRA on the planned experts' projections.
+
+    Factors are stored stacked: ``lora_A[adapter][projection]`` has shape (R, I) and ``lora_B[adapter][projection]``
+    (R, O), expert after expert in rising order. The checkpoint holds them expert by expert, in PEFT's shapes.
+
+    Args:
+        base_layer: A module that `form_of` knows.
+    """
+
+    other_param_names = ("lora_dropout", "factors")
+    lora_dropout: Any
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.form = known_form(base_layer)
+        self.is_dispatched = is_dispatched(base_layer)
+        if self.is_dispatched:
+            enter(base_layer)
+        self.lora_dropout = nn.ModuleDict()
+        self.factors: dict[str, dict[str, ExpertFactors]] = {}
+
+    def add_adapter(
+        self, adapter_name: str, factors: Mapping[str, ExpertFactors], options: FactorOptions = DEFAULT_OPTIONS
+    ) -> None:
+        """Add zero-initialised factors under a new name.
+
+        Args:
+            adapter_name: The adapter's name.
+            factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
+            options: How the factors train and are stored.
+        """
+        a: dict[str, Any] = {}
+        b: dict[str, Any] = {}
+        for name, planned in factors.items():
+            weights_EOI = self.form.weights(self.base_layer, name)
+            (_, width_out, width_in), rank = weights_EOI.shape, sum(planned.ranks)
+            kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
+            a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
+            b[name] = nn.Parameter(torch.zeros(rank, width_out, **kwargs))
+            if options.frozen_a:
+                a[name] = FrozenFactor(rank, width_in, weights_EOI.device, stored=options.stored_a)
+            if planned.indices is not None:
+                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), weights_EOI.device)
+            nn.init.kaiming_uniform_(matrix_of(a[name]), a=math.sqrt(5))
+        self.factors[adapter_name] = dict(factors)
+        for container, made in ((self.lora_A, a), (self.lora_B, b)):
+            plain = all(isinstance(factor, nn.Parameter) for factor in made.values())
+            container[adapter_name] = nn.ParameterDict(made) if plain else nn.ModuleDict(made)
+        self.lora_dropout[adapter_name] = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
+
+    def keep(self, adapter_name: str, name: str, indices: Sequence[Tensor]) -> None:
+        """Keep other entries of a sparse B, all of them zero.
+
+        Args:
+            adapter_name: The adapter.
+            name: The projection.
+            indices: Each planned expert's kept entries, laid out row by row (out, rank).
+        """
+        factors = replace(self.factors[adapter_name][name], indices=tuple(indices))
+        self.factors[adapter_name][name] = factors
+        sparse = self.lora_B[adapter_name][name]
+        sparse.keep(factors.stacked_indices(sparse.shape[1]))
+
+    def run(
+        self,
+        active: Sequence[str],
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Run the experts with the named adapters.
+
+        Args:
+            active: Adapters that this module has.
+            hidden_states: Shape (T, D); or (E·T, D), one copy of the tokens per expert, where the module is called so.
+            top_k_index: Expert ids, shape (T, K).
+            top_k_weights: Routing weights, shape (T, K).
+
+        Returns:
+            The shape of `hidden_states`.
+        """
+        routing = () if top_k_index is None else (top_k_index, top_k_weights)
+        run_rows = partial(self._run_rows, active)
+        output: Tensor
+        if not active:
+            output = self.base_layer(hidden_states, *routing)
+        elif self.is_dispatched:
+            output = self.base_layer(hidden_states, *routing, run_rows=run_rows)
+        else:  # the direct path that `is_dispatched` describes
+            output = run_rows(hidden_states, *routing)
+        return output
+
+    def _run_rows(
+        self,
+        active: Sequence[str],
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Run the experts and the adapters on the base module's weights as they are now: inside its own forward."""
+        is_composed = (
+            not hidden_states.is_cpu or torch.compiler.is_compiling() or len(active) > 1 or self.form.norm is not None
+        )
+        if is_composed or top_k_index is None or top_k_weights is None:
+            return run_experts(
+                self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
+            )
+        dropout = self.lora_dropout[active[0]]
+        routed = RoutedExperts(
+            module=self.base_layer,
+            form=self.form,
+            ids_TK=top_k_index,
+            terms={name: list(self._terms(active[0], name).values()) for name in self.form.parameters},
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+        return run_on_cpu(routed, hidden_states, top_k_weights)
+
+    def _run_mixed(self, adapter_names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run each adapter on the rows that name it; a module that is called with copies has them expert by expert."""
+        if self.form.called == "routed":
+            out_TD: Tensor = super()._run_mixed(adapter_names, args, kwargs)
+            return out_TD
+        hidden_TED = args[0].view(self.form.num_experts, -1, args[0].shape[-1]).transpose(0, 1)
+        parts = []
+        for name, rows_N in rows_by_name(adapter_names):
+            selected_ETD = select_rows(hidden_TED, rows_N, len(adapter_names)).transpose(0, 1)
+            out_ND = self.run([name] if name in self.lora_A else [], selected_ETD.flatten(0, 1))
+            parts.append((rows_N, out_ND.view_as(selected_ETD).transpose(0, 1)))
+        out_TED: Tensor = assemble_rows(parts)
+        return out_TED.transpose(0, 1).reshape_as(args[0])
+
+    def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
+        """Return what an adapter adds to the product of one stacked parameter, by projection."""
+        terms = {}
+        for name, stacked in self.form.projections_in(parameter).items():
+            planned = self.factors[adapter].get(name)
+            if planned is not None:
+                a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
+                terms[name] = LowRankTerm(a_RI, b_RO, planned, stacked.rows)
+        return terms
+
+    def adapted_product(self, active: Sequence[str], parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        """Multiply sorted rows by one stacked base parameter and add adapters; `run_experts` calls this.
+
+        Args:
+            active: Adapters that this module has.
+            parameter: The parameter's path in the experts module.
+            x_SI: Its input, rows sorted by expert.
+            ends_E: Where each expert's rows end, int32.
+
+        Returns:
+            Shape (S, O).
+        """
+        out_SO = base_product(self.base_layer, parameter, x_SI, ends_E)
+        return self.after_product(active, parameter, x_SI, out_SO, ends_E)
+
+    def after_product(
+        self, active: Sequence[str], parameter: str, x_SI: Tensor, out_SO: Tensor, ends_E: Tensor
+    ) -> Tensor:
+        """Add adapters to the output of one stacked base parameter.
+
+        Args:
+            active: Adapters that this module has.
+            parameter: The parameter's path in the experts module.
+            x_SI: Its input, rows sorted by expert.
+            out_SO: Its output.
+            ends_E: Where each expert's rows end, int32.
+
+        Returns:
+            Shape (S, O).
+        """
+        for adapter in active:
+            terms = self._terms(adapter, parameter)
+            if terms:
+                out_SO = add_terms(self.form, parameter, terms, self.lora_dropout[adapter](x_SI), out_SO, ends_E)
+        return out_SO
+
+    @torch.no_grad()
+    def delta(self, adapter_name: str, name: str) -> Tensor:
+        """Return what an adapter adds to one projection's weights.
+
+        Args:
+            adapter_name: The adapter.
+            name: The projection.
+
+        Returns:
+            Shape (planned experts, O, I), in the factors' order and type.
+        """
+        factors = self.factors[adapter_name][name]
+        a_RI, b_RO = matrix_of(self.lora_A[adapter_name][name]), matrix_of(self.lora_B[adapter_name][name])
+        parts = zip(factors.by_expert(a_RI).values(), factors.by_expert(b_RO).values(), factors.scales, strict=True)
+        return torch.stack([(b_rO.t() @ a_rI) * scale for a_rI, b_rO, scale in parts])
+
+    def merged_parameters(self) -> tuple[str, ...]:
+        """Name the stacked parameters that merging adds to."""
+        return self.form.parameters
+
+    def is_finite(self, adapter_name: str) -> bool:
+        """Tell whether all that an adapter would add to the weights is finite."""
+        return all(bool(torch.isfinite(self.delta(adapter_name, name)).all()) for name in self.factors[adapter_name])
+
+    @torch.no_grad()
+    def add_to_weights(self, adapter_name: str, sign: float) -> None:
+        """Add an adapter's deltas, times the sign, to the stacked weights."""
+        for name, factors in self.factors[adapter_name].items():
+            weights_EOI = self.form.weights(self.base_layer, name)
+            for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
+                weights_EOI[expert] += sign * delta_OI.to(weights_EOI.dtype)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
+        """Tell PEFT where this module's adapters belong."""
+        weight = known_form(base_layer).weights(base_layer, "down_proj")
+        return weight.device, weight.dtype

@@ -1,0 +1,1 @@
+"""Products with low-rank factors: composed of PyTorch's operations on any device, fused on a CPU."""
