@@ -1,4 +1,4 @@
-"""Plain LoRA factors for software that knows nothing of this package."""
+"""Export adapters as plain LoRA, for software without this package."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from apportion.records.files import require_empty, whole_file, write_text
 
 
 def export_lora(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
-    """Write an adapter as stock PEFT's LoRA: frozen factors drawn, sparse ones made dense.
+    """Write an adapter as plain PEFT LoRA. Frozen factors are drawn, sparse ones made dense.
 
     Args:
         model: The model with the adapter.
-        folder: Where ``adapter_config.json`` and ``adapter_model.safetensors`` are written.
+        folder: Folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: The adapter.
 
     Raises:
-        ConfigurationError: the adapter has routed LoRA experts, or stands on something other than linear layers.
-        OutputExistsError: the folder has something in it.
+        ConfigurationError: the adapter has routed LoRA experts, or is on modules other than linear layers.
+        OutputExistsError: the folder is not empty.
     """
     config: ApportionConfig = model.peft_config[adapter_name]
     plan, sites = config.read_plan(), find_sites(model).by_name
     for placement in plan.placements:
         if placement.is_routed or sites[placement.site].storage != "linear":
-            what = "several LoRA experts" if placement.is_routed else "no linear layer of its own"
+            reason = "has several LoRA experts" if placement.is_routed else "is not a separate linear layer"
             raise ConfigurationError(
-                f"{placement.site} has {what}, which plain LoRA cannot say.",
+                f"{placement.site} {reason}, which plain LoRA cannot represent.",
                 fix="merge the adapter into the model, or plan with targets attention,shared,dense",
             )
     require_empty(Path(folder))
