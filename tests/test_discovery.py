@@ -92,7 +92,7 @@ def test_dense_models_have_no_experts() -> None:
 
 
 def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="no place for an adapter"):
+    with pytest.raises(ConfigurationError, match="cannot be adapted"):
         find_sites(nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)))
 
 
