@@ -69,7 +69,7 @@ def counted(tokens: int, experts: int = 64, itemsize: int = 4) -> dict[str, floa
 
 
 def measured(model: torch.nn.Module, ids: torch.Tensor, median_s: float) -> dict[str, float]:
-    """Give a step's milliseconds by kind of work."""
+    """Return a step's milliseconds by kind of work."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step(model, ids)
     times: dict[str, float] = {}

@@ -102,7 +102,7 @@ def alternate(contenders: Mapping[str, Callable[[], object]], repeats: int, warm
 
 
 def summed_up(times: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, Any]]:
-    """Give every contender's median and its ratio to the reference's; ratios are medians over rounds too."""
+    """Return every contender's median and its ratio to the reference's; ratios are medians over rounds too."""
     return {
         name: {
             "median_s": statistics.median(own),

@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure_spectra(model: Any, calibration: list[dict[str, Tensor]], profile: Profile) -> dict[str, list[float]]:
-    """Give the singular values of every matrix's mean gradient that is not zero."""
+    """Return the singular values of every matrix's mean gradient that is not zero."""
     model.requires_grad_(requires_grad=True).zero_grad()
     for batch in calibration:
         summed_sample_losses(model, batch).backward()

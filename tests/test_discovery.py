@@ -62,7 +62,7 @@ def test_a_model_that_does_not_say_its_top_k_is_refused(name: str) -> None:
     for module in model.modules():
         vars(module).pop("top_k", None)
     place = r"place:\s+.*layers\.0\.mlp\.experts"
-    with pytest.raises(ConfigurationError, match=rf"how many experts a token.*\n.*{place}.*\n.*num_experts_per_tok"):
+    with pytest.raises(ConfigurationError, match=rf"number of experts per token.*\n.*{place}.*\n.*num_experts_per_tok"):
         find_sites(model)
     model.config.num_experts_per_tok = 3
     assert {block.top_k for block in find_sites(model).blocks} == {3}

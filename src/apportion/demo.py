@@ -45,12 +45,12 @@ class DemoSettings:
     Args:
         tasks: The tasks to fine-tune on, by name.
         unrelated: The task whose loss tells what was forgotten.
-        hot: Experts kept a layer, of 16.
+        hot: Experts kept per layer, of 16.
         rank: Rank of every adapter.
         profile_rows: Training prompts that the profile is made from.
-        eval_rows: Held-out rows a score.
-        steps: Optimizer steps a run.
-        batch_size: Rows a step.
+        eval_rows: Held-out rows per evaluation.
+        steps: Optimizer steps per run.
+        batch_size: Rows per step.
         lr: Peak learning rate, the same for every method.
         seed: Seed of data, factors and order.
     """
@@ -96,7 +96,7 @@ class DemoResult:
     Args:
         settings: What was run.
         profile: The profile of all tasks.
-        runs: One entry a task and method.
+        runs: One entry per task and method.
     """
 
     settings: DemoSettings
@@ -104,7 +104,7 @@ class DemoResult:
     runs: list[DemoRun]
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "settings": asdict(self.settings),
             "versions": self.profile.provenance["versions"],
@@ -167,7 +167,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         results: As `DemoResult.as_dict` gives them and ``results.json`` holds them.
 
     Returns:
-        The table, one row a task and method, with the base model's scores in the task's first row.
+        The table, one row per task and method, with the base model's scores in the task's first row.
     """
     lines = [
         "| task | method | trainable | of LoRA | adapter FLOPs a token | tokens/s | exact match | unrelated loss |",

@@ -14,7 +14,7 @@ from apportion.study.settings import Contender
 
 
 def spent_by(made: Plan, unit: Unit) -> int:
-    """Give what a plan takes: trainable parameters, or its adapters' operations a token, to the nearest one."""
+    """Return what a plan takes: trainable parameters, or its adapters' operations per token, to the nearest one."""
     return made.cost.trainable_parameters if unit == "parameters" else round(made.cost.adapter_flops_per_token)
 
 
@@ -110,7 +110,7 @@ def _largest(profile: Profile, contender: Contender, unit: Unit, budget: int, se
 
 
 def _highest_ranks(made: Plan, profile: Profile, given: dict[str, int]) -> dict[str, int]:
-    """Give the highest rank that every placed kind's narrowest site takes, but for kinds with a rank of their own."""
+    """Return the highest rank that every placed kind's narrowest site takes, but for kinds with a rank of their own."""
     highest: dict[str, int] = {}
     for placement in made.placements:
         site = profile.layout.by_name[placement.site]

@@ -23,7 +23,7 @@ class StudyRows:
         train: Rows to train on; the first of them are the calibration rows.
         validation: Rows that learning rates are chosen by.
         held_out: Rows that runs are scored on.
-        unrelated: Rows whose loss tells what was forgotten; None where the study has none.
+        unrelated: Rows whose loss tells what was forgotten; None if the study has none.
     """
 
     train: dict[str, list[Row]]

@@ -155,12 +155,12 @@ def write_record(path: Path, record: BaseModel) -> None:
 
 
 def profile_path(folder: Path, key: str) -> Path:
-    """Give the file of a model's profile by its `profile_key`."""
+    """Return the file of a model's profile by its `profile_key`."""
     return folder / PROFILES / f"{key}.safetensors"
 
 
 def base_path(folder: Path, key: str) -> Path:
-    """Give the file of what else was measured of a model, by its `base_key`."""
+    """Return the file of what else was measured of a model, by its `base_key`."""
     return folder / PROFILES / f"{key}.json"
 
 

@@ -40,7 +40,7 @@ class Matrix:
     tuning: dict[TuningCell, Job]
 
     def spread(self) -> dict[tuple[str, int], tuple[Job, Job]]:
-        """Give for each model and budget the runs that spend least and most, full fine-tuning left out."""
+        """Return for each model and budget the runs that spend least and most, full fine-tuning left out."""
         found: dict[tuple[str, int], tuple[Job, Job]] = {}
         for job in self.runs:
             if job.plan is not None:
@@ -67,7 +67,7 @@ def run_study(
         sitting: How the runs are done.
 
     Returns:
-        What the runs say; None of a dry run.
+        What the runs say; None for a dry run.
 
     Raises:
         ConfigurationError: a method, an option or a budget does not fit a model.

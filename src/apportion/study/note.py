@@ -166,7 +166,7 @@ def read_note(path: Path) -> Note | None:
         path: The folder.
 
     Returns:
-        What it says; None where it says nothing.
+        What it says; None if it says nothing.
 
     Raises:
         ConfigurationError: the file is damaged.

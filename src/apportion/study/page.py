@@ -169,7 +169,7 @@ def _stability_table(study: StoredStudy, summary: Summary) -> Iterable[str]:
 
 
 def _draw(study: StoredStudy, summary: Summary, metric: str, path: Path) -> None:
-    """Plot budgets against scores with intervals, a panel a task; full fine-tuning is a line of its own."""
+    """Plot budgets against scores with intervals, one panel per task; full fine-tuning is a line of its own."""
     panels = list(dict.fromkeys((cell.model, cell.task) for cell in summary.cells))
     with mpl.rc_context({"svg.hashsalt": study.settings.name, "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(4.5 * max(1, len(panels)) + 1.5, 4), layout="constrained")
@@ -211,7 +211,7 @@ def _draw(study: StoredStudy, summary: Summary, metric: str, path: Path) -> None
 
 
 def _plotted(study: StoredStudy, cell: CellSummary, metric: str) -> Interval | None:
-    """Give what a plot shows of a cell."""
+    """Return the label of a cell in a plot."""
     if metric == "forgetting":
         return cell.forgetting
     return cell.exact_match if study.settings.metric == "exact_match" else cell.loss
@@ -230,7 +230,7 @@ def _is_full(study: StoredStudy, contender: str) -> bool:
 
 
 def _runs_of(study: StoredStudy, cell: CellSummary) -> list[Run]:
-    """Give the runs that a cell sums up."""
+    """Return the runs that a cell sums up."""
     place = (cell.model, cell.task, cell.contender, cell.budget)
     return [run for run in study.runs if (run.model, run.task, run.contender, run.budget) == place]
 

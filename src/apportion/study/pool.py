@@ -163,7 +163,7 @@ def _start_child(threads: int, prepare: Callable[[], object]) -> None:
 
 @cache
 def _child_bench(folder: str, settings: str, sitting: Sitting, model: str) -> Bench:
-    """Load a model and its data once a process, and make sure that they are still those of the study."""
+    """Load a model and its data once per process, and make sure that they are still those of the study."""
     parsed = StudySettings.model_validate_json(settings)
     rows = read_study_rows(parsed)
     bench = Bench(Path(folder), parsed, model, rows, trust_remote_code=sitting.trust_remote_code)

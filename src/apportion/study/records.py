@@ -42,7 +42,7 @@ class Contents(_Record):
 
     Args:
         tasks: By task, hashes of its rows.
-        unrelated: Hash of the unrelated rows; None where the study has none.
+        unrelated: Hash of the unrelated rows; None if the study has none.
         weights: By model, hash of a sample of its weights.
     """
 
@@ -55,8 +55,8 @@ class Score(_Record):
     """A model's result on held-out rows.
 
     Args:
-        loss: Mean negative log-likelihood of a completion token, in nats.
-        exact_match: Share of rows answered exactly; None where rows have no answer.
+        loss: Mean negative log-likelihood per completion token, in nats.
+        exact_match: Share of rows answered exactly; None if rows have no answer.
         items: Whether each row was answered exactly, in the rows' order; empty where rows have no answer.
     """
 
@@ -166,7 +166,7 @@ class Trial(_Record):
         contender: The contender.
         budget: The budget.
         lr: The learning rate tried.
-        loss: On validation rows, after training; None where training diverged.
+        loss: On validation rows, after training; None if training diverged.
         train_s: Seconds of training.
     """
 
@@ -213,7 +213,7 @@ class Comparison(_Record):
         p: Of the permutation tests over runs and over items, the larger.
         p_corrected: After correction for all comparisons of the study.
         smallest_effect: The smallest difference that the design could have seen, at the study's level divided by its
-            comparisons and 80 % power; None where so few runs can show none.
+            comparisons and 80 % power; None if so few runs can show none.
         differs: Whether the data tell the two apart.
     """
 

@@ -260,7 +260,7 @@ class Bench:
             shutil.rmtree(work, ignore_errors=True)
 
     def _train_settings(self, job: Job, *, trial: bool) -> TrainSettings:
-        """Give the settings of a run; it writes no checkpoint before its end."""
+        """Return the settings of a run; it writes no checkpoint before its end."""
         told = self.settings.training
         settings = TrainSettings(
             steps=told.steps,
@@ -274,7 +274,7 @@ class Bench:
         return replace(settings, steps=steps, save_every=steps + 1)
 
     def _calibration(self) -> dict[str, list[Row]]:
-        """Give the rows that the model is profiled on: the first that it is trained on."""
+        """Return the rows that the model is profiled on: the first that it is trained on."""
         return {task: rows[: self.settings.profile.rows] for task, rows in self.rows.train.items()}
 
     def _batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Tensor]]:
@@ -313,7 +313,7 @@ class Bench:
         return found
 
     def _overlap(self, one_LE: Tensor, other_LE: Tensor) -> float:
-        """Give the mean over layers of the Jaccard index of two counts' hottest experts."""
+        """Return the mean over layers of the Jaccard index of two counts' hottest experts."""
         found = []
         for block, one, other in zip(self.profile.layout.blocks, one_LE, other_LE, strict=True):
             rows = [row[: block.num_experts].double() for row in (one, other)]
@@ -324,7 +324,7 @@ class Bench:
 
 
 def versions(settings: StudySettings) -> dict[str, str]:
-    """Give what the last digits of a study depend on, beside its settings."""
+    """Return what the last digits of a study depend on, beside its settings."""
     return {
         "apportion": __version__,
         "torch": torch.__version__,
@@ -349,7 +349,7 @@ def _start_peak() -> None:
 
 
 def _peak_bytes() -> int:
-    """Give the device's peak on CUDA; elsewhere the process's: since the last start on Linux, in all on others."""
+    """Return the device's peak on CUDA; elsewhere the process's: since the last start on Linux, in all on others."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

@@ -98,7 +98,7 @@ class Contender(_Settings):
 
 
 class Training(_Settings):
-    """What every run is trained with; rows are drawn once a task and ordered by the run's seed."""
+    """What every run is trained with; rows are drawn once per task and ordered by the run's seed."""
 
     steps: Count = 40
     batch_size: Count = 32
@@ -130,7 +130,7 @@ class Tuning(_Settings):
 
 
 class Profiling(_Settings):
-    """How the model is measured: training rows a task, resamples of them, and how many experts are hot."""
+    """How the model is measured: training rows per task, resamples of them, and how many experts are hot."""
 
     rows: Count = 256
     resamples: Count = 200
@@ -153,15 +153,15 @@ class StudySettings(_Settings):
         unrelated: Data whose loss tells what was forgotten; none where not given.
         contenders: What is compared.
         reference: The contender that all others are compared with.
-        unit: What a budget counts: trainable ``parameters``, or the adapters' ``flops`` a token.
+        unit: What a budget counts: trainable ``parameters``, or the adapters' ``flops`` per token.
         budgets: Numbers, or ``METHOD:RANK`` for as many as that takes.
         tolerance: Share of a budget that a plan may leave unspent.
         seeds: Runs of every contender, task and budget.
-        eval_rows: Held-out rows a score.
+        eval_rows: Held-out rows per evaluation.
         metric: What the verdict is about.
         level: The level of significance.
         resamples: Of the bootstrap and the permutation tests.
-        threads: Threads a run, on which the last digits depend.
+        threads: Threads per run, on which the last digits depend.
         training: Of every run.
         tuning: Of learning rates.
         profile: Of models.
@@ -252,7 +252,7 @@ class StudySettings(_Settings):
         return next(contender for contender in self.contenders if contender.name == name)
 
     def learning_rates(self, contender: Contender) -> tuple[float, float]:
-        """Give the lowest and the highest learning rate to try for a contender."""
+        """Return the lowest and the highest learning rate to try for a contender."""
         return contender.lr_low or self.tuning.low, contender.lr_high or self.tuning.high
 
     @property

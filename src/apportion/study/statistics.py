@@ -26,7 +26,7 @@ class PairedTest:
     Args:
         difference: The estimate and its interval.
         p: The larger p of the tests over runs and over items; 1 where there is one seed.
-        smallest_effect: What the design could have seen; None where it can see nothing.
+        smallest_effect: What the design could have seen; None if it can see nothing.
     """
 
     difference: Interval
@@ -158,5 +158,5 @@ def _permutation_p(contender: Sequence[Array], reference: Sequence[Array], resam
 
 
 def _standard_error(samples: Sequence[Array]) -> float:
-    """Give the standard error of the mean over tasks."""
+    """Return the standard error of the mean over tasks."""
     return float(numpy.sqrt(sum(numpy.var(sample, ddof=1) / len(sample) for sample in samples)) / len(samples))

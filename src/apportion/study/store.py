@@ -57,7 +57,7 @@ class StoredStudy:
     num_left_out: int
 
     def profile_path(self, model: str) -> Path:
-        """Give the file of a model's profile, which may not be measured yet."""
+        """Return the file of a model's profile, which may not be measured yet."""
         return profile_path(self.folder, profile_key(self.settings, self.contents, self.versions, model))
 
     def profile(self, model: str) -> Profile:
@@ -140,7 +140,7 @@ def _require_known_names(path: Path, record: Run | Trial, settings: StudySetting
 
 
 def _place(record: Run | Trial, settings: StudySettings) -> tuple[Any, ...]:
-    """Give a record's place in the study's order."""
+    """Return a record's place in the study's order."""
     contenders = [contender.name for contender in settings.contenders]
     names = (
         settings.models.index(record.model),

@@ -132,6 +132,6 @@ def _compare_all(settings: StudySettings, runs: Sequence[Run]) -> list[Compariso
 
 
 def _scores(runs: Sequence[Run], metric: Metric) -> Array:
-    """Give a task's scores: a row a run, and for exact match a column an item."""
+    """Return a task's scores: a row a run, and for exact match a column an item."""
     after: list[Score] = [run.after for run in runs]
     return numpy.array([score.items if metric == "exact_match" else [score.loss] for score in after], dtype=float)

@@ -16,7 +16,7 @@ def verdicts(settings: StudySettings, comparisons: list[Comparison], finished: i
         planned: Runs that the study has.
 
     Returns:
-        Sentences: first the study's, then one a comparison where there is more than one seed.
+        Sentences: first the study's, then one per comparison if there is more than one seed.
     """
     if settings.seeds == 1:
         return (_overall(settings, comparisons, finished, planned),)
