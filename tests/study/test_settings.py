@@ -114,7 +114,7 @@ def test_another_studys_folder_is_not_touched(study_file: Path, finished: Path, 
 
 def test_other_versions_are_refused(study_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apportion.study.runner.__version__", "0.0.1")
-    assert "begun with other versions" in _output(study_file, "-o", finished)
+    assert "started with other versions" in _output(study_file, "-o", finished)
 
 
 def test_a_damaged_run_is_named(study_file: Path, finished: Path, tmp_path: Path) -> None:
