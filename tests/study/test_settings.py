@@ -47,7 +47,7 @@ GOOD: dict[str, Any] = {
         ({"reference": "lorra"}, ["'lorra' is not a contender", "did you mean lora?"]),
         ({"reference": "full"}, ["full fine-tuning cannot be the reference"]),
         ({"budgets": ["lora:x"]}, ["'lora:x' is not understood", "lora:2"]),
-        ({"budgets": [0]}, ["buys nothing"]),
+        ({"budgets": [0]}, ["is too small"]),
         ({"seeds": 0}, ["seeds = 0 is wrong"]),
         ({"seeds": 2000}, ["tuning seed 1000 is one of the study's"]),
         ({"unit": "bytes"}, ["unit = 'bytes' is wrong"]),

@@ -105,7 +105,7 @@ def _looks_like_file(source: str) -> bool:
 
 def _hub_rows(source: str, split: Split) -> list[Row]:
     """Read a data set from the hub."""
-    from datasets import load_dataset  # slow to import, and needed here alone
+    from datasets import load_dataset  # slow to import, and needed only here
 
     name, config, chosen = (*source.split(":"), "", "")[:3]
     try:

@@ -122,7 +122,7 @@ def read_plan(folder: Path, plan: str, plan_seal: str | None) -> Plan:
     made = load_plan(path)
     if plan_seal not in made.known_seals:
         raise PlanError(
-            f"{path} has another plan than the one of this study.", fix="remove it, and run the study again"
+            f"{path} holds another plan than the one of this study.", fix="remove it, and run the study again"
         )
     return made
 

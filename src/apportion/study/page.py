@@ -58,13 +58,13 @@ def _data(study: StoredStudy, summary: Summary) -> str:
 def _lines(study: StoredStudy, summary: Summary, page: Path) -> Iterable[str]:
     """Yield the lines of the page."""
     settings = study.settings
-    told = settings.training
+    training = settings.training
     yield f"# Study: {settings.name}"
     yield ""
     yield (
         f"{summary.finished_runs} of {summary.planned_runs} runs: {', '.join(settings.models)}; "
         f"{len(settings.tasks)} tasks, {len(settings.contenders)} contenders, {len(settings.budgets)} budgets, "
-        f"{settings.seeds} seeds. A run is {told.steps} steps of {told.batch_size} rows and is scored on "
+        f"{settings.seeds} seeds. A run is {training.steps} steps of {training.batch_size} rows and is scored on "
         f"{settings.eval_rows} held-out rows. Every number below is computed from the runs in "
         f"[{page.stem}.json]({page.stem}.json)."
     )

@@ -231,8 +231,8 @@ class Bench:
         loss, seconds = None, 0.0
         try:
             with self._trained(job, key, trial=True) as (result, _, _):
-                found = self.score(result.model, self.rows.validation[job.task], answers=False).loss
-                loss, seconds = (found if numpy.isfinite(found) else None), result.seconds
+                validation_loss = self.score(result.model, self.rows.validation[job.task], answers=False).loss
+                loss, seconds = (validation_loss if numpy.isfinite(validation_loss) else None), result.seconds
         except TrainingError:  # a rate that is too high is a result, not a failure
             pass
         facts = {name: getattr(job, name) for name in ("model", "task", "contender", "budget", "lr")}

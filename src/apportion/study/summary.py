@@ -32,9 +32,9 @@ def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
         for _, part in itertools.groupby(runs, key=lambda run: (run.model, run.task, run.contender, run.budget))
     ]
     stability = {
-        task if len(settings.models) == 1 else f"{base.model}: {task}": found
+        task if len(settings.models) == 1 else f"{base.model}: {task}": overlap
         for base in study.bases.values()
-        for task, found in base.stability.items()
+        for task, overlap in base.stability.items()
     }
     return Summary(
         name=settings.name,
