@@ -74,7 +74,9 @@ def find_study(folder: str | os.PathLike[str], settings: StudySettings, versions
     note = read_note(path)
     if note is None:
         if path.exists() and (not path.is_dir() or any(not _is_ours(entry) for entry in path.iterdir())):
-            raise OutputExistsError(f"{path} already holds something else than a study.", fix="choose another folder with -o")
+            raise OutputExistsError(
+                f"{path} already holds something else than a study.", fix="choose another folder with -o"
+            )
         return None
     before, now = note.settings.model_dump(mode="json"), settings.model_dump(mode="json")
     differing = [key for key in now if before[key] != now[key]]
