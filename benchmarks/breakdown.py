@@ -3,7 +3,7 @@
     python benchmarks/breakdown.py [--threads 2]
 
 Counted: the multiply-adds of every product (two operations each), and the bytes of experts' weights that a forward and a
-backward pass read. Measured: PyTorch's profiler, its own time taken out by scaling to the step's unprofiled median.
+backward pass read. Measured: times of PyTorch's profiler, scaled to the step's unprofiled median.
 Written to build/benchmarks/breakdown.json.
 """
 
@@ -52,14 +52,14 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """Sort an operation."""
+    """Return an operation's kind."""
     if name in KINDS["products"]:
         return "products"
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "everything else")
 
 
 def counted(tokens: int, experts: int = 64, itemsize: int = 4) -> dict[str, float]:
-    """Count what the floor must compute and read: both passes, no gradient of a weight."""
+    """Count the floor's operations and bytes read: both passes, without weight gradients."""
     attention = 4 * WIDTH * WIDTH + 2 * (tokens // 4) * WIDTH  # a token; the second is scores and their sum
     routed = TOP_K * 3 * WIDTH * EXPERT_WIDTH
     router = experts * WIDTH
@@ -69,7 +69,7 @@ def counted(tokens: int, experts: int = 64, itemsize: int = 4) -> dict[str, floa
 
 
 def measured(model: torch.nn.Module, ids: torch.Tensor, median_s: float) -> dict[str, float]:
-    """Give a step's milliseconds by kind of work."""
+    """Return a step's milliseconds by kind of work."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step(model, ids)
     times: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Saving and loading an adapter: size and time, against PEFT's.
+"""Saving and loading an adapter: size and time, compared with PEFT.
 
     python benchmarks/checkpoint.py [--repeats 5]
 

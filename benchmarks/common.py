@@ -1,4 +1,4 @@
-"""What the measurements share: the model, the contenders, alternating rounds, peaks in fresh processes, JSON."""
+"""Shared code of the measurements: the model, the contenders, alternating rounds, peak memory, JSON."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build(
     layers: int = LAYERS,
     widths: tuple[int, int] = (WIDTH, EXPERT_WIDTH),
 ) -> OlmoeForCausalLM:
-    """Make the model that every contender starts from; its weights are random, which no time depends on."""
+    """Make the model that every contender starts from, with random weights, which do not affect times."""
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=VOCABULARY,
@@ -73,7 +73,7 @@ def token_ids(rows: int, length: int) -> torch.Tensor:
 
 
 def adapt(base: OlmoeForCausalLM, contender: str) -> nn.Module:
-    """Adapt a model in one of the ways that are compared."""
+    """Attach a contender's adapter to a model."""
     if contender == PEFT:
         config = peft.LoraConfig(
             r=RANK,
@@ -90,7 +90,7 @@ def adapt(base: OlmoeForCausalLM, contender: str) -> nn.Module:
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Time the contenders in turn, in seconds; the first rounds do not count."""
+    """Time the contenders in turn, in seconds, after warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + warm_up):
         for name, run in contenders.items():
@@ -102,7 +102,7 @@ def alternate(contenders: Mapping[str, Callable[[], object]], repeats: int, warm
 
 
 def summed_up(times: Mapping[str, list[float]], reference: str) -> dict[str, dict[str, Any]]:
-    """Give every contender's median and its ratio to the reference's; ratios are medians over rounds too."""
+    """Return every contender's median and its ratio to the reference's; ratios are medians over rounds too."""
     return {
         name: {
             "median_s": statistics.median(own),
@@ -121,13 +121,13 @@ def step(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 def memory_bytes(name: str) -> int:
-    """Read one of Linux's figures of this process's memory: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    """Read this process's memory from Linux: ``VmRSS`` now, ``VmHWM`` at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def peak_above(run: Callable[[], object]) -> int:
-    """Tell how far this process's memory rises above what it holds while something runs."""
+    """Return the peak memory of a function above the process's current memory."""
     ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept for later, is not held
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory_bytes("VmRSS")
@@ -136,7 +136,7 @@ def peak_above(run: Callable[[], object]) -> int:
 
 
 def in_fresh_process(script: str, *arguments: object, threads: int = 2) -> Any:
-    """Run a script of this folder by itself, and read the JSON that it prints.
+    """Run a script of this folder in a process, and parse the JSON that it prints.
 
     Args:
         script: The script's path.
@@ -161,7 +161,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str
 
 
 def save(name: str, facts: Mapping[str, Any]) -> None:
-    """Write a measurement with the versions and the hardware it was made with."""
+    """Write a measurement with versions and hardware."""
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),

@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--tokens 32] [--repeats 5]
 
-Beside the small model of the other measurements, two layers as wide as OLMoE-1B-7B's: there a product takes longer than
-the call of it. Written to build/benchmarks/decode.json.
+Models: the small one of the other measurements, and two layers as wide as those of OLMoE-1B-7B, in which a product takes
+longer than its call. Written to build/benchmarks/decode.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def decode(model: nn.Module, num_tokens: int) -> None:
 
 
 def measure(dtype: str, num_tokens: int, repeats: int, *, wide: bool) -> dict[str, Any]:
-    """Time all contenders in this process; those that fit beside each other, where the model is wide."""
+    """Time all contenders in this process; for the wide model, only those that fit into memory together."""
     kind = getattr(torch, dtype)
     make = partial(build, kind, layers=OLMOE_LAYERS, widths=OLMOE_WIDTHS) if wide else partial(build, kind)
     models: dict[str, Any] = {BASE: make()}

@@ -1,16 +1,15 @@
-"""What the estimate of `marginal` is calibrated on: gradients' spectra, and what a lone adapter gains.
+"""Calibrate the estimate of `marginal`: spectra of gradients, and the gain of single adapters.
 
     python benchmarks/marginal_calibration.py [--model embedded] [--rows 256] [--sites 24] [--threads 2]
 
 Spectra: the singular values of every matrix's mean gradient over calibration rows, by dense autograd; the decay is the
 slope of log energy over log index, fitted by kind.
-Gains: one matrix at a time gets an adapter, which trains for some steps of AdamW on a batch of rows; the gain is what
-the loss of that batch falls. log gain is regressed on log sensitivity and log rank (least squares), so that its share
-of the variance says how well the estimate's form predicts; rank correlations say how well sensitivity alone orders.
---sites 0 leaves the gains out.
+Gains: one matrix at a time gets an adapter, which trains for some steps of AdamW on a batch of rows; the gain is the
+decrease of the loss on that batch. log gain is regressed on log sensitivity and log rank (least squares). The explained
+variance shows how well the estimate predicts; rank correlations show how well sensitivity alone orders the matrices.
+--sites 0 skips the gains.
 
-Training rows alone are read, of the split that scores are never taken on. Written to
-build/benchmarks/marginal_calibration-MODEL.json.
+Only training rows are read. Written to build/benchmarks/marginal_calibration-MODEL.json.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 def measure_spectra(model: Any, calibration: list[dict[str, Tensor]], profile: Profile) -> dict[str, list[float]]:
-    """Give the singular values of every matrix's mean gradient that is not zero."""
+    """Return the singular values of every matrix's mean gradient that is not zero."""
     model.requires_grad_(requires_grad=True).zero_grad()
     for batch in calibration:
         summed_sample_losses(model, batch).backward()
@@ -93,7 +92,7 @@ def measure_spectra(model: Any, calibration: list[dict[str, Tensor]], profile: P
 
 
 def gradient_of(model: Any, site: Site) -> Tensor | None:
-    """Find a site's part of the gradients."""
+    """Return a site's gradient."""
     if site.storage != "fused":
         return model.get_submodule(site.name).weight.grad
     path, expert, projection = site.name.rsplit(".", 2)
@@ -104,7 +103,7 @@ def gradient_of(model: Any, site: Site) -> Tensor | None:
 
 
 def fit_spectra(spectra: dict[str, list[float]], profile: Profile) -> dict[str, Any]:
-    """Fit energy of direction i = c i^-decay to every matrix's first singular values, and sum up by kind."""
+    """Fit energy of direction i = c i^-decay to every matrix's first singular values, and summarise by kind."""
     by_kind: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     for name, values in spectra.items():
         energy = np.square(np.array(values[:TOP]))
@@ -124,7 +123,7 @@ def fit_spectra(spectra: dict[str, list[float]], profile: Profile) -> dict[str, 
 
 
 def chosen_sites(profile: Profile, count: int) -> list[Site]:
-    """Take matrices of every projection at even distances in sensitivity."""
+    """Choose matrices of every projection at even distances in sensitivity."""
     norms = profile.measured_sensitivity()["default"]
     groups: dict[str, list[Site]] = defaultdict(list)
     for site in profile.layout.sites():
@@ -140,7 +139,7 @@ def chosen_sites(profile: Profile, count: int) -> list[Site]:
 
 
 def measure_gains(model: Any, profile: Profile, train: dict[str, Tensor], sites: list[Site]) -> list[dict[str, Any]]:
-    """Train one adapter at a time from the same state, and give what the loss falls."""
+    """Train one adapter at a time from the same state, and return the decrease of the loss."""
     norms = profile.measured_sensitivity()["default"]
     everything = apportion.plan(profile, "lora", rank=max(RANKS))
     with torch.no_grad():
@@ -172,7 +171,7 @@ def measure_gains(model: Any, profile: Profile, train: dict[str, Tensor], sites:
 
 
 def fit_gains(gains: list[dict[str, Any]]) -> dict[str, Any]:
-    """Regress log gain, and say how well sensitivity alone orders the matrices."""
+    """Regress log gain, and measure how well sensitivity alone orders the matrices."""
     positive = [gain for gain in gains if gain["gain"] > 0]
     columns = [[1.0, *(math.log(gain[key]) for key in ("sensitivity", "rank"))] for gain in positive]
     target = np.log([gain["gain"] for gain in positive])

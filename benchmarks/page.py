@@ -31,12 +31,12 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def megabytes(value: int | None) -> str:
-    """Write bytes, where they were measured."""
+    """Format bytes, if they were measured."""
     return "" if value is None else f"{value / 1e6:,.0f}"
 
 
 def save_figure(figure: Figure, name: str) -> str:
-    """Write a plot whole, and give the Markdown that shows it."""
+    """Write a plot, and return the Markdown that shows it."""
     with whole_file(IMAGES / name) as path:
         figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
@@ -44,7 +44,7 @@ def save_figure(figure: Figure, name: str) -> str:
 
 
 def bars(title: str, groups: dict[str, dict[str, float]], unit: str, name: str) -> str:
-    """Draw a group of bars for every setting, and give the Markdown that shows them."""
+    """Draw a group of bars for every setting, and return the Markdown that shows them."""
     figure, axes = pyplot.subplots(figsize=(8, 0.28 * sum(len(group) + 1 for group in groups.values()) + 0.8))
     place, ticks = 0.0, []
     for setting, group in groups.items():
@@ -68,7 +68,7 @@ def bars(title: str, groups: dict[str, dict[str, float]], unit: str, name: str) 
 
 
 def setting_of(case: dict[str, Any]) -> str:
-    """Name a case."""
+    """Return a case's title."""
     tokens = f"{case['tokens']} tokens, " if "tokens" in case else ""
     wide = ", OLMoE-1B-7B's widths" if case.get("wide") else ""
     return f"{tokens}{case['dtype']}, {case['threads']} thread{'s' if case['threads'] > 1 else ''}{wide}"
@@ -119,7 +119,7 @@ def training(facts: dict[str, Any]) -> Iterable[str]:
 
 
 def ratios(title: str, text: str, facts: dict[str, Any], reference: str, picture: str) -> Iterable[str]:
-    """Write a section of tokens a second and ratios."""
+    """Write a section of tokens per second and ratios."""
     yield from (f"## {title}", "", text, "")
     for case in facts["cases"]:
         yield from (f"**{setting_of(case)}**", "")
@@ -177,7 +177,7 @@ def real(facts: dict[str, Any]) -> Iterable[str]:
 
 
 def main() -> None:
-    """Read what was measured, and write the page."""
+    """Read the measurements, and write the page."""
     mpl.rcParams["svg.hashsalt"] = "apportion"
     names = ("train_step", "decode", "profiling", "sensitivity", "checkpoint", "real")
     found = {name: json.loads((FOLDER / f"{name}.json").read_text()) for name in names}

@@ -1,4 +1,4 @@
-"""Profiling against a plain forward pass over the same batches, packed by length.
+"""Profiling compared with a plain forward pass over the same batches, sorted by length.
 
     python benchmarks/profiling.py [--repeats 7]
 
@@ -22,7 +22,7 @@ ROWS, BATCH = 96, 8
 
 
 def calibration_batches() -> list[dict[str, torch.Tensor]]:
-    """Make rows of 16 to 128 tokens, and pad them to their neighbours' length alone."""
+    """Make rows of 16 to 128 tokens, and pad them only to the length of their batch."""
     draw = torch.Generator().manual_seed(2)
     lengths = torch.randint(16, 129, (ROWS,), generator=draw).tolist()
     rows = [torch.randint(2, VOCABULARY, (length,), generator=draw).tolist() for length in lengths]

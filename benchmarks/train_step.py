@@ -1,10 +1,10 @@
-"""One training step, side by side: attention alone, PEFT on all experts, and this package on all, a quarter, an eighth.
+"""One training step: attention only, PEFT on all experts, and this package on all, a quarter and an eighth.
 
     python benchmarks/train_step.py [--repeats 7] [--quick]
 
 The floor is attention-only LoRA with transformers' own experts: the same passes through frozen experts. All contenders
-start from one model and run alternately; ratios are medians over rounds. Each setting has a process of its own, as has
-each peak of memory. Last, the number of experts grows at a fixed number of experts a token. Written to
+start from one model and run alternately; ratios are medians over rounds. Each setting and each peak of memory is
+measured in a separate process. Last, the number of experts grows at a fixed number of experts per token. Written to
 build/benchmarks/train_step.json; about 13 minutes on two cores, 6 with --quick.
 """
 
@@ -56,7 +56,7 @@ def times(dtype: str, tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def peak(dtype: str, tokens: int, contender: str) -> int:
-    """Tell how far a later step of one contender rises above its model, gradients of factors included."""
+    """Return the peak memory of a later step of one contender above its model, including gradients of factors."""
     model = adapt(build(getattr(torch, dtype)), contender)
     model.train()
     for _ in range(2):  # what the first passes allocate for good is no step's own
@@ -65,7 +65,7 @@ def peak(dtype: str, tokens: int, contender: str) -> int:
 
 
 def growth(repeats: int) -> dict[int, dict[str, Any]]:
-    """Time a step of shallow models with more and more experts, all in turn, beside the base model's forward pass."""
+    """Time a step of shallow models with increasing numbers of experts, and the base model's forward pass."""
     ids = token_ids(4, 128)
 
     def forward(base: nn.Module) -> None:
@@ -95,7 +95,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, help="rounds; 7, or 3 with --quick")
-    parser.add_argument("--quick", action="store_true", help="512 tokens alone, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="only 512 tokens, fewer rounds")
     parser.add_argument("--one", help="measure one setting, given as JSON, and print JSON")
     args = parser.parse_args()
     if args.one:

@@ -3,10 +3,10 @@
     python recipes/hellori_embedded.py -o build/hellori              # five seeds, about half an hour on two cores
     python recipes/hellori_embedded.py -o build/hellori-quick --quick
 
-Two tasks are trained apart with `lora`, `hellora`, `lori` and `hellori`, at a learning rate a method that a seed of its own
-chose among as many candidates for each. Then the two adapters of a method are merged by concatenation, and the second
-task is trained on top of the first one's merged adapter: LoRI's claim is that sparse masks keep tasks from harming each
-other. Whatever was finished is not repeated. RESULTS.json and RESULTS.md are written anew after every run.
+Two tasks are trained separately with `lora`, `hellora`, `lori` and `hellori`. Each method's learning rate is chosen on a
+separate seed, among the same number of candidates. Then the two adapters of a method are combined by concatenation, and
+the second task is trained on top of the first one's merged adapter: LoRI claims that sparse masks keep tasks from
+interfering. Finished runs are not repeated. RESULTS.json and RESULTS.md are rewritten after every run.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ TUNING_SEED = 100
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run; every method gets the same of all this.
+    """Settings, the same for all methods.
 
     Args:
         steps: Optimizer steps; LoRI's first phase has a tenth of them besides.
-        batch_size: Rows a step.
-        tune_batch_size: Rows a step where a learning rate is chosen.
-        eval_rows: Held-out rows a score.
+        batch_size: Rows per step.
+        tune_batch_size: Rows per step where a learning rate is chosen.
+        eval_rows: Held-out rows per evaluation.
         rank: Rank of every adapter.
         hot: Experts a layer that `hellora` and `hellori` keep, of 16.
         seeds: Seeds of the factors' start and of the rows' order.
@@ -101,7 +101,7 @@ def parse() -> tuple[Settings, Path]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for adapters and results")
-    parser.add_argument("--quick", action="store_true", help="a few steps and one seed, to see that all works")
+    parser.add_argument("--quick", action="store_true", help="a few steps and one seed, as a smoke test")
     given = parser.parse_args()
     return (Settings(4, 8, 8, 16, 4, 4, 1, 1) if given.quick else Settings()), given.output
 
@@ -129,7 +129,7 @@ class Study:
             }
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do something, or read what it gave when it was done."""
+        """Do a piece of work, or read its result if it is finished."""
         path = self.folder / name
         if not path.is_file():
             print(name)
@@ -137,7 +137,7 @@ class Study:
         return json.loads(path.read_text())
 
     def scores(self, model: Any, rows: Any = None) -> dict[str, float]:
-        """Give exact match on every task."""
+        """Return exact match on every task."""
         found = evaluate_tasks(model, self.tokenizer, rows or self.held_out)
         return {name: float(result.exact_match or 0.0) for name, result in found.tasks.items()}
 
@@ -173,15 +173,15 @@ class Study:
         return chosen
 
     def rate(self, method: str) -> float:
-        """Give a method's learning rate."""
+        """Return a method's learning rate."""
         return float(self.tuned(method)["chosen"])
 
     def adapter(self, method: str, task: str, seed: int) -> Path:
-        """Name the folder of one adapter."""
+        """Return the folder of one adapter."""
         return self.folder / f"{method}-{task}-{seed}"
 
     def apart(self, method: str, task: str, seed: int) -> dict[str, Any]:
-        """Train one task, and score both."""
+        """Train one task, and evaluate both."""
         folder = self.adapter(method, task, seed)
 
         def work() -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Study:
         return found
 
     def merged(self, method: str, seed: int) -> dict[str, Any]:
-        """Put both tasks' adapters side by side, each at weight 1, and score both tasks."""
+        """Concatenate both tasks' adapters, each at weight 1, and evaluate both tasks."""
 
         def work() -> dict[str, Any]:
             first, second = (self.adapter(method, task, seed) for task in TASKS)
@@ -209,7 +209,7 @@ class Study:
         return found
 
     def on_top(self, method: str, seed: int) -> dict[str, Any]:
-        """Merge the first task's adapter into the model, train the second task on top, and score both tasks."""
+        """Merge the first task's adapter into the model, train the second task on top, and evaluate both tasks."""
         first, second = TASKS
 
         def work() -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Study:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Write the results for people."""
+    """Format the results as Markdown."""
     first, second = TASKS
     lines = [
         f"| method | parameters | {first} trained: {first} | {second} | {second} trained: {first} | {second} |",
@@ -252,7 +252,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Write a mean with its standard deviation."""
+    """Format a mean with its standard deviation."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

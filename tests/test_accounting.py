@@ -94,7 +94,7 @@ def test_a_profile_of_another_model_is_refused(tiny_model: nn.Module, tokens: Te
 
 @pytest.mark.parametrize("model_type", sorted(NOT_SUPPORTED))
 def test_a_model_that_is_no_language_model_is_refused(model_type: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{model_type}.*no causal language model"):
+    with pytest.raises(ConfigurationError, match=f"{model_type}.*not a causal language model"):
         apportion.cost(tiny_config(CONFIG_MAPPING[model_type], {}), "lora")
 
 

@@ -19,6 +19,7 @@ import apportion
 from apportion.accounting import layout_of
 from apportion.discovery import find_sites
 from apportion.methods.registry import METHODS
+from apportion.peft.attach import PhaseOptions
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
 from architectures import build
@@ -116,7 +117,7 @@ def _options(data: st.DataObject, method: str, layout: Layout) -> dict[str, Any]
 
 def _attached(model: nn.Module, plan: apportion.Plan, *, store_a: bool) -> tuple[int, int, int]:
     """Count what trains on the model, and the numbers and positions that a checkpoint holds."""
-    adapted = apportion.apply(copy.deepcopy(model), plan, store_a=store_a)
+    adapted = apportion.apply(copy.deepcopy(model), plan, phase=PhaseOptions(store_a=store_a))
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     state = get_peft_model_state_dict(adapted)
     indices = sum(tensor.numel() for name, tensor in state.items() if name.endswith(".indices"))

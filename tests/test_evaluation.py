@@ -55,7 +55,7 @@ def test_rows_without_answers_have_no_exact_match(embedded_model: tuple[Any, Any
 def test_nothing_to_score_is_an_error(embedded_model: tuple[Any, Any]) -> None:
     with pytest.raises(DataError, match="no row"):
         evaluate(*embedded_model, [])
-    with pytest.raises(DataError, match="no completion token is left within 3 tokens"):
+    with pytest.raises(DataError, match="there is no completion token within 3 tokens"):
         evaluate(*embedded_model, read_rows("task:aiw", num_rows=2), max_length=3)
 
 

@@ -185,7 +185,7 @@ def test_layers_that_only_name_their_widths_are_no_sites() -> None:
 def test_block_coordinate_refuses_weights_that_it_cannot_move(tokens: Tensor) -> None:
     twin = quantised(build_tiny("olmoe"), PackedLinear)
     batch: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
-    with pytest.raises(ConfigurationError, match=r"(?s)block-coordinate moves weights.*self_attn.*one-pass"):
+    with pytest.raises(ConfigurationError, match=r"(?s)block-coordinate updates weights.*self_attn.*one-pass"):
         apportion.profile(twin, [batch], sensitivity="block-coordinate")
 
 

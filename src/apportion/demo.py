@@ -1,4 +1,4 @@
-"""The demonstration: five placements on the embedded model, trained and scored side by side."""
+"""The demonstration: train and evaluate five placements on the embedded model."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ METHODS: tuple[str, ...] = ("lora", "attention", "hellora", "random", "cold")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration runs.
+    """Settings of the demonstration.
 
     Args:
         tasks: The tasks to fine-tune on, by name.
-        unrelated: The task whose loss tells what was forgotten.
-        hot: Experts kept a layer, of 16.
+        unrelated: The task whose loss measures forgetting.
+        hot: Experts kept per layer, of 16.
         rank: Rank of every adapter.
-        profile_rows: Training prompts that the profile is made from.
-        eval_rows: Held-out rows a score.
-        steps: Optimizer steps a run.
-        batch_size: Rows a step.
+        profile_rows: Number of training rows for the profile.
+        eval_rows: Held-out rows per evaluation.
+        steps: Optimizer steps per run.
+        batch_size: Rows per step.
         lr: Peak learning rate, the same for every method.
-        seed: Seed of data, factors and order.
+        seed: Seed of data, initial values and row order.
     """
 
     tasks: dict[str, str] = field(
@@ -90,12 +90,12 @@ class DemoRun:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything that the demonstration found.
+    """Results of the demonstration.
 
     Args:
-        settings: What was run.
+        settings: The settings.
         profile: The profile of all tasks.
-        runs: One entry a task and method.
+        runs: One entry per task and method.
     """
 
     settings: DemoSettings
@@ -103,7 +103,7 @@ class DemoResult:
     runs: list[DemoRun]
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "settings": asdict(self.settings),
             "versions": self.profile.provenance["versions"],
@@ -115,20 +115,20 @@ class DemoResult:
 def run_demo(
     output: str | os.PathLike[str], settings: DemoSettings, report: Callable[[str], object] = str
 ) -> DemoResult:
-    """Profile the embedded model, then train and score every method on every task with the same data, steps and seed.
+    """Profile the embedded model, then train and evaluate all methods on all tasks with equal data, steps and seed.
 
     A run that a previous call with the same settings finished in the folder is not repeated.
 
     Args:
         output: Folder for the profile, the plans, the adapters, ``results.json`` and ``results.md``.
-        settings: What to run.
-        report: Told, in words, what is being done.
+        settings: The settings.
+        report: Called with progress messages.
 
     Returns:
-        The results, as they stand in ``results.json``.
+        The results, as written to ``results.json``.
 
     Raises:
-        OutputExistsError: the folder holds something else, or a demonstration with other settings.
+        OutputExistsError: the folder has other files, or a demonstration with other settings.
         OutputPathError: nothing can be written there.
     """
     check_output_folder(output, may_hold=True)
@@ -163,10 +163,10 @@ def markdown_table(results: dict[str, Any]) -> str:
     """Write results as a Markdown table.
 
     Args:
-        results: As `DemoResult.as_dict` gives them and ``results.json`` holds them.
+        results: As `DemoResult.as_dict` returns them and ``results.json`` contains them.
 
     Returns:
-        The table, one row a task and method, with the base model's scores in the task's first row.
+        The table, one row per task and method, with the base model's scores in the task's first row.
     """
     lines = [
         "| task | method | trainable | of LoRA | adapter FLOPs a token | tokens/s | exact match | unrelated loss |",
@@ -188,14 +188,14 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def _open(folder: Path, settings: DemoSettings) -> Path:
-    """Take an empty folder, or one that the same demonstration began in."""
+    """Open an empty folder, or one with the same demonstration."""
     identity = {"settings": seal(asdict(settings)), "version": __version__}
     note = folder / SETTINGS_FILE
     if note.is_file() and read_json(note, lambda found: _damaged(note, found)).get("identity") == identity:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(
-            f"{folder} already holds something else, or a demonstration with other settings.",
+            f"{folder} already has other files, or a demonstration with other settings.",
             fix="choose another folder with -o, or remove this one",
         )
     write_text(note, json.dumps({"identity": identity, "settings": asdict(settings)}, indent=1) + "\n")
@@ -203,7 +203,7 @@ def _open(folder: Path, settings: DemoSettings) -> Path:
 
 
 def _profile(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings) -> Profile:
-    """Measure the base model on training rows of every task."""
+    """Profile the base model on training rows of every task."""
     streams = {}
     for task, source in settings.tasks.items():
         rows = read_rows(source, num_rows=settings.profile_rows, seed=settings.seed)
@@ -228,16 +228,16 @@ def _train(
     """Plan from the task's own counts, and train a copy of the base."""
     options = {"hot": settings.hot} if method in ("hellora", "random", "cold") else {}
     made = plan(measured.of_task(task), method, rank=settings.rank, seed=settings.seed, **options)
-    shutil.rmtree(place, ignore_errors=True)  # a run that was killed is begun again: it takes a minute
+    shutil.rmtree(place, ignore_errors=True)  # a killed run starts again; a run takes about a minute
     rows = read_rows(settings.tasks[task], num_rows=settings.steps * settings.batch_size, seed=settings.seed)
-    told = TrainSettings(
+    training = TrainSettings(
         steps=settings.steps,
         batch_size=settings.batch_size,
         lr=settings.lr,
         seed=settings.seed,
         save_every=settings.steps,
     )
-    result = train(copy.deepcopy(base), tokenizer, made, rows, place / "adapter", told, progress=False)
+    result = train(copy.deepcopy(base), tokenizer, made, rows, place / "adapter", training, progress=False)
     if result.interrupted:
         end_by(result.signal)
     made.save(place / "plan.json")
@@ -253,14 +253,14 @@ def _read_run(file: Path) -> DemoRun:
 
 
 def _damaged(file: Path, found: str) -> ConfigurationError:
-    """Say that a file of the demonstration cannot be read."""
+    """Make the error for a damaged file of the demonstration."""
     return ConfigurationError(f"{file} is damaged.", found=found, fix="remove it, and run the demonstration again")
 
 
 def _save_run(
     place: Path, facts: dict[str, Any], scores: tuple[Evaluation, Evaluation, Evaluation, Evaluation]
 ) -> None:
-    """Write one run's result, whole or not at all."""
+    """Write one run's result atomically."""
     names = ("before", "after", "unrelated_before", "unrelated_after")
     record = facts | {name: score.as_dict() for name, score in zip(names, scores, strict=True)}
     write_text(place / "result.json", json.dumps(record, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""`find_sites`: where adapters can stand in a model, whatever its family.
+"""`find_sites`: find the modules of a model that adapters can be attached to.
 
 A layer of routed experts is recognised by its form: either a module of stacked parameters that `form_of` knows, or a
-`ModuleList` of equal small networks of linear layers.
-Around it, the module that holds it tells the router from the shared experts. Everything else with a linear layer
-inside a numbered decoder layer is attention or a dense MLP, told apart by the names that all families use. Widths and
-the fingerprint are those of the weights before quantisation, so a model and its quantised twin have one layout.
+`ModuleList` of equal small networks of linear layers. The router and shared experts are found in the module that
+contains it. All other linear layers inside a numbered decoder layer are attention or a dense MLP, distinguished by
+name. Widths and the fingerprint are those of the weights before quantisation, so a model and its quantised version
+have the same layout.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from apportion.records.site import ExpertBlock, Kind, Layout, Projection, Site, 
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
 _ATTENTION_NAME = re.compile(r"attn|attention|mamba")
-# Matrices that are no sites. A sparse attention's indexer only picks positions, and Mamba's time step projection is
-# read past its module: their adapters would never train. Hyper-connections mix a handful of residual streams.
+# Matrices that are not sites. The indexer of sparse attention only selects positions, and the weight of Mamba's time
+# step projection is read without calling its module: their adapters would not train. Hyper-connections are tiny.
 _NO_SITE = re.compile(r"\.indexer\.|\.mamba\.dt_proj$|hyper_connection")
-# Experts that a language model keeps for images alone: text is never routed to them.
+# Experts of a language model that only process images: text is never routed to them.
 _OF_IMAGES = re.compile(r"(?:^|\.)vision_")
 _MLP_ROLES = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
@@ -53,38 +53,38 @@ _TOP_K_NAMES = (
 
 
 def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Go through a model's own modules, parents first, under the paths that they have without adapters.
+    """Iterate over a model's modules, parents first, with the paths that they have without adapters.
 
     Args:
         model: A plain model, one with adapters attached, or a `PeftModel`.
 
     Yields:
-        Each module's path in the plain model; the module that is called there, adapter included; the module itself.
+        Each module's path in the plain model; the module that is called there, adapter included; the base module.
     """
 
     def walk(path: str, called: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        own = _without_adapter(called)
-        yield path, called, own
-        for name, child in own.named_children():
+        base = _without_adapter(called)
+        yield path, called, base
+        for name, child in base.named_children():
             yield from walk(f"{path}.{name}" if path else name, child)
 
     yield from walk("", base_model(model))
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Give the transformers model inside a `PeftModel`, or the model itself."""
+    """Return the transformers model inside a `PeftModel`, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Tell where a model computes: where its weights are, or where they are brought to if they lie on disk.
+    """Return the device that a model computes on: that of its weights, or the execution device of offloaded ones.
 
     Args:
         model: A transformers model, with or without adapters.
 
     Returns:
-        The device that its inputs belong on.
+        The device for its inputs.
     """
     for module in base_model(model).modules():
         hook = getattr(module, "_hf_hook", None)
@@ -94,21 +94,21 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def find_sites(model: nn.Module) -> Layout:
-    """Find every matrix of a model that an adapter can stand on.
+    """Find every matrix of a model that can be adapted.
 
     Args:
-        model: A transformers model, on any device, ``meta`` included; with or without adapters.
+        model: A transformers model on any device, including ``meta``, with or without adapters.
 
     Returns:
         The sites, and a fingerprint of the architecture.
 
     Raises:
-        ConfigurationError: the model has no numbered decoder layers with linear layers in them, or its experts are
-            stored in a form that is not supported, or nothing says how many experts a token is routed to.
+        ConfigurationError: the model has no linear layers inside numbered decoder layers, its experts are stored in an
+            unsupported form, or the number of experts per token is not found.
 
     Cost: one walk over the modules; no weight is read.
     """
-    every_module = {path: own for path, _, own in walk_modules(model)}
+    every_module = {path: base for path, _, base in walk_modules(model)}
     modules = _of_language_model(base_model(model), every_module)
     config = getattr(base_model(model), "config", None)
     parameters = list(logical_parameters(every_module))
@@ -118,7 +118,7 @@ def find_sites(model: nn.Module) -> Layout:
     model_class = type(base_model(model)).__name__
     if not others and not blocks:
         raise ConfigurationError(
-            f"{model_class} has no place for an adapter: no linear layer inside a numbered decoder layer was found.",
+            f"{model_class} cannot be adapted: no linear layer inside a numbered decoder layer was found.",
             fix="give a transformers language model",
         )
     model_type = getattr(config, "model_type", model_class)
@@ -133,7 +133,7 @@ def find_sites(model: nn.Module) -> Layout:
 
 
 def is_expert_list(module: nn.Module) -> bool:
-    """Tell whether a module is a list of experts: several networks of the same linear layers, under that name."""
+    """Return whether a module is a list of several networks with the same linear layers."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return False
     forms = [
@@ -143,29 +143,29 @@ def is_expert_list(module: nn.Module) -> bool:
 
 
 def find_router(experts_path: str, num_experts: int, modules: dict[str, nn.Module]) -> str | None:
-    """Find the router of an experts module: the module beside it with one row of weights an expert.
+    """Find the router of an experts module: the module beside it with one row of weights per expert.
 
-    Where there is none (a router of several layers, or one with rows for shared experts too), the name decides.
+    If there is none (a router of several layers, or with rows for shared experts too), the name decides.
 
     Args:
         experts_path: Path of the experts module.
-        num_experts: Experts in it.
-        modules: The model's own modules by path.
+        num_experts: Number of experts in it.
+        modules: The model's base modules by path.
 
     Returns:
-        The router's path, or None where the weight cannot be told.
+        The router's path, or None if it cannot be found.
     """
     parent = experts_path.rpartition(".")[0]
-    found = []
+    candidates = []
     for path, module in _below(parent, modules):
         if path.startswith(experts_path + "."):
             continue
         shape = matrix_shape(module)
         if shape is not None and shape[0] == num_experts:
-            found.append(path)
-    named = [path for path in found if _ROUTER_NAME.search(path[len(parent) :])]
-    if named or found:
-        return (named or found)[0]
+            candidates.append(path)
+    named = [path for path in candidates if _ROUTER_NAME.search(path[len(parent) :])]
+    if named or candidates:
+        return (named or candidates)[0]
     beside = (path for path, _ in _below(parent, modules) if _ROUTER_NAME.fullmatch(path[len(parent) :]))
     return next(beside, None)
 
@@ -176,9 +176,9 @@ def _below(parent: str, modules: dict[str, nn.Module]) -> list[tuple[str, nn.Mod
 
 
 def _of_language_model(model: Any, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Leave out what reads images and sound, towers and experts: text gives them no gradient.
+    """Drop modules for images and sound, which get no gradient from text.
 
-    A model that is more than a language model has a configuration of its text part, and gives that part as its decoder.
+    A multimodal model has a separate configuration of its text part, which is its decoder.
     """
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
@@ -191,20 +191,20 @@ def _of_language_model(model: Any, modules: dict[str, nn.Module]) -> dict[str, n
 
 
 def _without_adapter(module: Any) -> Any:
-    """Give the module that adapters wrap."""
+    """Return the module that adapters wrap."""
     while isinstance(getattr(module, "base_layer", None), nn.Module):
         module = module.base_layer
     return module
 
 
 def _linears(module: nn.Module) -> list[tuple[str, Any]]:
-    """List a module's direct linear layers, as they are without adapters."""
+    """List a module's direct linear layers, without adapters."""
     children = ((name, _without_adapter(child)) for name, child in module.named_children())
     return [(name, child) for name, child in children if is_linear(child)]
 
 
 def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config: object) -> ExpertBlock | None:
-    """Describe one experts module, or give None for any other module."""
+    """Describe an experts module; return None for other modules."""
     storage: Storage
     form = form_of(module)
     if form is not None:
@@ -223,13 +223,13 @@ def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config:
 
 
 def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertBlock, ...]) -> None:
-    """Name experts that were not recognised: leaving them out would be silent."""
+    """Raise an error if the model has experts that were not recognised."""
     known = tuple(block.name for block in blocks)
     for path, module in modules.items():
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
         class_name = type(module).__name__
-        shared = "shared" in path.rpartition(".")[2]  # a few run for every token; stacked, they are no sites
-        holds_experts = own or isinstance(module, nn.ModuleDict)
+        shared = "shared" in path.rpartition(".")[2]  # stacked shared experts are not sites
+        holds_experts = matrices or isinstance(module, nn.ModuleDict)
         if not holds_experts or "Expert" not in class_name or "Router" in class_name:
             continue
         if not shared and not path.startswith(known):
@@ -241,7 +241,7 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertB
 
 
 def _stacked_projections(module: nn.Module, form: ExpertForm) -> tuple[Projection, ...]:
-    """Read the shapes of stacked projections."""
+    """Return the shapes of stacked projections."""
     shapes = {name: form.weights(module, name).shape for name in form.projections}
     return tuple(
         Projection(name.removesuffix("_proj"), name, int(width_in), int(width_out))
@@ -250,7 +250,7 @@ def _stacked_projections(module: nn.Module, form: ExpertForm) -> tuple[Projectio
 
 
 def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: object) -> int:
-    """Find how many experts a token is routed to."""
+    """Find the number of experts per token."""
     parent = path.rpartition(".")[0]
     router = find_router(path, num_experts, modules)
     text_config = getattr(config, "get_text_config", lambda: config)()
@@ -260,7 +260,7 @@ def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: o
             if type(value) is int and 0 < value <= num_experts:
                 return value
     raise ConfigurationError(
-        "it is not known how many experts a token is routed to.",
+        "the number of experts per token cannot be found.",
         place=f"{path} ({type(modules[path]).__name__}), {num_experts} experts",
         expected=(
             f"{', '.join(_TOP_K_NAMES[:-1])} or {_TOP_K_NAMES[-1]}, from 1 to {num_experts}, in its router, in the "
@@ -271,7 +271,7 @@ def _top_k(path: str, num_experts: int, modules: dict[str, nn.Module], config: o
 
 
 def _other_sites(modules: dict[str, Any], blocks: tuple[ExpertBlock, ...]) -> Iterator[Site]:
-    """Go through all sites but the routed experts."""
+    """Iterate over all sites except routed experts."""
     routers = tuple(router for b in blocks if (router := find_router(b.name, b.num_experts, modules)))
     inside_routers = tuple(router + "." for router in routers)
     moe_layers = {block.layer for block in blocks}
@@ -287,12 +287,12 @@ def _other_sites(modules: dict[str, Any], blocks: tuple[ExpertBlock, ...]) -> It
         kind: Kind = "router" if path.startswith(inside_routers) else _kind(path, moe_layers)
         last = path.rpartition(".")[2]
         name = last.removesuffix("_proj")
-        if module.out_features > 1:  # a shared expert's own gate is a scalar, not a matrix
+        if module.out_features > 1:  # a shared expert's gate is a scalar, not a matrix
             yield _site(path, module, kind, name if kind == "router" else _MLP_ROLES.get(last, name))
 
 
 def _kind(path: str, moe_layers: set[int]) -> Kind:
-    """Tell attention from shared experts and dense MLPs."""
+    """Return whether a linear layer is attention, a shared expert or a dense MLP."""
     inside_layer = _LAYER_NUMBER.split(path, maxsplit=1)[-1]
     if "shared" in inside_layer and _layer_of(path) in moe_layers:
         return "shared"

@@ -1,4 +1,4 @@
-"""Measure a model on rows: loss and perplexity always, exact match where rows have an answer."""
+"""Evaluate a model on rows: loss and perplexity, and exact match if rows have an answer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Evaluation:
     """Results on one data set.
 
     Args:
-        samples: Rows given.
-        loss: Mean negative log-likelihood of a completion token, in nats.
-        tokens: Completion tokens scored.
-        truncated: Rows that were longer than the limit.
-        exact_match: Share of the rows whose greedy answer is the expected one; None where rows have no answer.
-        left_out: Rows with no completion token within the limit, which count for exact match alone.
+        samples: Number of rows.
+        loss: Mean negative log-likelihood per completion token, in nats.
+        tokens: Number of completion tokens.
+        truncated: Number of rows that were longer than the limit.
+        exact_match: Fraction of rows whose greedy answer is the expected one; None if rows have no answer.
+        left_out: Number of rows with no completion token within the limit. They count only for exact match.
     """
 
     samples: int
@@ -47,7 +47,7 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self) | {"perplexity": self.perplexity}
 
 
@@ -60,19 +60,19 @@ def evaluate(
     max_length: int = 1024,
     progress: bool = False,
 ) -> Evaluation:
-    """Score a model on rows.
+    """Evaluate a model on rows.
 
     Args:
         model: The model, with or without adapters.
         tokenizer: Its tokenizer.
-        rows: As `read_rows` gives them.
-        batch_size: Rows a batch.
-        max_length: Tokens of a row that count towards the loss; rows cut by it are counted, and so are rows whose
-            completion is cut off whole.
-        progress: Show a bar on standard error when it takes longer than two seconds.
+        rows: As `read_rows` returns them.
+        batch_size: Rows per batch.
+        max_length: Maximum number of tokens per row for the loss. The results have the numbers of truncated rows and of
+            rows without a completion token within it.
+        progress: Show a progress bar on standard error if it takes longer than two seconds.
 
     Returns:
-        Loss over all completion tokens, and exact match where every row has an answer.
+        Loss over all completion tokens, and exact match if every row has an answer.
 
     Raises:
         DataError: there is no row, or no completion token within `max_length`.
@@ -94,10 +94,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class MultiTaskEvaluation:
-    """Results on several tasks, and their mean, in which every task counts the same.
+    """Results on several tasks, and their mean with equal weights.
 
     Args:
-        tasks: A result by task.
+        tasks: Results by task.
     """
 
     tasks: dict[str, Evaluation]
@@ -109,12 +109,12 @@ class MultiTaskEvaluation:
 
     @property
     def exact_match(self) -> float | None:
-        """The mean of the tasks' shares of exact matches; None where a task has no answers."""
+        """The mean of the tasks' exact match; None if a task has no answers."""
         shares = [result.exact_match for result in self.tasks.values() if result.exact_match is not None]
         return sum(shares) / len(shares) if len(shares) == len(self.tasks) else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data for JSON."""
+        """Return plain data for JSON."""
         tasks = {name: result.as_dict() for name, result in self.tasks.items()}
         return {"tasks": tasks, "mean": {"loss": self.loss, "exact_match": self.exact_match}}
 
@@ -125,19 +125,19 @@ def evaluate_tasks(
     rows: Mapping[str, Sequence[Row]],
     **settings: Any,
 ) -> MultiTaskEvaluation:
-    """Score a model on several tasks.
+    """Evaluate a model on several tasks.
 
     Args:
         model: The model, with or without adapters.
         tokenizer: Its tokenizer.
         rows: Rows by task.
-        **settings: As `evaluate` takes them.
+        **settings: Keyword arguments of `evaluate`.
 
     Returns:
-        A result by task.
+        Results by task.
 
     Raises:
-        DataError: a task has no row, or no completion token that counts.
+        DataError: a task has no row, or no completion token within `max_length`.
     """
     return MultiTaskEvaluation({name: evaluate(model, tokenizer, part, **settings) for name, part in rows.items()})
 
@@ -151,21 +151,21 @@ def completion_loss(
     *,
     progress: bool = False,
 ) -> tuple[float, int, int]:
-    """Average the loss over every completion token of the rows.
+    """Compute the mean loss over all completion tokens of the rows.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         rows: The rows.
-        batch_size: Rows a batch.
-        max_length: Tokens of a row that count.
-        progress: Show a bar.
+        batch_size: Rows per batch.
+        max_length: Maximum number of tokens per row.
+        progress: Show a progress bar.
 
     Returns:
-        Mean loss in nats, tokens scored, rows truncated.
+        Mean loss in nats, number of completion tokens, number of truncated rows.
 
     Raises:
-        DataError: no completion token is left within `max_length`.
+        DataError: there is no completion token within `max_length`.
     """
     encoded = [encode(row, tokenizer, max_length) for row in rows]
     device = next(model.parameters()).device
@@ -183,7 +183,7 @@ def completion_loss(
             count += int((labels != -100).sum())
             bar.update(len(labels))
     if count == 0:
-        raise DataError(f"no completion token is left within {max_length} tokens.", fix="raise --max-length")
+        raise DataError(f"there is no completion token within {max_length} tokens.", fix="raise --max-length")
     return total / count, count, sum(row.truncated for row in encoded)
 
 
@@ -195,17 +195,17 @@ def exact_matches(
     *,
     progress: bool = False,
 ) -> list[bool]:
-    """Generate greedily and compare with the answers, white space aside.
+    """Generate greedily and compare with the answers, ignoring differences in white space.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         rows: Rows with a prompt and an answer.
-        batch_size: Rows a batch.
-        progress: Show a bar.
+        batch_size: Rows per batch.
+        progress: Show a progress bar.
 
     Returns:
-        Whether each row, in order, was answered exactly.
+        For each row, whether the answer matches exactly.
     """
     prompts = [prompt_ids(row, tokenizer) for row in rows]
     longest = max(len(tokenizer(f" {row['answer']}")["input_ids"]) for row in rows)
@@ -236,5 +236,5 @@ def exact_matches(
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the id that fills batches."""
+    """Return the padding id."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -1,7 +1,7 @@
-"""The forms in which models hold a weight matrix: linear layers, and what quantisers put in their place.
+"""Forms of weight matrices in models: linear layers, and the layers that quantisers replace them with.
 
-A quantised layer stores its weight packed, under any name and in any shape. What it computes is still a product with
-one matrix of ``out_features`` by ``in_features``: its logical shape, which sites and fingerprints are about.
+A quantised layer stores its weight packed, under any name and in any shape. It still computes a product with one matrix
+of ``out_features`` by ``in_features``. This is its logical shape, which sites and fingerprints use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LogicalParameter(NamedTuple):
-    """A parameter as it was before it was quantised: its path, its shape, and what tied parameters share."""
+    """A parameter before quantisation: its path, its shape, and an identity that tied parameters share."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,19 +26,19 @@ class LogicalParameter(NamedTuple):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell linear layers, quantised ones of any class included."""
+    """Return whether a module is a linear layer, including quantised ones of any class."""
     return isinstance(module, nn.Linear) or is_quantised(module)
 
 
 def is_quantised(module: Any) -> bool:
-    """Tell a linear layer whose weight is not stored as the matrix that it stands for.
+    """Return whether a module is a linear layer whose weight is not stored as a plain matrix.
 
     Args:
         module: Any module.
 
     Returns:
-        Whether it is one: it says how wide its input and its output are, holds no plain weight of that shape, and is
-        neither a layer of the model's own code, nor parametrised, nor a wrapper around another linear layer.
+        True if the module has integer ``in_features`` and ``out_features``, has no plain weight of that shape, and is
+        neither defined by the model's code, nor parametrised, nor a wrapper around another linear layer.
     """
     widths = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if not all(type(width) is int for width in widths):
@@ -53,20 +53,20 @@ def is_quantised(module: Any) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Tell linear layers that a model's own code makes into something else: routers, block-diagonal products."""
+    """Return whether a linear layer's class computes something else: a router, or a block-diagonal product."""
     if is_quantised(module):
         return "Grouped" in type(module).__name__
     return "modeling_" in type(module).__module__ and type(module).forward is not nn.Linear.forward
 
 
 def matrix_shape(module: Any) -> tuple[int, int] | None:
-    """Give the logical shape of a module's weight matrix.
+    """Return the logical shape of a module's weight matrix.
 
     Args:
         module: Any module.
 
     Returns:
-        Its output and its input width; None where the module has no ``weight`` of two dimensions.
+        Output and input width; None if the module has no two-dimensional ``weight``.
     """
     if is_quantised(module):
         return module.out_features, module.in_features
@@ -78,15 +78,15 @@ def matrix_shape(module: Any) -> tuple[int, int] | None:
 
 
 def logical_parameters(modules: Mapping[str, Any]) -> Iterator[LogicalParameter]:
-    """Go through a model's parameters as they would be without quantisation.
+    """Iterate over a model's parameters as they would be without quantisation.
 
-    Of a quantised layer these are the weight and, where there is one, the bias; scales and other helpers are left out.
+    For a quantised layer these are the weight and the bias, if any; scales and other helper tensors are skipped.
 
     Args:
         modules: All modules by path, parents first.
 
     Yields:
-        The parameters, tied ones each time they come.
+        The parameters. Tied ones are yielded at each occurrence.
     """
     inside = ""
     for path, module in modules.items():
@@ -108,12 +108,12 @@ def logical_parameters(modules: Mapping[str, Any]) -> Iterator[LogicalParameter]
 
 
 def num_parameters(parameters: Iterable[LogicalParameter]) -> int:
-    """Count the numbers in parameters; tied ones count once."""
+    """Count the elements of parameters. Tied ones count once."""
     return sum({parameter.identity: math.prod(parameter.shape) for parameter in parameters}.values())
 
 
 def _packed_parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Give the logical shapes of parameters that a parametrisation unpacks (bitsandbytes' way with stacked experts)."""
+    """Return the logical shapes of parameters that a parametrisation unpacks (bitsandbytes' stacked experts)."""
     if not parametrize.is_parametrized(module):
         return {}
     lists: Any = module.parametrizations
@@ -122,5 +122,5 @@ def _packed_parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _is_of_model_code(module: nn.Module) -> bool:
-    """Tell whether a class belongs to a model's own code, whose layers may compute anything."""
+    """Return whether a class is defined by the model's code, whose layers may compute anything."""
     return "modeling_" in type(module).__module__ or type(module).__module__.startswith("transformers_modules")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, sent by batch systems and closing terminals, as an exception: files are put away first."""
+"""Raise SIGTERM and SIGHUP, as sent by batch systems and closing terminals, as an exception for cleaning up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_NAMES = ("SIGTERM", "SIGHUP")  # the second is unknown to Windows
+_NAMES = ("SIGTERM", "SIGHUP")  # Windows lacks the second
 TERMINATING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
@@ -25,19 +25,19 @@ class Terminated(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What shells expect of a process that a signal ended: 143 for SIGTERM, 129 for SIGHUP."""
+        """The conventional exit code of a process ended by a signal: 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.number
 
 
 def end_by(number: int) -> NoReturn:
-    """Raise what a signal raises where nothing is put away first.
+    """Raise the exception for a signal.
 
     Args:
         number: The signal's number.
 
     Raises:
-        KeyboardInterrupt: it was Ctrl-C.
-        Terminated: it was another one.
+        KeyboardInterrupt: the signal is SIGINT (Ctrl-C).
+        Terminated: the signal is another one.
     """
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -46,7 +46,7 @@ def end_by(number: int) -> NoReturn:
 
 @contextmanager
 def raising_terminated() -> Iterator[None]:
-    """Have the terminating signals raise `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt.
+    """Make SIGTERM and SIGHUP raise `Terminated` in the main thread, like Ctrl-C raises KeyboardInterrupt.
 
     Yields:
         Nothing.

@@ -207,7 +207,7 @@ def _mistakes() -> list[Any]:
         pytest.param([*profile, "--data", "none.jsonl"], "there is no file", id="no data file"),
         pytest.param([*profile, "--data", "{empty}"], "has no row", id="no rows"),
         pytest.param([*profile, "--data", "{columns}"], "neither prompt and completion", id="missing columns"),
-        pytest.param([*profile, "--data", "{xml}"], "is not known", id="unknown format"),
+        pytest.param([*profile, "--data", "{xml}"], "is not supported", id="unknown format"),
         pytest.param([*profile, "--data", "a=task:gcd", "--data", "a=task:aiw"], "same name", id="two of one name"),
         pytest.param(
             ["profile", "nobody/nothing", "--data", "task:gcd", "-o", "p.safetensors"],
@@ -223,7 +223,7 @@ def _mistakes() -> list[Any]:
         pytest.param(["cost", "nobody/nothing"], "cannot be read", id="no configuration"),
         pytest.param(["cost", "{dense}", "--hot", "2"], "is a dense model", id="cost of a dense model"),
         pytest.param(["cost", "{nonsense}"], "does not recognize this architecture", id="unknown model type"),
-        pytest.param(["cost", "{vit}"], "is no causal language model", id="no language model"),
+        pytest.param(["cost", "{vit}"], "is not a causal language model", id="no language model"),
         pytest.param(["cost", "{uneven}"], "no olmoe model can be built", id="sizes that do not fit"),
         pytest.param([*cost, "--targets", "atention"], "did you mean attention", id="misspelt target"),
         pytest.param([*cost, "--targets", "experts.dwon"], "nothing for the target 'experts.dwon'", id="projection"),

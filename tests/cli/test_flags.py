@@ -177,7 +177,7 @@ def test_a_default_of_sparse_training_that_is_typed_is_refused_for_whole_adapter
     for words in (("--mask-granularity", "global"), ("--no-store-a",)):
         done = _run(*command, *words)
         assert done.exit_code == 2, done.output
-        assert "was given, and the plan is not sparse" in done.output
+        assert "was given, but the plan is not sparse" in done.output
 
 
 def test_settings_of_runs_that_differ_in_spelled_out_defaults_are_the_same_run() -> None:

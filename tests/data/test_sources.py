@@ -42,7 +42,7 @@ def test_messages_become_prompt_and_completion(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": messages}))
     assert read_rows(str(path)) == [{"prompt": messages[:1], "completion": messages[1:]}]
     path.write_text(json.dumps({"messages": messages[:1]}))
-    with pytest.raises(DataError, match="do not end with the assistant's"):
+    with pytest.raises(DataError, match="whose last one is not the assistant's"):
         read_rows(str(path))
 
 
@@ -58,9 +58,9 @@ def test_text_stays_text(tmp_path: Path) -> None:
         ("empty.jsonl", "", "has no row"),
         ("columns.jsonl", '{"text": "a"}\n{"question": "b"}', "row 2 of .* has neither .*found:  question"),
         ("broken.jsonl", '{"text": "a"}\n{"text": ', "place:  line 2"),
-        ("list.jsonl", "[1]", "a line that is no row"),
-        ("object.json", '{"text": "a"}', "is no list of rows"),
-        ("rows.xml", "<rows/>", "format of .* is not known.*jsonl"),
+        ("list.jsonl", "[1]", "a line that is not a JSON object"),
+        ("object.json", '{"text": "a"}', "is not a list of rows"),
+        ("rows.xml", "<rows/>", "format of .* is not supported.*jsonl"),
         ("rows.parquet", "not parquet", "cannot be read as parquet"),
     ],
 )
@@ -106,7 +106,7 @@ def test_tasks_are_deterministic_and_take_options() -> None:
         ("task:chain_sums", "did you mean chain_sum"),
         ("task:chain_sum:dev", "split 'dev'"),
         ("task:chain_sum?colour=1", "no option 'colour'"),
-        ("task:chain_sum?max_terms=1", "refuses its options"),
+        ("task:chain_sum?max_terms=1", "does not accept the options"),
         ("task:rubiks_cube", "no single written answer"),
     ],
 )

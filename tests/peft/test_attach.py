@@ -258,7 +258,7 @@ def test_an_adapter_for_another_model_is_refused(tiny_model: nn.Module, profile_
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"adapter_name": "a.b"}, "cannot be the name"), ({"dropout": 1.0}, "no share")],
+    [({"adapter_name": "a.b"}, "is not a valid adapter name"), ({"dropout": 1.0}, "out of range")],
 )
 def test_wrong_arguments_are_refused(
     tiny_model: nn.Module, profile_of: ProfileOf, arguments: dict[str, object], message: str
@@ -270,7 +270,7 @@ def test_wrong_arguments_are_refused(
 def test_a_name_is_taken_once(tiny_model: nn.Module, profile_of: ProfileOf) -> None:
     plan = _plan(tiny_model, profile_of)
     adapted = apportion.apply(tiny_model, plan)
-    with pytest.raises(ConfigurationError, match="has an adapter 'default' already"):
+    with pytest.raises(ConfigurationError, match="already has an adapter 'default'"):
         apportion.apply(adapted, plan)
 
 

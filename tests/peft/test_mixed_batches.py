@@ -118,7 +118,7 @@ def test_what_cannot_be_mixed_is_refused(profile_of: ProfileOf, tokens: Tensor) 
     with pytest.raises(ConfigurationError, match="there is no adapter 'other'"):
         adapted(input_ids=tokens, adapter_names=["other"] * len(tokens))
     for count in (len(tokens) // 2, len(tokens) + 1):
-        with pytest.raises(ConfigurationError, match=f"adapter_names has {count} names, and the batch 6 rows"):
+        with pytest.raises(ConfigurationError, match=f"adapter_names has {count} names, but the batch has 6 rows"):
             adapted(input_ids=tokens, adapter_names=["one"] * count)
     with pytest.raises(ConfigurationError, match="in training"):
         adapted.train()(input_ids=tokens, adapter_names=["one"] * len(tokens))
@@ -143,7 +143,7 @@ def test_experts_in_a_list_are_refused_since_they_see_tokens_without_rows(
     profile_of: ProfileOf, tokens: Tensor
 ) -> None:
     adapted = _adapted(build_tiny("listed"), profile_of, {"one": ("hellora", {"hot": 2})})
-    with pytest.raises(ConfigurationError, match=r"sees tokens without their rows.\n  place:  .*experts"):
+    with pytest.raises(ConfigurationError, match=r"receives tokens without their rows.\n  place:  .*experts"):
         adapted(input_ids=tokens, adapter_names=["one"] * len(tokens))
 
 

@@ -23,6 +23,7 @@ import apportion
 from apportion.counting import count
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError
+from apportion.peft.attach import PhaseOptions
 from apportion.peft.factors import site_factors
 from apportion.peft.masks import random_mask
 from apportion.records.mask import Mask, load_mask
@@ -94,7 +95,7 @@ def test_only_what_is_kept_trains_and_is_stored(
 def test_a_stored_a_is_read_back(profile_of: ProfileOf, tokens: Tensor, tmp_path: Path) -> None:
     model = build_tiny("olmoe")
     base = copy.deepcopy(model)
-    adapted = apportion.apply(model, _plan(model, profile_of), store_a=True)
+    adapted = apportion.apply(model, _plan(model, profile_of), phase=PhaseOptions(store_a=True))
     _train(adapted, tokens)
     adapted.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -124,7 +125,7 @@ def test_all_of_b_trains_to_find_the_mask(profile_of: ProfileOf, tokens: Tensor)
     model = build_tiny("olmoe")
     layout = find_sites(model)
     plan = _plan(model, profile_of)
-    adapted = apportion.apply(model, plan, dense_b=True)
+    adapted = apportion.apply(model, plan, phase=PhaseOptions(dense_b=True))
     entries = sum(p.total_rank * layout.by_name[p.site].out_features for p in plan.placements)
     assert adapted.receipt.trainable_parameters == entries
     before_a = _frozen(adapted)
@@ -147,7 +148,7 @@ def test_masks_must_fit(profile_of: ProfileOf, tmp_path: Path) -> None:
     for wrong, message in (
         (Mask({}, {}), "other sites or shapes"),
         (random_mask(_plan(model, profile_of, sparsity=0.5).placements, layout.by_name, 0), "keeps"),
-        (Mask(mask.indices, mask.shapes, "0" * 64), "another A"),
+        (Mask(mask.indices, mask.shapes, "0" * 64), "a different A"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             apportion.apply(model, plan, mask=wrong)
@@ -163,12 +164,16 @@ def test_what_sparse_plans_alone_have_is_refused_for_others(profile_of: ProfileO
     model = build_tiny("olmoe")
     sparse, whole = _plan(model, profile_of), apportion.plan(profile_of(model), "attention", rank=2)
     mask = random_mask(sparse.placements, find_sites(model).by_name, 0)
-    wrong: tuple[dict[str, Any], ...] = ({"mask": mask}, {"dense_b": True}, {"store_a": True})
+    wrong: tuple[dict[str, Any], ...] = (
+        {"mask": mask},
+        {"phase": PhaseOptions(dense_b=True)},
+        {"phase": PhaseOptions(store_a=True)},
+    )
     for arguments in wrong:
         with pytest.raises(ConfigurationError, match="not sparse"):
             apportion.apply(model, whole, **arguments)
     with pytest.raises(ConfigurationError, match="both given"):
-        apportion.apply(model, sparse, mask=mask, dense_b=True)
+        apportion.apply(model, sparse, mask=mask, phase=PhaseOptions(dense_b=True))
 
 
 def test_loading_with_little_memory_is_refused(profile_of: ProfileOf, tmp_path: Path) -> None:
@@ -273,7 +278,7 @@ def test_every_processor_draws_the_same_a(profile_of: ProfileOf, tmp_path: Path)
 
 def test_the_draw_is_that_of_pytorchs_uniform(profile_of: ProfileOf) -> None:
     model = build_tiny("olmoe")
-    adapted = apportion.apply(model, _plan(model, profile_of), store_a=True)
+    adapted = apportion.apply(model, _plan(model, profile_of), phase=PhaseOptions(store_a=True))
     for name, tensor in adapted.state_dict().items():
         if name.endswith("q_proj.lora_A.default.weight"):
             site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")

@@ -215,7 +215,7 @@ def test_totals_of_another_measurement_are_ignored(
         facts = {"rows": 7} if other == "facts" else None
         lengths = [9] if other == "batches" else [16]
         if other == "batches":
-            with pytest.raises(DataError, match="not those that the measurement was begun with"):
+            with pytest.raises(DataError, match="not those that the measurement was started with"):
                 apportion.profile(model, [_batch(tokens[1:], lengths)] * 2, provenance=facts, partial=file)
         else:
             profile = apportion.profile(model, [_batch(tokens[1:], lengths)], provenance=facts, partial=file)

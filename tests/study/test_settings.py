@@ -34,17 +34,20 @@ GOOD: dict[str, Any] = {
         ({"contenders": ["lora", {"name": "x"}]}, ["contender 'x' has no method"]),
         ({"contenders": ["lora", "lora"]}, ["two contenders have the name 'lora'"]),
         ({"contenders": ["lora"]}, ["contenders", "at least 2"]),
-        ({"contenders": ["lora", {"method": "hellora", "rank": 3}]}, ["rank, which follows from the budget"]),
-        ({"contenders": ["lora", {"method": "uniform", "budget": "5"}]}, ["budget of its own"]),
+        (
+            {"contenders": ["lora", {"method": "hellora", "rank": 3}]},
+            ["has a rank, but its rank follows from the budget"],
+        ),
+        ({"contenders": ["lora", {"method": "uniform", "budget": "5"}]}, ["has its own budget"]),
         ({"contenders": ["lora", {"method": "cold", "lr_low": 1.0}]}, ["no learning rate from 1 to 0.02"]),
         ({"tasks": {"a": "task:aiww"}}, ["no task 'aiww'", "did you mean aiw?"]),
         ({"tasks": {"a": "rows.jsonl"}}, ["no test split", "[eval] a = ..."]),
         ({"tasks": {"a": "task:aiw:train"}}, ["no test split"]),
         ({"eval": {"b": "task:aiw"}}, ["eval names a task 'b'"]),
-        ({"reference": "lorra"}, ["'lorra' is no contender", "did you mean lora?"]),
-        ({"reference": "full"}, ["full fine-tuning has no budget"]),
+        ({"reference": "lorra"}, ["'lorra' is not a contender", "did you mean lora?"]),
+        ({"reference": "full"}, ["full fine-tuning cannot be the reference"]),
         ({"budgets": ["lora:x"]}, ["'lora:x' is not understood", "lora:2"]),
-        ({"budgets": [0]}, ["buys nothing"]),
+        ({"budgets": [0]}, ["is too small"]),
         ({"seeds": 0}, ["seeds = 0 is wrong"]),
         ({"seeds": 2000}, ["tuning seed 1000 is one of the study's"]),
         ({"unit": "bytes"}, ["unit = 'bytes' is wrong"]),
@@ -71,7 +74,7 @@ def test_a_wrong_study_is_refused(changes: dict[str, Any], words: list[str]) -> 
 )
 def test_a_study_file_that_cannot_be_read_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_bytes(text)
-    with pytest.raises(ConfigurationError, match=r"study\.toml is no TOML"):
+    with pytest.raises(ConfigurationError, match=r"study\.toml is not TOML"):
         load_settings(tmp_path / "study.toml")
 
 
@@ -97,7 +100,7 @@ def _output(*arguments: object) -> str:
 def test_the_command_line_refuses_what_it_cannot_run(study_file: Path, finished: Path, tmp_path: Path) -> None:
     assert "there is no study file" in _output(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("name = ")
-    assert "is no TOML" in _output(tmp_path / "bad.toml")
+    assert "is not TOML" in _output(tmp_path / "bad.toml")
     assert "--data and --method and --budget is missing" in _output()
     assert "holds no study" in _output(tmp_path)
     assert "both given" in _output(study_file, "--data", "task:aiw")
@@ -114,7 +117,7 @@ def test_another_studys_folder_is_not_touched(study_file: Path, finished: Path, 
 
 def test_other_versions_are_refused(study_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apportion.study.runner.__version__", "0.0.1")
-    assert "begun with other versions" in _output(study_file, "-o", finished)
+    assert "started with other versions" in _output(study_file, "-o", finished)
 
 
 def test_a_damaged_run_is_named(study_file: Path, finished: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_not_as_it_was_written_is_refused(
 ) -> None:
     checkpoint = _resume(embedded_model, plan, finished, tmp_path)
     message = damage(checkpoint)
-    with pytest.raises(TrainingError, match=rf"cannot go on from .*checkpoint-3.*\n  found:  {message}"):
+    with pytest.raises(TrainingError, match=rf"cannot resume from .*checkpoint-3.*\n  found:  {message}"):
         _train(embedded_model, plan, tmp_path, resume=True)
     assert not (tmp_path / "adapter_config.json").exists()
 
@@ -149,7 +149,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_one_that_was_not_finished(
     (checkpoint / "optimizer.pt").write_bytes(b"")
     (tmp_path / "checkpoints" / "checkpoint-best").mkdir()
     with pytest.warns(
-        ApportionWarning, match="checkpoint-4 was not written to its end; the run goes on from checkp.*3"
+        ApportionWarning, match="checkpoint-4 was incomplete and was removed; the run resumes from checkp.*3"
     ):
         assert _train(embedded_model, plan, tmp_path, resume=True).steps == 4
     expected = load_file(finished.parent / "adapter_model.safetensors")
@@ -162,7 +162,9 @@ def test_a_run_without_a_finished_checkpoint_begins_anew_and_says_so(
 ) -> None:
     for checkpoint in (_resume(embedded_model, plan, finished, tmp_path) / "..").resolve().glob("checkpoint-*"):
         (checkpoint / MANIFEST).unlink()
-    with pytest.warns(ApportionWarning, match="checkpoint-3 was not written to its end; the run begins anew"):
+    with pytest.warns(
+        ApportionWarning, match="checkpoint-3 was incomplete and was removed; the run starts from the beginning"
+    ):
         assert _train(embedded_model, plan, tmp_path, resume=True).steps == 4
 
 
@@ -198,7 +200,7 @@ def test_a_run_of_an_earlier_version_is_not_begun_anew(
     note = json.loads((tmp_path / "run.json").read_text())
     del note["identity"]["plan_schema_1"]
     (tmp_path / "run.json").write_text(json.dumps(note))
-    with pytest.raises(ConfigurationError, match="begun by an earlier version"):
+    with pytest.raises(ConfigurationError, match="started by an earlier version"):
         _train(embedded_model, plan, tmp_path, resume=True)
     assert (checkpoint / "optimizer.pt").is_file()
 

@@ -1,4 +1,4 @@
-"""Rows to token ids, and token ids to padded batches."""
+"""Tokenize rows and build padded batches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Encoded:
 
     Args:
         ids: Prompt and completion, with the end-of-sequence token last.
-        num_prompt: How many of them belong to the prompt.
-        truncated: Whether the row was longer than allowed.
+        num_prompt: Number of prompt tokens.
+        truncated: Whether the row was truncated.
     """
 
     ids: list[int]
@@ -31,18 +31,18 @@ class Encoded:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that are predicted: those of the completion, but for one at the very first position."""
+        """Number of predicted tokens: those of the completion, except one at the very first position."""
         return max(len(self.ids) - max(self.num_prompt, 1), 0)
 
 
 @dataclass(frozen=True)
 class TrainableRows:
-    """The rows that have something to learn, and what cutting did to the others.
+    """Rows that can be trained on, and the numbers of truncated and skipped rows.
 
     Args:
-        rows: Rows with at least one completion token within the limit, in their order.
-        truncated: How many of these are cut.
-        left_out: How many rows are not among them.
+        rows: Rows with at least one completion token within the limit, in order.
+        truncated: Number of these rows that are truncated.
+        left_out: Number of rows that are skipped.
     """
 
     rows: list[Row]
@@ -50,26 +50,26 @@ class TrainableRows:
     left_out: int
 
     def left_out_message(self, max_length: int) -> str:
-        """Say how many rows have no completion token within a number of tokens."""
+        """Describe how many rows have no completion token within `max_length` tokens."""
         total = len(self.rows) + self.left_out
         return f"{self.left_out} of {total} rows have no completion token within {max_length} tokens"
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Encoded:
-    """Tokenize a row as training does: prompt and completion together, then the end-of-sequence token.
+    """Tokenize a row as for training: prompt and completion together, then the end-of-sequence token.
 
-    The completion starts where its tokens part from those of the prompt alone: a token may span both.
+    The completion starts at the first token that differs from the prompt's own tokens, since a token may span both.
 
     Args:
-        row: As `read_rows` gives it; prompts and completions that are messages go through the chat template.
+        row: As `read_rows` returns it. The chat template is applied to messages.
         tokenizer: The model's tokenizer.
-        max_length: Tokens to keep, from the first; all where not given.
+        max_length: Number of tokens to keep, from the first; by default all.
 
     Returns:
         The tokens.
 
     Raises:
-        DataError: the row has no token, or has messages that the tokenizer has no chat template for.
+        DataError: the row has no token, or it has messages and the tokenizer has no chat template.
     """
     if "text" in row:
         ids, num_prompt = _text_ids(row["text"], tokenizer), 0
@@ -87,47 +87,47 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None 
         ids = _chat_ids(row["prompt"] + row["completion"], tokenizer, generate=False)
         num_prompt = _num_common(_chat_ids(row["prompt"], tokenizer, generate=True), ids)
     if not ids:
-        raise DataError("a row has no token.", fix="leave out empty rows")
-    kept = ids[:max_length]
-    return Encoded(kept, min(num_prompt, len(kept)), truncated=len(kept) < len(ids))
+        raise DataError("a row has no token.", fix="remove empty rows")
+    kept_ids = ids[:max_length]
+    return Encoded(kept_ids, min(num_prompt, len(kept_ids)), truncated=len(kept_ids) < len(ids))
 
 
 def trainable_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:
-    """Leave out the rows whose completion is cut off whole: no loss can be computed on them.
+    """Skip rows without a completion token within `max_length`: they have no loss.
 
     Args:
-        rows: As `read_rows` gives them.
+        rows: As `read_rows` returns them.
         tokenizer: The model's tokenizer.
-        max_length: Tokens of a row that are kept, from the first.
+        max_length: Maximum number of tokens per row.
 
     Returns:
-        The other rows, and how many are cut or left out.
+        The other rows, and how many are truncated or skipped.
 
     Raises:
-        DataError: no row has a completion token within `max_length`, a row has no token at all, or has messages that
-            the tokenizer has no chat template for.
+        DataError: no row has a completion token within `max_length`, a row has no token at all, or a row has messages
+            and the tokenizer has no chat template.
     """
-    kept: list[Row] = []
+    kept_rows: list[Row] = []
     truncated = longest = 0
     for row in rows:
         whole = encode(row, tokenizer)
         cut = Encoded(whole.ids[:max_length], whole.num_prompt, truncated=len(whole.ids) > max_length)
         longest = max(longest, whole.num_prompt)
         if cut.num_labels:
-            kept.append(row)
+            kept_rows.append(row)
             truncated += cut.truncated
-    if not kept:
+    if not kept_rows:
         limit = f"{max_length} token" if max_length == 1 else f"{max_length} tokens"
         raise DataError(
             f"no row has a completion token within {limit}.",
             found=f"the longest prompt has {longest} tokens",
             fix="raise --max-length",
         )
-    return TrainableRows(kept, truncated, len(rows) - len(kept))
+    return TrainableRows(kept_rows, truncated, len(rows) - len(kept_rows))
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize what comes before the completion.
+    """Tokenize a row's prompt.
 
     Args:
         row: A row with a prompt.
@@ -142,12 +142,12 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def pad(sequences: Sequence[list[int]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
-    """Put token sequences of different length into one batch.
+    """Pad token sequences to one length.
 
     Args:
         sequences: Token ids.
-        pad_id: What fills the rest.
-        left: Whether the filling stands before the tokens.
+        pad_id: Id of the padding token.
+        left: Whether to pad on the left.
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64, shape (N, P).
@@ -163,15 +163,15 @@ def pad(sequences: Sequence[list[int]], pad_id: int, *, left: bool = False) -> d
 
 
 def batches(encoded: Sequence[Encoded], pad_id: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Batch rows of like length together, with labels on their completions alone.
+    """Batch rows of similar length, with labels only on their completions.
 
     Args:
         encoded: The rows.
-        pad_id: What fills the rest.
-        batch_size: Rows a batch.
+        pad_id: Id of the padding token.
+        batch_size: Rows per batch.
 
     Yields:
-        ``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is to be predicted), shape (N, P).
+        ``input_ids``, ``attention_mask`` and ``labels`` (-100 for ignored positions), shape (N, P).
     """
     by_length = sorted(encoded, key=lambda row: len(row.ids))
     for start in range(0, len(by_length), batch_size):
@@ -184,7 +184,7 @@ def batches(encoded: Sequence[Encoded], pad_id: int, batch_size: int) -> Iterato
 
 
 def _num_common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Count the tokens that two sequences start with together."""
+    """Return the length of the common prefix of two sequences."""
     return next(
         (n for n, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), min(len(ids), len(others))
     )

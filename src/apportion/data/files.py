@@ -1,4 +1,4 @@
-"""Files of rows: JSON, JSON lines, CSV and Parquet, each read into a list of dictionaries without changing a value."""
+"""Read JSON, JSON lines, CSV and Parquet files into lists of dictionaries, without changing values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apportion.records.json_file import JsonError, parse_json
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-_MAX_CELL_CHARS = 2**31 - 1  # the csv module's own limit of 131,072 is for all readers of a process
+_MAX_CELL_CHARS = 2**31 - 1  # the csv module's default is 131,072
 _SHOWN_CHARS = 60
 _LARGEST_EXACT = 2**53
 
@@ -24,12 +24,12 @@ _LARGEST_EXACT = 2**53
 def file_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a file.
 
-    Cells of a CSV file are text, exactly as they are written. Values of the other formats keep their types; a number
-    column of a Parquet file that is whole but for missing values is read as whole numbers, because pandas stores those
-    as floats.
+    Cells of a CSV file are text, exactly as written. Values of the other formats keep their types, with one exception:
+    float columns of a Parquet file that contain only whole numbers and missing values are read as integers, because
+    pandas stores integers with missing values as floats.
 
     Args:
-        path: A file that ends in one of `FILE_FORMATS`; text files are UTF-8, with or without a byte order mark.
+        path: A file with an extension in `FILE_FORMATS`. Text files are UTF-8, with or without a byte order mark.
 
     Returns:
         One dictionary per row.
@@ -39,7 +39,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix not in _READERS:
         raise DataError(
-            f"the format of {path} is not known.", fix=f"give a file that ends in {', '.join(FILE_FORMATS)}"
+            f"the format of {path} is not supported.", fix=f"give a file that ends in {', '.join(FILE_FORMATS)}"
         )
     if not path.is_file():
         raise DataError(f"there is no file {path}.")
@@ -50,18 +50,18 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_list(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON file that is one list of objects."""
+    """Read a JSON file that contains one list of objects."""
     try:
         data = parse_json(_text(path))
     except JsonError as error:
         raise _unreadable(path, error) from error
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
-        raise DataError(f"{path} is no list of rows.", fix="give [{...}, {...}], or one row per line as .jsonl")
+        raise DataError(f"{path} is not a list of rows.", fix="give [{...}, {...}], or one row per line as .jsonl")
     return data
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object per line. Only a newline ends a line: JSON allows other line breaks inside its strings."""
+    """Read one JSON object per line. Only a newline ends a line: JSON strings may contain other line breaks."""
     rows = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
@@ -72,13 +72,13 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path} cannot be read.", place=f"line {number}", found=str(error)) from error
         if not isinstance(row, dict):
             shown = line[:_SHOWN_CHARS]
-            raise DataError(f"{path} has a line that is no row.", place=f"line {number}", found=shown)
+            raise DataError(f"{path} has a line that is not a JSON object.", place=f"line {number}", found=shown)
         rows.append(row)
     return rows
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    """Read a CSV file with a header, in which every row has as many columns as the header."""
+    """Read a CSV file with a header. Every row must have as many columns as the header."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     names: list[str] = []
     rows = []
@@ -101,7 +101,7 @@ def _csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not empty, each with the number of its first line."""
+    """Yield the nonempty rows, each with the number of its first line."""
     while True:
         line = reader.line_num + 1
         try:
@@ -126,7 +126,7 @@ def _long_cells() -> Iterator[None]:
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
     """Read a Parquet file, nested columns as lists and dictionaries."""
-    import pyarrow  # slow to import, and needed here alone
+    import pyarrow  # slow to import, and needed only here
     from pyarrow.parquet import ParquetFile
 
     try:
@@ -142,7 +142,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole(values: list[Any]) -> list[Any]:
-    """Give back the whole numbers of a column that became floats because some are missing."""
+    """Convert a column of floats to integers if it contains only whole numbers and missing values."""
     present = [value for value in values if not _is_missing(value)]
     if len(present) == len(values) or not all(map(_is_whole, present)):
         return values
@@ -150,12 +150,12 @@ def _whole(values: list[Any]) -> list[Any]:
 
 
 def _is_whole(value: Any) -> bool:
-    """Tell whether a float can stand for a whole number exactly."""
+    """Return whether a float represents an integer exactly."""
     return isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_EXACT
 
 
 def _is_missing(value: Any) -> bool:
-    """Tell whether a cell is empty."""
+    """Return whether a cell is empty."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -175,14 +175,14 @@ def _text(path: Path) -> str:
 
 
 def _refuse_duplicates(names: Sequence[str], path: Path) -> None:
-    """Refuse a name that several columns have."""
+    """Raise an error if several columns have the same name."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{path} has two columns {twice[0]!r}.", fix="rename or remove one")
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    """Say that a file cannot be read, and why."""
+    """Make the error for a file that cannot be read."""
     return DataError(f"{path} cannot be read as {path.suffix.lstrip('.')}.", found=str(error))
 
 

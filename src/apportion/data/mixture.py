@@ -1,4 +1,4 @@
-"""Several tasks' rows as one training set."""
+"""Mix the rows of several tasks into one training set."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from apportion.errors import ConfigurationError
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:
-    """Read ``a=2,b=1``.
+    """Parse weights such as ``a=2,b=1``.
 
     Args:
-        text: What the user gave.
+        text: The weights, or None.
 
     Returns:
-        Weights by task, or None for none.
+        Weights by task; None if `text` is None.
 
     Raises:
-        ConfigurationError: it is no such list, or a task has two weights.
+        ConfigurationError: the text cannot be parsed, or a task has two weights.
     """
     if text is None:
         return None
@@ -32,27 +32,27 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
         except ValueError as error:
             raise ConfigurationError(f"weights={text!r} is not understood.", fix="give TASK=NUMBER,...") from error
         if name.strip() in weights:
-            raise ConfigurationError(f"weights={text!r} gives {name.strip()!r} two weights.", fix="give one a task")
+            raise ConfigurationError(f"weights={text!r} gives {name.strip()!r} two weights.", fix="give one per task")
         weights[name.strip()] = value
     return weights
 
 
 def mix(rows: Mapping[str, Sequence[Row]], weights: Mapping[str, float] | None = None, seed: int = 0) -> list[Row]:
-    """Mix tasks into one training set of as many rows as they have together.
+    """Mix tasks into one training set with as many rows as all tasks together.
 
-    Every task gets its share by weight, to the nearest row; a task with fewer rows than that is gone through again,
-    each time in another order, and of one with more a part is drawn.
+    Each task gets a share of the rows in proportion to its weight. If a task has more rows than its share, a random
+    part is used; if it has fewer, its rows are repeated, each time in another order.
 
     Args:
         rows: Rows by task.
-        weights: The tasks' weights; the numbers of their rows where not given, so that each row comes once.
-        seed: Seed of what is drawn.
+        weights: The tasks' weights; by default their numbers of rows, so that each row is used once.
+        seed: Seed of the random draws.
 
     Returns:
-        The rows, task after task.
+        The rows, one task after the other.
 
     Raises:
-        ConfigurationError: a weight is missing, not above 0, or of no task; or a task has no row.
+        ConfigurationError: a weight is missing, not positive or for an unknown task, or a task has no row.
     """
     empty = [name for name, part in rows.items() if not part]
     if empty:
@@ -64,11 +64,13 @@ def mix(rows: Mapping[str, Sequence[Row]], weights: Mapping[str, float] | None =
         raise ConfigurationError(
             f"the weights and the data name different tasks: {unknown[0]!r}.",
             details={"data": ", ".join(rows)},
-            fix="give one weight a task",
+            fix="give one weight per task",
         )
     bad = [name for name, weight in weights.items() if not (weight > 0 and math.isfinite(weight))]
     if bad:
-        raise ConfigurationError(f"weight {weights[bad[0]]} of task {bad[0]!r} is no share.", fix="give it above 0")
+        raise ConfigurationError(
+            f"weight {weights[bad[0]]} of task {bad[0]!r} is not positive and finite.", fix="give a number above 0"
+        )
     total, whole = sum(map(len, rows.values())), sum(weights.values())
     mixed: list[Row] = []
     for name, part in rows.items():

@@ -1,4 +1,4 @@
-"""The two forms that every row is brought into: prompt, completion and answer; or text."""
+"""Convert rows to one of two forms: prompt, completion and answer; or text."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _EXPECTED = (
 
 
 class _WrongFormError(Exception):
-    """A row is of neither form: what it is instead, and what was expected."""
+    """A row has neither form. Arguments: what was found and what was expected."""
 
 
 def checked_row(row: dict[str, Any], source: str, number: int) -> dict[str, Any]:
-    """Bring a row into one of the two forms, or say what it lacks.
+    """Convert a row to one of the two forms.
 
     Args:
-        row: A row as its source holds it.
+        row: A row as read from its source.
         source: The source's name, for messages.
         number: The row's number in the source, from 1.
 
     Returns:
-        ``prompt`` and ``completion``, both text or both lists of messages, or ``text``; and ``answer``, as text, where
-        there is one. Other columns are left out, and so are the fields that a message leaves empty.
+        ``prompt`` and ``completion``, both text or both lists of messages, or ``text``; and ``answer`` as text, if
+        present. Other columns and empty fields of messages are dropped.
 
     Raises:
-        DataError: columns are missing, or hold something else.
+        DataError: columns are missing or have values of another form.
     """
     try:
         return _body(row, source, number) | _answer(row.get("answer"))
@@ -48,7 +48,7 @@ def checked_row(row: dict[str, Any], source: str, number: int) -> dict[str, Any]
 
 
 def _body(row: dict[str, Any], source: str, number: int) -> dict[str, Any]:
-    """Give a row without its answer."""
+    """Return a row without its answer."""
     if row.get("prompt") is not None and row.get("completion") is not None:
         return _pair(row["prompt"], row["completion"])
     if row.get("messages") is not None:
@@ -57,8 +57,8 @@ def _body(row: dict[str, Any], source: str, number: int) -> dict[str, Any]:
         messages = _messages("messages", row["messages"], _EXPECTED[1])
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(
-                f"row {number} of {source} has messages that do not end with the assistant's.",
-                fix="give at least one message and the assistant's reply as the last",
+                f"row {number} of {source} has messages whose last one is not the assistant's.",
+                fix="give at least one message, followed by the assistant's reply",
             )
         return {"prompt": messages[:-1], "completion": messages[-1:]}
     if row.get("text") is not None:
@@ -92,16 +92,16 @@ def _pair(prompt: Any, completion: Any) -> dict[str, Any]:
 
 
 def _messages(column: str, messages: list[Any], expected: str) -> list[dict[str, Any]]:
-    """Check a list of messages, and leave out the fields that they leave empty."""
+    """Check a list of messages, and drop their empty fields."""
     if not messages:
         _refuse(column, "an empty list", expected)
     for message in messages:
         if not isinstance(message, dict):
-            raise _WrongFormError(f"its {column} holds {_form(message)} where a message belongs", expected)
+            raise _WrongFormError(f"its {column} contains {_form(message)} instead of a message", expected)
         for field in ("role", "content"):
             value = message.get(field)
             if value is None:
-                raise _WrongFormError(f"its {column} holds a message without {field!r}", expected)
+                raise _WrongFormError(f"its {column} contains a message without {field!r}", expected)
             if not isinstance(value, str):
                 raise _WrongFormError(f"{field!r} of a message in {column} is {_form(value)}", expected)
     _check_characters(column, messages)
@@ -109,7 +109,7 @@ def _messages(column: str, messages: list[Any], expected: str) -> list[dict[str,
 
 
 def _answer(answer: Any) -> dict[str, str]:
-    """Give the answer as text, where there is one."""
+    """Return the answer as text, if there is one."""
     if answer is None or answer == "" or (isinstance(answer, float) and math.isnan(answer)):
         return {}
     if not isinstance(answer, str | int | float | Decimal | date | time):
@@ -119,30 +119,30 @@ def _answer(answer: Any) -> dict[str, str]:
 
 
 def _check_characters(column: str, value: Any) -> None:
-    """Refuse half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    """Raise an error for unpaired surrogates, which JSON allows and tokenizers cannot read."""
     for text in _texts(value):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"half a character, \\u{ord(text[error.start]):04x}"
-            raise _WrongFormError(f"its {column} holds {half}", "text that UTF-8 can write") from None
+            raise _WrongFormError(f"its {column} contains {half}", "text that UTF-8 can encode") from None
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Go through all text in lists and dictionaries."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, str):
-            yield found
-        elif isinstance(found, list):
-            waiting.extend(found)
-        elif isinstance(found, dict):
-            waiting.extend((*found, *found.values()))
+    """Iterate over all strings in nested lists and dictionaries."""
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, list):
+            pending.extend(node)
+        elif isinstance(node, dict):
+            pending.extend((*node, *node.values()))
 
 
 def _form(value: Any) -> str:
-    """Say what a value is."""
+    """Describe a value's type."""
     forms: dict[type, str] = {
         str: "text",
         bool: "true or false",
@@ -155,5 +155,5 @@ def _form(value: Any) -> str:
 
 
 def _refuse(column: str, found: str, expected: str) -> NoReturn:
-    """Say that a column holds something else than expected."""
+    """Raise the error for a column of the wrong form."""
     raise _WrongFormError(f"its {column} is {found}", expected)

@@ -1,4 +1,4 @@
-"""`DATA`: files, hub data sets and generated tasks, all read into the same rows."""
+"""Data sources: files, hub data sets and generated tasks, read into rows of the same form."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<data>.+)")
 
 
 def named_source(text: str) -> tuple[str, str]:
-    """Split ``NAME=DATA``; without a name, the data's own last part is the name.
+    """Split ``NAME=DATA``. Without a name, the last part of the source is used.
 
     Args:
-        text: What the user gave.
+        text: A source with or without a name.
 
     Returns:
         The task's name and the source.
@@ -48,10 +48,10 @@ def named_source(text: str) -> tuple[str, str]:
 
 
 def named_sources(texts: list[str]) -> dict[str, str]:
-    """Name every data set, and refuse two of one name.
+    """Split several ``NAME=DATA`` texts, and check that names are unique.
 
     Args:
-        texts: What the user gave, each as `named_source` reads it.
+        texts: Texts as `named_source` reads them.
 
     Returns:
         Sources by task.
@@ -72,16 +72,15 @@ def read_rows(source: str, *, num_rows: int | None = None, split: Split = "train
     Args:
         source: A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; ``task:NAME[:train|:test][?option=value&...]``;
             or a hub data set, ``id``, ``id:config`` or ``id:config:split``.
-        num_rows: Rows to read, from the first; all of them where not given (1000 of a generated task).
-        split: The split of a task or hub data set that names none.
+        num_rows: Number of rows to read, from the first; by default all (1000 for a generated task).
+        split: Split to use if the task or hub data set names none.
         seed: Seed of generated tasks.
 
     Returns:
-        Rows with ``prompt`` and ``completion``, or with ``text``; ``answer`` where there is one.
+        Rows with ``prompt`` and ``completion``, or with ``text``; with ``answer`` if present.
 
     Raises:
-        DataError: the source cannot be found or read, has no row, or a row has other columns or other values
-            in them.
+        DataError: the source cannot be found or read, has no row, or has a row of another form.
     """
     task = _TASK.fullmatch(source)
     if task:
@@ -97,7 +96,7 @@ def read_rows(source: str, *, num_rows: int | None = None, split: Split = "train
 
 
 def _looks_like_file(source: str) -> bool:
-    """Tell a path from a hub data set's id."""
+    """Return whether a source is a path rather than a hub data set's id."""
     path = Path(source)
     if path.exists() or path.suffix in FILE_FORMATS:
         return True
@@ -106,7 +105,7 @@ def _looks_like_file(source: str) -> bool:
 
 def _hub_rows(source: str, split: Split) -> list[Row]:
     """Read a data set from the hub."""
-    from datasets import load_dataset  # slow to import, and needed here alone
+    from datasets import load_dataset  # slow to import, and needed only here
 
     name, config, chosen = (*source.split(":"), "", "")[:3]
     try:
@@ -114,14 +113,14 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
     except Exception as error:  # the hub's clients raise errors of many kinds
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the data set {source!r} is no file and cannot be read from the hub.",
+            f"the data set {source!r} is not a file and cannot be read from the hub.",
             found=reason,
-            fix="give a file, task:NAME, or a hub data set while the hub can be reached",
+            fix="give a file, task:NAME, or a hub data set (which needs a connection to the hub)",
         ) from error
 
 
 def _value(text: str) -> Any:
-    """Read an option's value: JSON where it is JSON, else the text itself."""
+    """Parse an option's value as JSON, or return the text if it is not JSON."""
     try:
         return parse_json(text)
     except JsonError:

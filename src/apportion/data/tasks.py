@@ -18,7 +18,7 @@ _TEST_SEED_OFFSET = 1_000_000_000
 
 
 class TaskRow(TypedDict):
-    """One question of a task, in TRL's prompt-completion form, with the answer that exact match looks for."""
+    """One question of a task in TRL's prompt-completion form, with the answer for exact match."""
 
     prompt: str
     completion: str
@@ -33,23 +33,23 @@ def task_names() -> list[str]:
 def task_rows(
     name: str, split: Split = "train", *, num_rows: int, seed: int = 0, config: dict[str, Any] | None = None
 ) -> list[TaskRow]:
-    """Generate rows of one task; the two splits share neither a generator seed nor a prompt.
+    """Generate rows of one task. The two splits share no generator seed and no prompt.
 
-    A prompt belongs to the test split when its SHA-256 falls into one of four buckets, whatever the seed, so a model
-    trained on any number of training rows has never seen a test prompt.
+    Whether a prompt belongs to the test split depends only on its SHA-256 (one bucket of four), not on the seed. So a
+    model never sees a test prompt in training.
 
     Args:
         name: A reasoning-gym task, such as ``chain_sum``.
         split: ``train`` or ``test``.
-        num_rows: Rows to generate, at least 1.
-        seed: Rows of different seeds come from different generator seeds.
-        config: Options of the generator, such as ``{"max_terms": 3}``; the generator's own defaults otherwise.
+        num_rows: Number of rows to generate, at least 1.
+        seed: Different values use different generator seeds.
+        config: Options of the generator, such as ``{"max_terms": 3}``. Others have the generator's defaults.
 
     Returns:
         Exactly ``num_rows`` rows, the same for the same arguments.
 
     Raises:
-        DataError: the task, the split or an option is unknown, or the task has no single answer to compare with.
+        DataError: the task, the split or an option is unknown, or the task's questions have no single answer.
         MissingDependencyError: reasoning-gym is not installed.
     """
     if split not in ("train", "test"):
@@ -57,7 +57,7 @@ def task_rows(
             f"split {split!r} of task {name!r} is unknown.", fix=f"use task:{name}:train or task:{name}:test"
         )
     if num_rows < 1:
-        raise DataError(f"{num_rows} rows of task {name!r} were asked for.", fix="ask for at least one")
+        raise DataError(f"num_rows={num_rows} for task {name!r} is too small.", fix="give at least 1")
     rows: list[TaskRow] = []
     for item in _items(name, split, seed, config or {}):
         row = _row(name, item)
@@ -65,11 +65,11 @@ def task_rows(
             rows.append(row)
             if len(rows) == num_rows:
                 return rows
-    raise DataError(f"task {name!r} gave {len(rows)} rows of split {split!r}; {num_rows} were asked for.")
+    raise DataError(f"task {name!r} has only {len(rows)} rows of split {split!r}; {num_rows} were requested.")
 
 
 def _items(name: str, split: Split, seed: int, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the generator's items, seed after seed."""
+    """Yield the generator's items."""
     registry = _registry()
     if name not in registry:
         near = difflib.get_close_matches(name, registry, n=3)
@@ -86,13 +86,13 @@ def _items(name: str, split: Split, seed: int, config: dict[str, Any]) -> Iterat
         getattr(settings, "validate", lambda: None)()  # not every generator has one
         dataset = dataset_class(settings)
     except (AssertionError, TypeError, ValueError) as error:
-        raise DataError(f"task {name!r} refuses its options {config}.", found=str(error)) from error
+        raise DataError(f"task {name!r} does not accept the options {config}.", found=str(error)) from error
     for index in range(_SEEDS_PER_RUN):
         yield dataset[index]
 
 
 def _row(name: str, item: dict[str, Any]) -> TaskRow:
-    """Turn one generated item into a row."""
+    """Convert a generated item to a row."""
     answer = item["answer"]
     if answer is None or not str(answer).strip():
         raise DataError(
@@ -103,7 +103,7 @@ def _row(name: str, item: dict[str, Any]) -> TaskRow:
 
 
 def _split_of(prompt: str) -> Split:
-    """Tell the split of a prompt from its hash."""
+    """Return the split of a prompt, from its hash."""
     bucket = hashlib.sha256(prompt.encode()).digest()[0] % _TEST_BUCKETS
     return "test" if bucket == 0 else "train"
 

@@ -1,4 +1,4 @@
-"""Architectures that transformers lacks; importing this package makes `AutoModelForCausalLM` know them."""
+"""Architectures that transformers lacks. Importing this package registers them with `AutoModelForCausalLM`."""
 
 from apportion.models.deepseek import register
 

@@ -1,4 +1,4 @@
-"""Which of transformers' automatic classes builds a model from its configuration."""
+"""Choose the transformers auto class that builds a model from its configuration."""
 
 from __future__ import annotations
 
@@ -26,33 +26,34 @@ _Error = TypeVar("_Error", bound=ApportionError)
 
 
 def needs_remote_code(error: Exception) -> bool:
-    """Tell whether transformers refused to run code that comes with a model."""
+    """Return whether transformers refused to run code that comes with a model."""
     return "trust_remote_code=True" in str(error)
 
 
 def remote_code_refusal(kind: type[_Error], name: str) -> _Error:
-    """Say, as an error of the fitting kind, that a model comes with code, and what that means."""
+    """Make the error for a model whose own code was not allowed to run."""
     return kind(
         f"the model {name!r} comes with Python code of its own, which was not run.",
-        fix="if you trust its authors, run that code with --trust-remote-code (in Python: trust_remote_code=True)",
+        fix="if you trust its authors, allow that code with --trust-remote-code (in Python: trust_remote_code=True)",
     )
 
 
 def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Any:
-    """Choose the class that builds a model's language model with its head, alone where transformers has it alone.
+    """Choose the class that builds a model's language model with its head.
 
-    Models that read images or sound besides text come whole; adapters stand on their language model alone. A model
-    that gives no loss for labels (one that denoises text, say) is none of them.
+    The language model is built without other parts if transformers has a class for that. Otherwise models for images
+    or sound are built as a whole, and adapters are attached only to their language model. Models that do not compute a
+    loss from labels, such as those that denoise text, are not supported.
 
     Args:
         config: The model's configuration.
-        trust_remote_code: Whether code that comes with the model may be run, which transformers does not know.
+        trust_remote_code: Whether code that comes with the model may be run.
 
     Returns:
         `AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModelForMultimodalLM`.
 
     Raises:
-        ConfigurationError: none of them knows the configuration.
+        ConfigurationError: none of them supports the configuration.
     """
     for auto, known in _CLASSES:
         if type(config) not in known:
@@ -62,6 +63,6 @@ def auto_class(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
     raise ConfigurationError(
-        f"model type {config.model_type!r} is no causal language model that transformers knows.",
+        f"model type {config.model_type!r} is not a causal language model that transformers supports.",
         fix="update transformers, or give another configuration",
     )

@@ -1,8 +1,8 @@
 """DeepSeekMoE (``model_type: deepseek``) for transformers v5: DeepSeek-MoE-16B without remote code.
 
-The published checkpoint carries code for an old transformers. The architecture is Llama's (multi-head attention, rotary
-positions, RMS norm) with another MLP after the first layers: shared experts that every token passes, and routed experts
-chosen by a softmax over all of them, without renormalising the chosen weights.
+The published checkpoint comes with code for an old version of transformers. The architecture is Llama's (multi-head
+attention, rotary positions, RMS norm) with another MLP after the first layers: shared experts, which process every
+token, and routed experts, chosen by a softmax over all of them without renormalising the chosen weights.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.integrations import use_experts_implementation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel
 
-# Shapes: T tokens, K experts a token, E experts, D model width, F expert width.
+# Shapes: T tokens, K experts per token, E experts, D model width, F expert width.
 
 
 class DeepseekConfig(LlamaConfig):
-    """Configuration of DeepSeekMoE, under the names that the published ``config.json`` uses.
+    """Configuration of DeepSeekMoE, with the names of the published ``config.json``.
 
     Args:
         moe_intermediate_size: Width of one expert.
-        n_routed_experts: Routed experts a layer.
-        n_shared_experts: Shared experts a layer, run as one MLP of their summed width.
-        num_experts_per_tok: Routed experts a token.
-        first_k_dense_replace: Layers at the start that have a dense MLP of `intermediate_size`.
-        moe_layer_freq: Every how many layers after those the MLP is a Mixture of Experts.
-        norm_topk_prob: Whether the chosen experts' weights are scaled to sum to one.
-        scoring_func: How logits become weights; ``softmax`` alone was published.
+        n_routed_experts: Number of routed experts per layer.
+        n_shared_experts: Number of shared experts per layer, computed as one MLP of their total width.
+        num_experts_per_tok: Routed experts per token.
+        first_k_dense_replace: Number of initial layers with a dense MLP of `intermediate_size`.
+        moe_layer_freq: Interval of Mixture-of-Experts layers after those.
+        norm_topk_prob: Whether the chosen experts' weights are normalised to sum to one.
+        scoring_func: Function from logits to weights; only ``softmax`` was published.
         aux_loss_alpha: Coefficient of the load-balancing loss in pre-training; not used here.
-        seq_aux: Whether that loss was taken a sequence; not used here.
+        seq_aux: Whether that loss was computed per sequence; not used here.
     """
 
     model_type = "deepseek"
@@ -58,7 +58,7 @@ class DeepseekConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = 100001
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Tell whether a layer's MLP is a Mixture of Experts.
+        """Return whether a layer's MLP is a Mixture of Experts.
 
         Args:
             layer: The decoder layer, from 0.
@@ -70,7 +70,7 @@ class DeepseekConfig(LlamaConfig):
 
 
 class DeepseekRouter(nn.Module):
-    """Softmax over all experts, then the largest k."""
+    """Softmax over all experts, then top-k."""
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class DeepseekExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run every expert on its tokens, one after the other.
+        """Run every expert on its tokens, one expert after the other.
 
         Args:
             hidden_states: Shape (T, D).
@@ -154,11 +154,11 @@ class DeepseekMoE(nn.Module):
 
 
 class _WithExperts:
-    """Says that the experts' backend can be chosen; transformers remembers Llama's answer for its subclasses."""
+    """Mixin that says that the experts' backend can be chosen; transformers caches Llama's answer for subclasses."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Answer for these classes."""
+        """Return True."""
         return True
 
 
@@ -182,7 +182,7 @@ class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):
     _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer"]
 
     def __init__(self, config: DeepseekConfig) -> None:
-        LlamaPreTrainedModel.__init__(self, config)  # Llama's own would build its dense decoder first
+        LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM.__init__ would build a dense decoder first
         self.model = DeepseekModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -190,7 +190,7 @@ class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        """Start routers and experts as linear layers start."""
+        """Initialise routers and experts like linear layers."""
         super()._init_weights(module)
         if isinstance(module, (DeepseekRouter, DeepseekExperts)):
             for parameter in module.parameters(recurse=False):
@@ -198,9 +198,9 @@ class DeepseekForCausalLM(_WithExperts, LlamaForCausalLM):
 
 
 def register() -> None:
-    """Make transformers know the architecture and the names in its published checkpoints.
+    """Register the architecture and the names in its published checkpoints with transformers.
 
-    The per-expert names are those of Qwen2-MoE's checkpoints, so its conversion serves.
+    The names per expert are those of Qwen2-MoE's checkpoints, so its conversion is reused.
     """
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
     AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)

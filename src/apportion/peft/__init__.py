@@ -1,4 +1,4 @@
-"""apportion as a PEFT method; importing this package registers it, so that `PeftModel.from_pretrained` knows it."""
+"""apportion as a PEFT method. Importing this package registers it for `PeftModel.from_pretrained`."""
 
 from apportion.peft.registration import register
 

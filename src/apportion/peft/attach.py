@@ -1,4 +1,4 @@
-"""`apply`: put a plan's adapters on a model, all of them or none."""
+"""`apply`: attach a plan's adapters to a model, all of them or none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Receipt:
     Args:
         adapter_name: The adapter's name.
         sites_by_kind: Number of adapted sites of each kind.
-        trainable_parameters: Parameters that the adapter trains, counted on the model.
+       trainable_parameters: Trainable parameters of the adapter, counted on the model.
         frozen_parameters: All other parameters.
     """
 
@@ -39,13 +39,28 @@ class Receipt:
     frozen_parameters: int
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return a one-line summary."""
         sites = ", ".join(f"{count} {kind}" for kind, count in self.sites_by_kind.items())
         total = self.trainable_parameters + self.frozen_parameters
         trained = (
             f"{self.trainable_parameters:,} of {total:,} parameters train ({self.trainable_parameters / total:.2%})"
         )
         return f"adapter {self.adapter_name!r}: {sites} sites; {trained}"
+
+
+@dataclass(frozen=True)
+class PhaseOptions:
+    """Options of a training phase that the adapter's configuration records.
+
+    Args:
+        dense_b: For a sparse plan, train all of B on the frozen A, to find out which entries to keep.
+        store_a: For a sparse plan, write the frozen A to checkpoints instead of drawing it again from the seed.
+        on_top_of: The adapter that is already merged into the model, as `merge_below` returns it.
+    """
+
+    dense_b: bool = False
+    store_a: bool = False
+    on_top_of: dict[str, str] | None = None
 
 
 def apply(
@@ -56,56 +71,53 @@ def apply(
     seed: int = 0,
     dropout: float = 0.0,
     mask: Mask | None = None,
-    dense_b: bool = False,
-    store_a: bool = False,
-    on_top_of: dict[str, str] | None = None,
+    phase: PhaseOptions | None = None,
 ) -> PeftModel:
-    """Attach exactly the adapters that a plan names, or change nothing and say why.
+    """Attach exactly the adapters that a plan names. If that fails, the model is unchanged.
 
-    Every factor's random start depends on the seed and on its site's name alone: plans that share a site start it from
-    the same values, on every rank and in every order.
+    The initial values of a factor depend only on the seed and its site's name. Plans that share a site give it the same
+    initial values, on every process and in any order.
 
     Args:
-        model: The model that the plan is for; or a `PeftModel` that holds other adapters of this package, which then
-            gets one more, inactive until `set_adapter`.
+        model: The model that the plan was made for. A `PeftModel` with other adapters of this package gets one more,
+            which is inactive until `set_adapter`.
         plan: The plan.
         adapter_name: Name of the new adapter.
-        seed: Seed of the random start.
-        dropout: Share of the adapters' inputs dropped in training; routers are left out of it.
-        mask: For a sparse plan, the entries of B that train; drawn at random from the seed where not given, which is
-            the control for a mask that training made (`apportion train` makes one).
-        dense_b: For a sparse plan, train all of B on the frozen A, to find out which entries to keep.
-        store_a: For a sparse plan, keep the frozen A in checkpoints rather than draw it again from the seed.
-        on_top_of: As `merge_below` gives it: the adapter that the model already contains.
+        seed: Seed of the initial values.
+        dropout: Dropout probability of the adapters' inputs in training. Routers have no dropout.
+        mask: For a sparse plan, the entries of B to train. By default they are drawn at random from the seed, which is
+            the control for a mask that was extracted from training (see `apportion train`).
+        phase: Options that multi-phase training sets.
 
     Returns:
-        A `PeftModel`, with the base frozen and a `receipt` attribute that accounts for every planned site.
+        A `PeftModel` with a frozen base and a `receipt` attribute that accounts for every planned site.
 
     Raises:
         PlanMismatchError: the plan was made for another architecture, or names sites that the model lacks.
-        ConfigurationError: the adapter's name is taken, the dropout is no share, the mask does not fit the plan, or the
-            plan needs something that cannot be built.
+        ConfigurationError: the adapter's name is taken or invalid, the dropout is not in [0, 1), the mask does not fit
+            the plan, or a planned adapter cannot be built.
 
     Source: LoRA, arXiv:2106.09685; placement as HELLoRA, arXiv:2605.18795; frozen A and sparse B as LoRI,
         arXiv:2504.07448.
-    Differs: on a planned expert, gate and up have factors of their own although their weights are stored as one.
+    Differs: on a planned expert, gate and up have separate factors although their weights are stored as one tensor.
     """
+    phase = phase or PhaseOptions()
     layout = find_sites(model)
     _check(model, layout, plan, adapter_name, dropout)
-    if plan.is_sparse and not dense_b and mask is None:
+    if plan.is_sparse and not phase.dense_b and mask is None:
         mask = random_mask(plan.placements, layout.by_name, seed)
     checksum = drawn_checksum(plan, layout.by_name, seed)
-    _check_sparse(plan, layout, mask, checksum, dense_b=dense_b, store_a=store_a)
+    _check_sparse(plan, layout, mask, checksum, phase)
     config = ApportionConfig(
         plan=plan.as_dict(),
         init_seed=seed,
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=dropout,
-        dense_b=dense_b,
-        store_a=store_a,
+        dense_b=phase.dense_b,
+        store_a=phase.store_a,
         a_checksum=checksum,
-        on_top_of=on_top_of,
+        on_top_of=phase.on_top_of,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     config.mask = mask
@@ -116,23 +128,23 @@ def apply(
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     start_factors(peft_model, adapter_name, seed, frozen=False)
-    peft_model.receipt = _receipt(peft_model, layout, plan, adapter_name, dense_b=dense_b)
+    peft_model.receipt = _receipt(peft_model, layout, plan, adapter_name, dense_b=phase.dense_b)
     return peft_model
 
 
 def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, dropout: float) -> None:
-    """Refuse, before anything changes, what could not be attached whole."""
+    """Raise an error, before anything changes, if a part of the plan cannot be attached."""
     if adapter_name in getattr(model, "peft_config", {}):
         raise ConfigurationError(
-            f"the model has an adapter {adapter_name!r} already.", fix="choose another adapter_name"
+            f"the model already has an adapter {adapter_name!r}.", fix="choose another adapter_name"
         )
     if "." in adapter_name or not adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ConfigurationError(
-            f"{adapter_name!r} cannot be the name of an adapter: it is empty, has a dot, or is taken by PyTorch.",
+            f"{adapter_name!r} is not a valid adapter name: it is empty, contains a dot, or is reserved by PyTorch.",
             fix="choose another name, without dots",
         )
     if not 0 <= dropout < 1:
-        raise ConfigurationError(f"dropout={dropout} is no share.", fix="give a number from 0 to below 1")
+        raise ConfigurationError(f"dropout={dropout} is out of range.", fix="give a number in [0, 1)")
     check_architecture(layout, plan)
     for placement in plan.placements:
         routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
@@ -145,7 +157,7 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
 
 
 def _check_weights(path: str, module: nn.Module) -> None:
-    """Refuse a module whose weights are spread over processes or not in memory."""
+    """Raise an error if a module's weights are split over processes or not in memory."""
     reason = None
     if getattr(module, "_is_expert_parallel", False):
         reason = "are split over processes (expert parallelism)"
@@ -155,21 +167,21 @@ def _check_weights(path: str, module: nn.Module) -> None:
         reason = "are offloaded and not in memory"
     if reason:
         raise ConfigurationError(
-            f"no adapter can be attached to a model whose weights {reason}: its factors would not be trained right.",
+            f"no adapter can be attached to a model whose weights {reason}: its factors would not train correctly.",
             place=path,
-            fix="attach the adapters before the model is sharded or offloaded",
+            fix="attach the adapters before sharding or offloading the model",
         )
 
 
 def check_architecture(layout: Layout, plan: Plan) -> None:
-    """Refuse a plan for another model.
+    """Check that a plan was made for this model.
 
     Args:
         layout: The model's sites.
         plan: The plan.
 
     Raises:
-        PlanMismatchError: names or shapes of the model's parameters are not those that the plan was made for.
+        PlanMismatchError: the names or shapes of the model's parameters differ from those of the plan's model.
     """
     missing = [placement.site for placement in plan.placements if placement.site not in layout.by_name]
     if missing:
@@ -190,16 +202,14 @@ def check_architecture(layout: Layout, plan: Plan) -> None:
         )
 
 
-def _check_sparse(
-    plan: Plan, layout: Layout, mask: Mask | None, checksum: str | None, *, dense_b: bool, store_a: bool
-) -> None:
-    """Refuse what only sparse plans have, and a mask for other sites, other shapes, other numbers or another A."""
-    asked = {"mask": mask is not None, "dense_b": dense_b, "store_a": store_a}
-    if not plan.is_sparse and any(asked.values()):
-        name = next(name for name, given in asked.items() if given)
-        raise ConfigurationError(f"{name} was given, and the plan is not sparse.", fix="leave it out")
-    if dense_b and mask is not None:
-        raise ConfigurationError("mask and dense_b were both given.", fix="give one: all of B trains, or a part")
+def _check_sparse(plan: Plan, layout: Layout, mask: Mask | None, checksum: str | None, phase: PhaseOptions) -> None:
+    """Raise an error if sparse-only options or the mask do not fit the plan."""
+    sparse_only = {"mask": mask is not None, "dense_b": phase.dense_b, "store_a": phase.store_a}
+    if not plan.is_sparse and any(sparse_only.values()):
+        name = next(name for name, given in sparse_only.items() if given)
+        raise ConfigurationError(f"{name} was given, but the plan is not sparse.", fix="leave it out")
+    if phase.dense_b and mask is not None:
+        raise ConfigurationError("mask and dense_b were both given.", fix="give only one of them")
     if mask is None:
         return
     shapes = b_shapes(plan.placements, layout.by_name)
@@ -207,30 +217,30 @@ def _check_sparse(
     wrong += [site for site in mask.shapes if site not in shapes]
     if wrong:
         raise ConfigurationError(
-            "the mask is for other sites or shapes than the plan.",
+            "the mask has other sites or shapes than the plan.",
             details={"first": f"{wrong[0]}: mask {mask.shapes.get(wrong[0])}, plan {shapes.get(wrong[0])}"},
-            fix="give the mask of a plan with the same sites and ranks",
+            fix="use a mask of a plan with the same sites and ranks",
         )
-    kept = count(plan.placements, layout.by_name).indices
-    if mask.num_kept != kept:
+    num_planned = count(plan.placements, layout.by_name).indices
+    if mask.num_kept != num_planned:
         raise ConfigurationError(
-            f"the mask keeps {mask.num_kept} entries, the plan {kept}.", fix="give a mask of the plan's sparsity"
+            f"the mask keeps {mask.num_kept} entries, the plan {num_planned}.", fix="use a mask of the plan's sparsity"
         )
     if mask.a_checksum not in (None, checksum):
         raise ConfigurationError(
-            "the mask was made with another A than this seed draws.",
-            fix="use the mask's own seed, or extract a mask with this one",
+            "the mask was extracted with a different A than this seed draws.",
+            fix="use the seed that the mask was extracted with, or extract a mask with this seed",
         )
 
 
 def check_attachable(model: nn.Module, plan: Plan, *, mask: Mask | None = None, seed: int = 0) -> None:
-    """Refuse, before anything is written, what `apply` would refuse.
+    """Raise the errors that `apply` would raise, before anything is written.
 
     Args:
         model: The model.
         plan: The plan.
-        mask: The mask, if there is one.
-        seed: The seed of the factors' start.
+        mask: The mask, if any.
+        seed: Seed of the factors' initial values.
 
     Raises:
         PlanMismatchError: the plan is for another model.
@@ -239,26 +249,26 @@ def check_attachable(model: nn.Module, plan: Plan, *, mask: Mask | None = None, 
     layout = find_sites(model)
     _check(model, layout, plan, "default", 0.0)
     checksum = drawn_checksum(plan, layout.by_name, seed) if mask is not None else None
-    _check_sparse(plan, layout, mask, checksum, dense_b=False, store_a=False)
+    _check_sparse(plan, layout, mask, checksum, PhaseOptions())
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    """Find an adapter's parameters in the layers that hold them, whatever the adapter is called.
+    """List an adapter's parameters, found in the layers that hold them rather than by name.
 
     Args:
         model: A model with adapters.
         adapter_name: The adapter.
 
     Returns:
-        Its parameters, trained or not, in model order.
+        Its parameters, trainable or frozen, in model order.
     """
-    found = []
+    parameters: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             for holder in ("lora_A", "lora_B", "lora_router"):
                 part = getattr(module, holder, {})
-                found += list(part[adapter_name].parameters()) if adapter_name in part else []
-    return found
+                parameters += list(part[adapter_name].parameters()) if adapter_name in part else []
+    return parameters
 
 
 def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:

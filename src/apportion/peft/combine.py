@@ -1,4 +1,4 @@
-"""One adapter from several: by concatenation, which is exact, or by a weighted sum of factors."""
+"""Combine adapters into one, by concatenation (exact) or by a weighted sum of factors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from apportion.records.shapes import LowRank
 from apportion.records.site import Layout
 
 Combination = Literal["cat", "linear"]
-_LARGEST = 2.0**127  # float32 ends there
+_LARGEST = 2.0**127  # close to the largest float32
 
 
 def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Combination, layout: Layout) -> Plan:
-    """Plan the adapter that several adapters make together.
+    """Return the plan of the combination of several adapters.
 
     Args:
         plans: The adapters' plans by name.
-        weights: One weight an adapter.
-        how: ``cat`` puts factors side by side: ranks add up, and sites of any adapter are kept. ``linear`` adds
+        weights: One weight per adapter.
+        how: ``cat`` concatenates factors: ranks add up, and the result has the sites of all adapters. ``linear`` adds
             factors: all adapters must have the same sites and ranks.
         layout: The model's sites.
 
@@ -37,14 +37,12 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
         A plan of plain factors at scale 1.
 
     Raises:
-        ConfigurationError: the adapters cannot be combined so.
+        ConfigurationError: the adapters cannot be combined in this way.
     """
     if len(plans) != len(weights) or not plans:
         raise ConfigurationError(f"{len(plans)} adapters and {len(weights)} weights were given.", fix="give one each")
     if not all(abs(weight) < _LARGEST for weight in weights):
-        raise ConfigurationError(
-            f"the weights {list(weights)} are not all finite numbers of float32.", fix="give smaller ones"
-        )
+        raise ConfigurationError(f"the weights {list(weights)} are not all finite in float32.", fix="give smaller ones")
     routed = [name for name, plan in plans.items() if not plan.is_mergeable]
     if routed:
         raise ConfigurationError(
@@ -80,7 +78,7 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
 
 
 def _combined_ranks(plans: Mapping[str, Plan], how: Combination) -> dict[str, int]:
-    """Give the combined adapter's rank at every site."""
+    """Return the combined adapter's rank at every site."""
     by_plan = {name: {p.site: p.rank for p in plan.placements} for name, plan in plans.items()}
     first_name, first = next(iter(by_plan.items()))
     if how == "cat":
@@ -103,17 +101,17 @@ def _combined_ranks(plans: Mapping[str, Plan], how: Combination) -> dict[str, in
 def write_combined(
     model: nn.Module, plans: Mapping[str, Plan], weights: Sequence[float], how: Combination, adapter_name: str
 ) -> None:
-    """Fill the factors of a combined adapter.
+    """Compute the factors of a combined adapter.
 
     Args:
-        model: The model with all adapters, the combined one among them.
+        model: The model with all adapters, including the combined one.
         plans: The adapters' plans by name.
-        weights: One weight an adapter.
+        weights: One weight per adapter.
         how: As `combined_plan` takes it.
         adapter_name: The combined adapter.
 
     Source: PEFT's `add_weighted_adapter`, ``cat`` and ``linear``.
-    Differs: nothing; in ``cat`` weight and scale go to B.
+    Differs: nothing; in ``cat``, weight and scale are applied to B.
     """
     sources = {name: {site: (a, b) for site, a, b in site_factors(model, name)} for name in plans}
     for site, a_RI, b_OR in site_factors(model, adapter_name):

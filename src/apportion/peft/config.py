@@ -1,4 +1,4 @@
-"""The adapter's configuration: PEFT's LoRA configuration with the plan inside."""
+"""The adapter's configuration: PEFT's LoRA configuration with the plan as a field."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _VARIANTS = (
 
 @dataclass
 class _Below:
-    """An adapter that was merged into the base: its folder, and the hash of its tensors."""
+    """An adapter that was merged into the base model: its folder, and the hash of its tensors."""
 
     path: str
     sha256: str
 
 
-_TYPES: dict[str, Any] = {  # of fields in a file, where they differ from PEFT's, or from those in Python
+_TYPES: dict[str, Any] = {  # types of fields in the file that differ from PEFT's or from those in Python
     "lora_alpha": AnyFloat,
     "alpha_pattern": dict[str, float],
     "rank_pattern": dict[str, int],
@@ -48,56 +48,56 @@ _TYPES: dict[str, Any] = {  # of fields in a file, where they differ from PEFT's
 
 @dataclass
 class ApportionConfig(LoraConfig):
-    """What stands in ``adapter_config.json``.
+    """Contents of ``adapter_config.json``.
 
     Args:
-        plan: The whole plan as `Plan.as_dict` gives it: it alone says which sites are adapted.
-        init_seed: Seed of the factors' random start.
-        dense_b: Whether sparse placements train all of B for now, to find out which entries to keep.
-        store_a: Whether checkpoints hold a frozen A; otherwise it is drawn again from the seed.
+        plan: The plan, as `Plan.as_dict` returns it. It alone determines which sites are adapted.
+        init_seed: Seed of the factors' initial values.
+        dense_b: Whether sparse placements train all of B, to find out which entries to keep.
+        store_a: Whether checkpoints contain the frozen A. Otherwise it is drawn again from the seed.
         a_checksum: SHA-256 of the frozen A that the adapter was trained with.
-        tensor_digests: Hashes of the adapter's tensors, as `apportion.peft.state.digests` gives them.
-        on_top_of: The adapter that had been merged into the base before this one was trained: ``path`` and ``sha256``.
+        tensor_digests: Hashes of the adapter's tensors, as `apportion.peft.state.digests` returns them.
+        on_top_of: The adapter that was merged into the base model before training: ``path`` and ``sha256``.
     """
 
     plan: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "The plan, as apportion writes it to plan.json"}
     )
-    init_seed: int = field(default=0, metadata={"help": "Seed of the factors' random start"})
+    init_seed: int = field(default=0, metadata={"help": "Seed of the factors' initial values"})
 
     dense_b: bool = field(default=False, metadata={"help": "Whether sparse placements train all of B"})
-    store_a: bool = field(default=False, metadata={"help": "Whether checkpoints hold a frozen A"})
+    store_a: bool = field(default=False, metadata={"help": "Whether checkpoints contain the frozen A"})
     a_checksum: str | None = field(default=None, metadata={"help": "SHA-256 of the frozen A"})
     tensor_digests: str | None = field(default=None, metadata={"help": "Hashes of the adapter's tensors"})
     on_top_of: dict[str, str] | None = field(default=None, metadata={"help": "An adapter merged into the base before"})
 
     def __post_init__(self) -> None:
-        """Set the type, and refuse LoRA variants that would be attached to some of the planned sites alone."""
+        """Set the type, and reject LoRA variants that would apply only to some of the planned sites."""
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
-        self.planned_modules: dict[str, list[Placement]] = {}  # these three are filled when the adapter is attached
+        self.planned_modules: dict[str, list[Placement]] = {}  # these three are set when the adapter is attached
         self.storage: dict[str, Storage] = {}
         self.routed_linear_sites: tuple[str, ...] = ()
-        self.promised_digests, self.tensor_digests = self.tensor_digests, None  # read from a file; to be written
-        self.mask: Mask | None = None  # the kept entries; a checkpoint brings its own
+        self.promised_digests, self.tensor_digests = self.tensor_digests, None  # as read; to be written
+        self.mask: Mask | None = None  # the kept entries; a checkpoint contains its own
         for name in _VARIANTS:
             if getattr(self, name, None):
                 raise ConfigurationError(
-                    f"{name} cannot be combined with a plan.", fix="leave it out of the adapter's configuration"
+                    f"{name} cannot be combined with a plan.", fix="remove it from the adapter's configuration"
                 )
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse fields of a file that are of another type than this class writes; PEFT calls it before it reads them.
+        """Check the types of a file's fields. PEFT calls this before it reads them.
 
         Args:
             **kwargs: The fields.
 
         Returns:
-            The same.
+            The same fields.
 
         Raises:
-            AdapterError: a field is of another type, or a number is out of range.
+            AdapterError: a field has the wrong type, or a number is out of range.
         """
         validators = _validators()
         for name in [name for name in kwargs if name in validators]:
@@ -117,7 +117,7 @@ class ApportionConfig(LoraConfig):
 
     @property
     def stores(self) -> Stores:
-        """What the adapter's checkpoints hold of sparse factors."""
+        """Which parts of sparse factors the adapter's checkpoints contain."""
         return Stores(frozen_a=self.store_a, dense_b=self.dense_b)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -128,25 +128,25 @@ class ApportionConfig(LoraConfig):
             **kwargs: As PEFT takes them.
         """
         super().save_pretrained(save_directory, **kwargs)
-        self.tensor_digests = None  # of what was saved; the tensors may change now
+        self.tensor_digests = None  # they are those of the saved tensors, which may change from here on
 
     def read_plan(self) -> Plan:
-        """Give the plan as an object.
+        """Return the plan as an object.
 
         Returns:
             The plan.
 
         Raises:
-            PlanError: it was changed after it was written.
+            PlanError: the plan was changed after it was written.
         """
         return Plan.from_dict(self.plan)
 
 
 @cache
 def _validators() -> dict[str, TypeAdapter[Any]]:
-    """Prepare the checks of an adapter's fields by their types, where those say anything."""
-    found = {name: TypeAdapter[Any](checked) for name, checked in _TYPES.items()}
+    """Build validators for the fields that have a type pydantic can check."""
+    validators = {name: TypeAdapter[Any](checked) for name, checked in _TYPES.items()}
     for name, hint in get_type_hints(ApportionConfig).items():
-        with suppress(PydanticUserError):  # PEFT's own classes of settings, which it checks itself
-            found.setdefault(name, TypeAdapter[Any]({bool: StrictBool, int: WholeNumber}.get(hint, hint)))
-    return found
+        with suppress(PydanticUserError):  # PEFT's own settings classes, which PEFT checks
+            validators.setdefault(name, TypeAdapter[Any]({bool: StrictBool, int: WholeNumber}.get(hint, hint)))
+    return validators

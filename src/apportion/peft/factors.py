@@ -1,4 +1,4 @@
-"""An adapter's factors, site by site, whatever module holds them."""
+"""Iterate over an adapter's factors, site by site, for every kind of module."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from apportion.discovery import walk_modules
 
 
 def site_factors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Go through an adapter's sites.
+    """Iterate over an adapter's sites and factors.
 
     Args:
         model: The model with the adapter.
         adapter_name: The adapter.
 
     Yields:
-        The site; its A, of shape (rank, in); its B, of shape (out, rank), both over all LoRA experts. Of dense factors
-        they are views, so that what is written there is the adapter's.
+        The site; its A, of shape (rank, in); its B, of shape (out, rank), both over all LoRA experts. For dense factors
+        these are views, so writing to them changes the adapter.
     """
-    for path, module, own in walk_modules(model):
+    for path, module, base in walk_modules(model):
         called: Any = module
-        if called is own or adapter_name not in getattr(called, "lora_B", {}):
+        if called is base or adapter_name not in getattr(called, "lora_B", {}):
             continue
         a, b = called.lora_A[adapter_name], called.lora_B[adapter_name]
         if not isinstance(called, ExpertLora):

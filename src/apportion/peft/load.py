@@ -1,4 +1,4 @@
-"""`load`: read a saved adapter, check that it is whole, and put it on a model."""
+"""`load`: read a saved adapter, check that it is complete, and attach it to a model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from apportion.records.site import Layout
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftModel:
-    """Load a saved adapter: `PeftModel.from_pretrained` with this package's method registered.
+    """Load a saved adapter with `PeftModel.from_pretrained`, after checking it.
 
-    An adapter that was trained on top of another one gets that one merged into the model first.
+    If the adapter was trained on top of another one, that one is merged into the model first.
 
     Args:
         model: The base model.
         path: The folder that `save_pretrained` wrote.
-        **kwargs: As `PeftModel.from_pretrained` takes them, ``is_trainable`` for one.
+        **kwargs: Arguments for `PeftModel.from_pretrained`, such as ``is_trainable``.
 
     Returns:
         The model with the adapter.
@@ -41,8 +41,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
         PlanMismatchError: the adapter belongs to another architecture.
         PlanError: its plan was changed.
         ConfigurationError: there is no adapter in the folder.
-        AdapterError: its configuration is damaged, or its tensors are not exactly those of its plan, or not those that
-            were saved; the model is then as it was.
+        AdapterError: its configuration is damaged, or its tensors do not match its plan or their digests. The model is
+            then unchanged.
     """
     config = read_adapter_config(path)
     plan, layout = read_plan(config, path), find_sites(model)
@@ -132,19 +132,19 @@ def read_plan(config: ApportionConfig, path: str | os.PathLike[str]) -> Plan:
 
 
 def _named(error: ApportionError, path: str | os.PathLike[str]) -> ApportionError:
-    """Say in an error's message which adapter it is about."""
+    """Add the adapter's path to an error's message."""
     return error.within(f"the adapter in {os.fspath(path)} cannot be loaded")
 
 
 def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
-    """Refuse an adapter that no weight equals.
+    """Check that an adapter can be merged into weights.
 
     Args:
         plan: The adapter's plan.
         path: Its folder, for the message.
 
     Raises:
-        ConfigurationError: a gate depends on the input.
+        ConfigurationError: the adapter has gates that depend on the input.
     """
     routed = next((placement for placement in plan.placements if placement.is_routed), None)
     if routed is not None:
@@ -156,14 +156,14 @@ def check_mergeable(plan: Plan, path: str | os.PathLike[str] | None) -> None:
 
 
 def merge_below(model: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
-    """Merge an adapter into a model, for another one to be trained on top.
+    """Merge an adapter into a model, so that another one can be trained on top.
 
     Args:
         model: The base model.
         path: The adapter's folder.
 
     Returns:
-        The model, and what the next adapter's configuration keeps of it.
+        The model, and the reference to the merged adapter for the next adapter's configuration.
 
     Raises:
         ConfigurationError: there is no adapter in the folder, or its gates depend on the input.
@@ -194,7 +194,7 @@ def read_state(path: str | os.PathLike[str], config: ApportionConfig, plan: Plan
     check_tensors(state, plan, layout, config.stores, place)
     if config.promised_digests is None:
         warnings.warn(
-            f"{place} has no digests, so changed numbers in it would not be noticed: it was written by an older "
+            f"{place} has no digests, so changes to its tensors cannot be detected: it was written by an older "
             "version. Save it again to add them.",
             ApportionWarning,
             stacklevel=3,
@@ -227,13 +227,13 @@ def _weights_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _check_chain(path: str | os.PathLike[str]) -> None:
-    """Refuse adapters that were trained on top of each other in a circle."""
+    """Raise an error if adapters are trained on top of each other in a cycle."""
     seen = set()
     folder: Path | None = Path(path)
     while folder is not None:
         if folder.resolve() in seen:
             raise AdapterError(
-                f"the adapter in {os.fspath(path)} is said to be trained on top of itself.", place=folder,
+                f"the adapter in {os.fspath(path)} claims to be trained on top of itself.", place=folder,
                 fix="copy the whole adapter again, or train it again",
             )  # fmt: skip
         seen.add(folder.resolve())
@@ -242,16 +242,16 @@ def _check_chain(path: str | os.PathLike[str]) -> None:
 
 
 def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Merge the adapter that another one was trained on top of, if there is one."""
+    """Merge the adapter that an adapter was trained on top of, if any."""
     below = read_adapter_config(path).on_top_of
     if below is None:
         return model
     folder = Path(below["path"])
     if not os.path.isfile(folder / ADAPTER_TENSORS_FILE) or _weights_digest(folder) != below["sha256"]:
         raise ConfigurationError(
-            f"the adapter in {path} was trained on top of another one, which is gone or was changed.",
+            f"the adapter in {path} was trained on top of another one, which is missing or was changed.",
             place=folder,
-            fix="put that adapter back",
+            fix="restore that adapter",
         )
     merged, _ = merge_below(model, folder)
     return merged

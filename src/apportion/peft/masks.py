@@ -1,4 +1,4 @@
-"""Which entries of B to keep: the largest ones of a trained adapter, or any."""
+"""Masks of the entries of B to keep: the largest ones of a trained adapter, or random ones."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from apportion.records.site import Site
 
 @torch.no_grad()
 def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: Granularity = "global") -> Mask:
-    """Keep the entries of B that are largest by magnitude, as many as a sparse plan counts.
+    """Select the entries of B with the largest magnitude, as many as a sparse plan counts.
 
-    With ``global`` one threshold holds for all sites; otherwise every layer, site or projection type keeps its share.
+    With ``global``, one threshold holds for all sites. Otherwise each layer, site or projection type keeps its share.
     Ties go to the earlier entry.
 
     Args:
         model: A model whose adapter trained all of B.
         adapter_name: The adapter.
         plan: The sparse plan.
-        granularity: Over what the largest entries are sought.
+        granularity: Group of sites within which entries are ranked.
 
     Returns:
         The mask, with the checksum of the adapter's A.
 
     Raises:
-        ConfigurationError: B is zero, so that no entry is larger than another.
+        ConfigurationError: B is zero.
 
     Source: LoRI, arXiv:2504.07448, calibration of the mask.
     Differs: nothing; the other granularities are its ablations.
@@ -46,7 +46,7 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
     matrices = {site: b_OR.cpu() for site, _, b_OR in site_factors(model, adapter_name)}
     shapes = b_shapes(plan.placements, sites)
     if not any(bool(matrices[site].any()) for site in shapes):
-        raise ConfigurationError("no entry of B is larger than another: B is zero.", fix="train it first")
+        raise ConfigurationError("no mask can be extracted: B is zero.", fix="train the adapter first")
     indices: dict[str, Tensor] = {}
     for sparsity in sorted({p.sparsity for p in plan.placements if p.sparsity}):
         groups: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ def extract_mask(model: PeftModel, adapter_name: str, plan: Plan, granularity: G
 
 
 def random_mask(placements: Iterable[Placement], sites: Mapping[str, Site], seed: int) -> Mask:
-    """Draw kept entries at random: the control for a mask that training made.
+    """Draw kept entries at random, as a control for an extracted mask.
 
     Args:
         placements: The plan's placements.
@@ -74,7 +74,7 @@ def random_mask(placements: Iterable[Placement], sites: Mapping[str, Site], seed
         seed: Seed of the draw.
 
     Returns:
-        A mask with exactly as many kept entries as the plan counts, spread over the sites by their size.
+        A mask with as many kept entries as the plan counts, distributed over the sites in proportion to their size.
     """
     sparse = [placement for placement in placements if placement.sparsity]
     shapes = b_shapes(sparse, sites)
@@ -96,13 +96,13 @@ def random_mask(placements: Iterable[Placement], sites: Mapping[str, Site], seed
 
 
 def _group(site: Site, granularity: Granularity) -> str:
-    """Name what a site's entries are compared within."""
+    """Return the name of the group that a site's entries are ranked in."""
     kinds = {"global": "", "layer": str(site.layer), "site": site.name, "projection": f"{site.kind}.{site.projection}"}
     return kinds[granularity]
 
 
 def _largest(matrices: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Give the positions of the largest entries of several matrices together."""
+    """Return the positions of the largest entries over several matrices."""
     sizes = {name: matrix.abs().reshape(-1) for name, matrix in matrices.items()}
     flat = torch.cat(list(sizes.values())).float()
     keep = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)

@@ -1,4 +1,4 @@
-"""`adapter_names=`: batches in which every row uses an adapter of its own, as PEFT's layers have them."""
+"""`adapter_names=`: batches in which every row uses its own adapter, as in PEFT."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ BASE = "__base__"  # PEFT's name for a row without an adapter
 
 @contextmanager
 def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) -> Iterator[None]:
-    """Have every adapted layer use the adapter that each row names, while the block runs.
+    """Make every adapted layer use one adapter per row inside the context.
 
     Args:
         tuner: The model with adapters.
         adapter_names: One name per row of the batch, ``__base__`` for no adapter.
-        num_beams: Beams of a search, each of which repeats every row.
+        num_beams: Number of beams; each row is repeated that often.
 
     Yields:
         Nothing.
 
     Raises:
-        ConfigurationError: a name is unknown, the model is in training mode, or an adapter stands on a layer that is
-            given some tokens of the batch without the rows that they belong to, or a batch has another number of rows.
+        ConfigurationError: a name is unknown, the model is in training mode, the batch has another number of rows, or
+            an adapted layer receives tokens without the rows that they belong to.
     """
     if tuner.training:
         raise ConfigurationError(
-            "rows cannot use different adapters in training.", fix="call eval() first, or leave out adapter_names"
+            "adapter_names cannot be used in training.", fix="call eval() first, or leave out adapter_names"
         )
     used = set(adapter_names) - {BASE}
     unknown = sorted(used - set(tuner.peft_config))
@@ -47,9 +47,9 @@ def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) ->
     for name in used:
         for site in tuner.peft_config[name].routed_linear_sites:
             raise ConfigurationError(
-                f"adapter {name!r} cannot be used for single rows: one of its layers sees tokens without their rows.",
+                f"adapter {name!r} cannot be used per row: one of its layers receives tokens without their rows.",
                 place=site,
-                fix="run the rows of each adapter as a batch of their own, with set_adapter",
+                fix="run the rows of each adapter as a separate batch, with set_adapter",
             )
     names = [name for name in adapter_names for _ in range(num_beams)]
     with ExitStack() as stack:
@@ -57,26 +57,26 @@ def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) ->
         stack.callback(handle.remove)
         for module in tuner.modules():
             if isinstance(module, (LoraLayer, WrappedModule)):
-                known = names if used & set(module.lora_A) else [BASE] * len(names)
-                handle = module.register_forward_pre_hook(partial(_name_rows, known), with_kwargs=True)
+                layer_names = names if used & set(module.lora_A) else [BASE] * len(names)
+                handle = module.register_forward_pre_hook(partial(_name_rows, layer_names), with_kwargs=True)
                 stack.callback(handle.remove)
         yield
 
 
 def _check_rows(num_names: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a batch of another length than the names."""
+    """Raise an error if the batch does not have one row per name."""
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = next((value for value in given if value is not None), None)
     if inputs is not None and len(inputs) != num_names:
         raise ConfigurationError(
-            f"adapter_names has {num_names} names, and the batch {len(inputs)} rows.", fix="give one name per row"
+            f"adapter_names has {num_names} names, but the batch has {len(inputs)} rows.", fix="give one name per row"
         )
 
 
 def _name_rows(
     names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a layer the names; PEFT's own layers want one per entry of their input, which may be a list of tokens."""
+    """Pass the names to a layer. PEFT's own layers expect one per entry of their input, which may be a token."""
     if isinstance(module, LoraLayer) and set(names) == {BASE}:
         names = [BASE] * len(args[0])
     elif isinstance(module, LoraLayer) and args[0].ndim == 2 and len(args[0]) % len(names) == 0:

@@ -1,4 +1,4 @@
-"""Make PEFT know the method ``APPORTION``."""
+"""Register the method ``APPORTION`` with PEFT."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from apportion.peft.tuner import ApportionModel
 
 
 def register() -> None:
-    """Add the method to PEFT's tables, once.
+    """Add the method to PEFT's registry, once.
 
-    PEFT registers third-party methods, but keeps their names in a closed enumeration, which is extended here first.
+    PEFT registers third-party methods, but their names must be in an enumeration, which is extended here first.
     """
     if PEFT_TYPE in PeftType.__members__:
         return

@@ -1,4 +1,4 @@
-"""Where factors start: every A and every router is drawn from the seed and its site's name; B is zero."""
+"""Initial values of factors: A and routers are drawn from the seed and the site's name; B is zero."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from apportion.records.site import Site
 
 @torch.no_grad()
 def start_factors(model: nn.Module, adapter_name: str, seed: int, *, frozen: bool) -> None:
-    """Draw an adapter's A, Kaiming-uniform as PEFT does, each from its own generator.
+    """Draw an adapter's A matrices, Kaiming-uniform as in PEFT, each from its own generator.
 
     Args:
         model: The model with the adapter.
         adapter_name: The adapter.
         seed: The seed.
-        frozen: Whether to draw the frozen ones, or those that train, and the routers.
+        frozen: True draws the frozen A matrices; False draws the trainable ones and the routers.
     """
     for site, a_RI, is_frozen in _matrices(model, adapter_name):
         if is_frozen == frozen:
@@ -35,7 +35,7 @@ def start_factors(model: nn.Module, adapter_name: str, seed: int, *, frozen: boo
 
 
 def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | None:
-    """Hash the frozen A that a seed draws for a sparse plan, site by site, without a model.
+    """Hash the frozen A matrices that a seed draws for a sparse plan. No model is needed.
 
     Args:
         plan: The plan.
@@ -43,7 +43,7 @@ def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | No
         seed: The seed.
 
     Returns:
-        SHA-256, or None where no A is frozen.
+        SHA-256, or None if no A is frozen.
     """
     if not plan.is_sparse:
         return None
@@ -58,9 +58,9 @@ def drawn_checksum(plan: Plan, sites: Mapping[str, Site], seed: int) -> str | No
 
 
 def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, bool]]:
-    """Go through an adapter's A and routers: the name it is drawn by, the matrix, whether it is frozen."""
-    for path, called, own in walk_modules(model):
-        if called is own or adapter_name not in getattr(called, "lora_A", {}):
+    """Iterate over an adapter's A matrices and routers: the name for the draw, the matrix, whether it is frozen."""
+    for path, called, base in walk_modules(model):
+        if called is base or adapter_name not in getattr(called, "lora_A", {}):
             continue
         if isinstance(called, ExpertLora):
             for name, factors in called.factors[adapter_name].items():
@@ -76,9 +76,9 @@ def _matrices(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor
 
 
 def draw(a_RI: Tensor, site: str, seed: int) -> None:
-    """Fill one A from its own generator; the bound 1/sqrt(in) is that of PEFT's initialisation.
+    """Fill one matrix from its own generator. The bound 1/sqrt(in) is that of PEFT's initialisation.
 
-    The numbers are those of `uniform_` on a processor with fused multiply-add, which rounds once: the sum is exact in
+    The values equal those of `uniform_` on a processor with fused multiply-add, which rounds once. The sum is exact in
     float64, so every processor rounds it to the same float32.
 
     Args:

@@ -1,4 +1,4 @@
-"""An adapter's tensors under their names in a checkpoint: gathered, checked, and put back into the model."""
+"""An adapter's checkpoint: gather and name its tensors, check them, and load them into the model."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ TensorShape = tuple[int, ...]
 
 
 class Stores(NamedTuple):
-    """What an adapter's checkpoints hold where it is sparse: the frozen A, and all of B instead of kept entries."""
+    """Contents of a sparse adapter's checkpoints: whether the frozen A is stored, and all of B or only kept entries."""
 
     frozen_a: bool
     dense_b: bool
 
 
 def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make sharded tensors whole.
+    """Gather sharded tensors.
 
-    Every process that holds a part has to call this; all go through the names in the same order.
+    Every process that holds a shard must call this. All processes gather the tensors in the same order.
 
     Args:
         state: Tensors by name.
 
     Returns:
-        The tensors, those that were sharded whole.
+        The tensors, gathered.
     """
     return {name: _whole(state[name]) for name in sorted(state)}
 
 
 def unstacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Give every expert's factors under a name of its own, as servers read them.
+    """Split stacked factors into one tensor per expert, each with its own name.
 
     Args:
         state: The adapter's tensors under their names in the model.
@@ -57,7 +57,7 @@ def unstacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[
         adapter: The adapter's name.
 
     Returns:
-        The tensors; stacked factors are replaced by the experts' own. Factors that are missing stay missing.
+        The tensors, with stacked factors replaced by one tensor per expert. Missing factors stay missing.
     """
     rest = dict(state)
     single: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ def unstacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[
 
 
 def restacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Undo `unstacked`, and tell sparse factors which entries they keep.
+    """Undo `unstacked`, and set the kept entries of sparse factors.
 
     Args:
         state: The adapter's tensors under their names in a checkpoint.
@@ -91,7 +91,7 @@ def restacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> tuple
         adapter: The adapter's name.
 
     Returns:
-        The stacked factors under their names in the model; all other tensors as they are.
+        The stacked factors under their names in the model, and all other tensors unchanged.
     """
     rest = dict(state)
     stacked: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ def restacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> tuple
 def _restacked_module(
     state: dict[str, Tensor], source: str, path: str, module: ExpertLora, adapter: str
 ) -> dict[str, Tensor]:
-    """Take one layer's factors out of a checkpoint, and stack them."""
+    """Remove one layer's factors from a checkpoint's tensors, and stack them."""
     stacked: dict[str, Tensor] = {}
     for name, factors in module.factors[adapter].items():
         keys = [f"{source}.{expert}.{name}" for expert in factors.experts]
@@ -145,32 +145,31 @@ def check_tensors(state: Mapping[str, Tensor], plan: Plan, layout: Layout, store
         place: Where the tensors come from, for messages.
 
     Raises:
-        AdapterError: tensors are missing, unexpected, of another shape or type, or hold a number that is not finite;
-            the message names them.
+        AdapterError: tensors are missing or unexpected, have the wrong shape or type, or contain a non-finite number.
     """
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     expected = expected_shapes(plan, layout, stores)
-    _refuse(sorted(set(expected) - set(found)), "missing", place)
-    _refuse(sorted(set(found) - set(expected)), "not part of its plan", place)
-    wrong = [
-        f"{name}: {tuple(found[name].shape)}, expected {shape}"
+    _refuse(sorted(set(expected) - set(tensors)), "missing", place)
+    _refuse(sorted(set(tensors) - set(expected)), "not part of its plan", place)
+    wrong_shapes = [
+        f"{name}: {tuple(tensors[name].shape)}, expected {shape}"
         for name, shape in expected.items()
-        if shape is not None and tuple(found[name].shape) != shape
+        if shape is not None and tuple(tensors[name].shape) != shape
     ]
-    _refuse(wrong, "of another shape", place)
+    _refuse(wrong_shapes, "of another shape", place)
     is_index = {name: name.endswith(".indices") for name in expected}
-    typed = [
-        f"{name}: {found[name].dtype}"
+    wrong_types = [
+        f"{name}: {tensors[name].dtype}"
         for name in expected
-        if found[name].is_floating_point() == is_index[name] or found[name].is_complex()
+        if tensors[name].is_floating_point() == is_index[name] or tensors[name].is_complex()
     ]
-    _refuse(typed, "of another type", place)
-    _check_indices(found, plan, layout, place)
-    _refuse(non_finite(found), "not finite", place)
+    _refuse(wrong_types, "of another type", place)
+    _check_indices(tensors, plan, layout, place)
+    _refuse(non_finite(tensors), "not finite", place)
 
 
 def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, TensorShape | None]:
-    """Give the tensors that an adapter's checkpoint holds.
+    """Return the tensors that an adapter's checkpoint must contain.
 
     Args:
         plan: The adapter's plan.
@@ -178,7 +177,7 @@ def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, Ten
         stores: What the adapter's checkpoints hold of sparse factors.
 
     Returns:
-        Shapes by name, without PEFT's prefix; None where the number of kept entries decides.
+        Shapes by name, without PEFT's prefix; None if the shape depends on the number of kept entries.
     """
     shapes: dict[str, TensorShape | None] = {}
     for placement in plan.placements:
@@ -196,10 +195,10 @@ def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, Ten
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Name the tensors that hold NaN or infinity.
+    """List the tensors that contain NaN or infinity.
 
     Args:
-        state: Tensors by name; sharded ones are looked at where they are.
+        state: Tensors by name. Of sharded tensors, only the local shard is checked.
 
     Returns:
         Names, in the order given.
@@ -209,7 +208,7 @@ def non_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def digests(state: Mapping[str, Tensor]) -> str:
-    """Hash an adapter's tensors, each by itself.
+    """Hash each of an adapter's tensors.
 
     Args:
         state: Tensors under their names in a checkpoint.
@@ -221,11 +220,11 @@ def digests(state: Mapping[str, Tensor]) -> str:
 
 
 def check_digests(state: Mapping[str, Tensor], expected: str, place: str) -> None:
-    """Refuse tensors that are not those that were saved.
+    """Check that tensors are those that were saved.
 
     Args:
         state: Tensors under their names in a checkpoint.
-        expected: As `digests` gave it when the adapter was saved.
+        expected: As `digests` returned it when the adapter was saved.
         place: Where the tensors come from, for messages.
 
     Raises:
@@ -260,24 +259,22 @@ def _digest(name: str, tensor: Tensor) -> str:
 
 
 def _check_indices(state: Mapping[str, Tensor], plan: Plan, layout: Layout, place: str) -> None:
-    """Refuse kept entries that stand outside their matrix, twice, or are not as many as planned."""
+    """Raise an error if kept entries are out of range or repeated, or their number is not the planned one."""
     sparse = [placement for placement in plan.placements if f"{placement.site}.lora_B.indices" in state]
     wrong = [placement.site for placement in sparse if not _is_valid(state, placement, layout.by_name[placement.site])]
     _refuse([f"{site}.lora_B.indices" for site in wrong], "no positions in their matrices", place)
-    found, expected = (
-        sum(len(state[f"{placement.site}.lora_B.indices"]) for placement in sparse),
-        count(sparse, layout.by_name).indices,
-    )
-    if found != expected:
+    num_kept = sum(len(state[f"{placement.site}.lora_B.indices"]) for placement in sparse)
+    num_planned = count(sparse, layout.by_name).indices
+    if num_kept != num_planned:
         raise AdapterError(
             f"{place} cannot be loaded: it keeps another number of entries than its plan.",
-            found=f"{found:,}, expected {expected:,}",
+            found=f"{num_kept:,}, expected {num_planned:,}",
             fix=_FIX,
         )
 
 
 def _is_valid(state: Mapping[str, Tensor], placement: Placement, site: Site) -> bool:
-    """Tell whether a sparse factor's positions rise within its matrix, with one value each."""
+    """Return whether a sparse factor's positions are increasing and in range, with one value each."""
     indices, values = (state[f"{site.name}.lora_B.{part}"] for part in ("indices", "values"))
     if indices.ndim != 1 or indices.shape != values.shape:
         return False
@@ -285,17 +282,17 @@ def _is_valid(state: Mapping[str, Tensor], placement: Placement, site: Site) -> 
     return ends and bool((indices.diff() > 0).all())
 
 
-def _refuse(names: list[str], what: str, place: str) -> None:
-    """Raise an error about some tensors, if there are any."""
+def _refuse(names: list[str], problem: str, place: str) -> None:
+    """Raise an error that names some tensors, if there are any."""
     if names:
         verb = "tensor is" if len(names) == 1 else "tensors are"
         raise AdapterError(
-            f"{place} cannot be loaded: {len(names)} {verb} {what}.", details={"tensors": names}, fix=_FIX
+            f"{place} cannot be loaded: {len(names)} {verb} {problem}.", details={"tensors": names}, fix=_FIX
         )
 
 
 def _expert_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, ExpertLora]]:
-    """Go through the stacked experts that have an adapter of this name."""
+    """Iterate over the stacked experts that have an adapter of this name."""
     for path, module in model.named_modules():
         if isinstance(module, ExpertLora) and adapter in module.factors:
             yield path, module

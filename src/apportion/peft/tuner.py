@@ -1,4 +1,4 @@
-"""Put a plan's adapters into a model, and their tensors into a checkpoint and back."""
+"""PEFT tuner that attaches a plan's adapters, and saves and loads their tensors."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from apportion.records.site import Layout
 
 
 class ApportionModel(LoraModel):
-    """PEFT's LoRA tuner, with the plan in place of name patterns.
+    """PEFT's LoRA tuner with a plan instead of name patterns.
 
-    Linear layers get PEFT's own LoRA layers, or `LinearLora` where several experts are planned. Stacked experts get
-    `ExpertLora`, routers and other modules with a bare weight get `WeightLora`.
+    Linear layers get PEFT's LoRA layers, or `LinearLora` if several LoRA experts are planned. Stacked experts get
+    `ExpertLora`. Routers and other modules with a bare weight get `WeightLora`.
     """
 
     prefix = "lora_"
@@ -51,17 +51,17 @@ class ApportionModel(LoraModel):
         adapter_name: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(peft_config, ApportionConfig):  # PeftModel gives a dictionary
+        if isinstance(peft_config, ApportionConfig):  # PeftModel passes a dictionary
             raise ConfigurationError(
-                "an adapter of apportion can only be used as a PeftModel: loading it into a plain model would "
-                "leave the experts' factors at their random start.",
+                "an adapter of apportion can only be used with a PeftModel: loading it into a plain model would "
+                "leave the experts' factors at their initial values.",
                 fix="apportion.load(model, folder), or PeftModel.from_pretrained(model, folder)",
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Honour ``adapter_names``: one adapter per row of the batch."""
+        """Support ``adapter_names``: one adapter per row of the batch."""
         names = kwargs.get("adapter_names")
         if names is None:
             with super()._enable_peft_forward_hooks(*args, **kwargs):
@@ -72,11 +72,11 @@ class ApportionModel(LoraModel):
 
     @staticmethod
     def _check_target_module_exists(peft_config: ApportionConfig, key: str) -> bool:
-        """Tell whether the plan has an adapter in this module."""
+        """Return whether the plan has an adapter in this module."""
         return key in peft_config.planned_modules
 
     def _prepare_adapter_config(self, peft_config: ApportionConfig, model_config: dict[str, Any]) -> ApportionConfig:
-        """Read the plan once; `target_modules`, which PEFT may shorten to patterns, is for readers alone."""
+        """Read the plan once. `target_modules`, which PEFT may shorten to patterns, is only informative."""
         layout = find_sites(self.model)
         peft_config.planned_modules = planned_modules(peft_config.read_plan(), layout)
         peft_config.storage = {
@@ -98,7 +98,7 @@ class ApportionModel(LoraModel):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        """Attach what is planned for one module."""
+        """Attach the adapters planned for one module."""
         placements = lora_config.planned_modules[current_key]
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         storage = lora_config.storage[current_key]
@@ -127,7 +127,7 @@ class ApportionModel(LoraModel):
             setattr(parent, target_name, module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach, and draw every frozen A: no checkpoint brings it."""
+        """Attach the adapter and draw every frozen A, which checkpoints do not contain."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: ApportionConfig = self.peft_config[adapter_name]
         plan = config.read_plan()
@@ -137,11 +137,9 @@ class ApportionModel(LoraModel):
         drawn = drawn_checksum(plan, find_sites(model).by_name, config.init_seed)
         if config.a_checksum and not config.store_a and drawn != config.a_checksum:
             raise ConfigurationError(
-                "the frozen A that the seed draws here is not the one that the adapter was trained with: another "
+                "the frozen A drawn from the seed differs from the one that the adapter was trained with: another "
                 "version of torch draws other numbers.",
-                fix=(
-                    "use the torch version that the adapter was trained with, or train it with the A stored (--store-a)"
-                ),
+                fix=("use the torch version that the adapter was trained with, or train again with --store-a"),
             )
 
     def add_weighted_adapter(
@@ -152,21 +150,21 @@ class ApportionModel(LoraModel):
         combination_type: Combination = "cat",
         **kwargs: Any,
     ) -> None:
-        """Add an adapter that is made of others.
+        """Add a combination of adapters as a new adapter.
 
         Args:
             adapters: Their names.
-            weights: One weight an adapter.
+            weights: One weight per adapter.
             adapter_name: Name of the new one.
-            combination_type: ``cat``, which is exact, or ``linear``; as PEFT has them.
-            **kwargs: What only PEFT's other combinations take.
+            combination_type: ``cat`` (exact) or ``linear``, as in PEFT.
+            **kwargs: Arguments of PEFT's other combination types; ignored.
 
         Raises:
-            ConfigurationError: the adapters cannot be combined so, or the name is taken.
+            ConfigurationError: the adapters cannot be combined in this way, or the name is taken.
             AdapterError: the combined factors are not finite.
         """
         if adapter_name in self.peft_config:
-            raise ConfigurationError(f"the model has an adapter {adapter_name!r} already.", fix="choose another name")
+            raise ConfigurationError(f"the model already has an adapter {adapter_name!r}.", fix="choose another name")
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown:
             raise ConfigurationError(f"there is no adapter {unknown[0]!r}.", found=", ".join(self.peft_config))
@@ -189,25 +187,25 @@ class ApportionModel(LoraModel):
         ):
             self.delete_adapter(adapter_name)
             raise AdapterError(
-                f"with the weights {list(weights)} the combined adapter has numbers that are not finite.",
+                f"with the weights {list(weights)}, the combined adapter has non-finite numbers.",
                 fix="give smaller weights",
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, **kwargs: Any) -> None:
-        """Fold adapters into the weights, all of them or, where one has a gate, none.
+        """Merge adapters into the weights: either all of them, or none if one cannot be merged.
 
         Args:
-            adapter_names: The adapters; the active ones where not given.
-            **kwargs: As PEFT takes them.
+            adapter_names: The adapters; by default the active ones.
+            **kwargs: Arguments for PEFT.
 
         Raises:
-            ConfigurationError: a gate depends on the input, or a weight is quantised, sharded or not in memory.
+            ConfigurationError: an adapter has gates, or a weight is quantised, sharded or not in memory.
         """
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """Take the adapters off, folded in or not."""
+        """Remove the adapters, merging them first if `merge` is set."""
         if merge:
             self._check_mergeable(kwargs.get("adapter_names"))
         experts = [module.base_layer for module in self.model.modules() if isinstance(module, ExpertLora)]
@@ -217,7 +215,7 @@ class ApportionModel(LoraModel):
         return unloaded
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """Refuse to merge, before any weight is changed, where a weight cannot take the adapters up."""
+        """Raise an error, before any weight changes, if an adapter cannot be merged."""
         for path, module in self.model.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
@@ -233,7 +231,7 @@ class ApportionModel(LoraModel):
             for parameter in parameters if names else ():
                 if reason := obstacle(module.get_base_layer(), parameter):
                     raise ConfigurationError(
-                        f"adapter {names[0]!r} cannot be merged: a weight that it stands on {reason}.",
+                        f"adapter {names[0]!r} cannot be merged: a weight that it adapts {reason}.",
                         place=f"{path}.{parameter}",
                         fix=(
                             "use the model with the adapter attached, or load the model unquantised and on one "
@@ -250,7 +248,7 @@ class ApportionModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Give the adapter's tensors, whole and the experts' factors one by one, and note their digests."""
+        """Return the adapter's tensors, gathered and one per expert, and record their digests."""
         in_model: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -263,7 +261,7 @@ class ApportionModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ApportionConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check an adapter's tensors, and give them under their names in the model, the experts' factors stacked."""
+        """Check an adapter's tensors, and return them stacked, under their names in the model."""
         place = f"the adapter {adapter_name!r}"
         check_tensors(state_dict, config.read_plan(), find_sites(model), config.stores, place)
         if config.promised_digests is not None:
@@ -275,7 +273,7 @@ class ApportionModel(LoraModel):
 
 
 def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
-    """Gather a plan's placements by the module that holds the site.
+    """Group a plan's placements by the module that holds the site.
 
     Args:
         plan: The plan.
@@ -292,7 +290,7 @@ def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
         site = layout.by_name.get(placement.site)
         if site is None:
             raise PlanMismatchError(
-                f"the adapter stands on {placement.site}, which this model lacks.",
+                f"the adapter has a site {placement.site}, which this model lacks.",
                 details={"model": layout.describe(), "adapter": f"made for {plan.model}"},
             )
         fused = site.storage == "fused"
@@ -301,7 +299,7 @@ def planned_modules(plan: Plan, layout: Layout) -> dict[str, list[Placement]]:
 
 
 def _kept_entries(config: ApportionConfig, placement: Placement) -> Tensor | None:
-    """Give the entries of a site's B that train; None where all do. A checkpoint that is read brings its own."""
+    """Return the trainable entries of a site's B, or None for all. A checkpoint that is loaded replaces them."""
     if not placement.sparsity or config.dense_b:
         return None
     return torch.zeros(0, dtype=torch.int32) if config.mask is None else config.mask.indices[placement.site]

@@ -1,4 +1,4 @@
-"""The released way to measure sensitivity: one layer a step, on dense gradients, while the weights move."""
+"""Sensitivity as in LoRA-SMoE's release: one layer per step, dense gradients, and weights that are updated."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def block_coordinate_meter(
 ) -> Iterator[RunBatch]:
     """Measure squared gradient norms as the released code of LoRA-SMoE does, to compare with `gradient_meter`.
 
-    Every row is one step. Steps go through the layers, the last one first; a step unfreezes its layer's matrices, clips
-    their gradients to norm 1 together, adds up their squared norms, and moves them by one step of Adam. So layers see
-    different rows, and the model is another one at each. At the end every weight is what it was.
+    Every row is one step. Steps cycle through the layers, from the last to the first. A step unfreezes its layer's
+    matrices, clips their joint gradient to norm 1, adds their squared norms to the totals, and updates them with one
+    step of Adam. So different layers see different rows and different weights. All weights are restored at the end.
 
     Args:
         model: The model, without adapters.
         layout: Its sites.
-        totals: What every row is added to.
+        totals: Totals that every row is added to.
         lr: Learning rate of the step.
 
     Yields:
@@ -46,12 +46,12 @@ def block_coordinate_meter(
     Raises:
         ConfigurationError: the weights are quantised.
 
-    Cost: one forward and one backward pass a row, for one layer; a copy of every matrix that moved.
+    Cost: one forward and one backward pass per row, for one layer; a copy of every updated matrix.
 
     Source: LoRA-SMoE, arXiv:2505.06272, released code.
     Differs: the learning rate is not published.
     """
-    modules: dict[str, Any] = {path: own for path, _, own in walk_modules(model)}
+    modules: dict[str, Any] = {path: base for path, _, base in walk_modules(model)}
     layers = _parameters_by_layer(layout, modules)
     order = sorted(layers, reverse=True)
     originals: dict[nn.Parameter, Tensor] = {}
@@ -84,14 +84,14 @@ def block_coordinate_meter(
 
 
 def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, dict[nn.Parameter, str | ExpertBlock]]:
-    """Gather each layer's weights, each with the site or the block of experts that it belongs to."""
+    """Return each layer's weights, with the site or expert block that each belongs to."""
     layers: dict[int, dict[nn.Parameter, str | ExpertBlock]] = defaultdict(dict)
     for site in layout.sites():
         if site.storage == "linear":
             weight = getattr(modules[site.name], "weight", None)
             if is_quantised(modules[site.name]) or not isinstance(weight, nn.Parameter):
                 raise ConfigurationError(
-                    "block-coordinate moves weights, and those of this model are quantised.",
+                    "block-coordinate updates weights, but those of this model are quantised.",
                     details={"first": site.name},
                     fix="measure with the one-pass procedure",
                 )
@@ -105,7 +105,7 @@ def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, d
 
 
 def _norms(owners: dict[nn.Parameter, str | ExpertBlock], modules: dict[str, Any]) -> dict[str, float]:
-    """Read the squared norms off the dense gradients."""
+    """Compute squared norms from the dense gradients."""
     norms: dict[str, float] = {}
     for parameter, owner in owners.items():
         if parameter.grad is None:
@@ -124,7 +124,7 @@ def _norms(owners: dict[nn.Parameter, str | ExpertBlock], modules: dict[str, Any
 
 @torch.no_grad()
 def _restore(originals: dict[nn.Parameter, Tensor]) -> None:
-    """Put every weight back."""
+    """Restore all weights."""
     for parameter, before in originals.items():
         parameter.copy_(before)
         parameter.grad = None

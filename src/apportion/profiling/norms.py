@@ -1,8 +1,9 @@
 """Squared Frobenius norms of weight gradients, from a layer's inputs and output gradients.
 
 For a layer y = W x over a sample's rows X (P, I) with output gradients G (P, O), the weight's gradient is Gᵀ X, and
-‖Gᵀ X‖² = Σ (X Xᵀ ∘ G Gᵀ). The right side costs P² (I + O) multiply-adds and P² numbers, the left one P I O and, in
-tiles, as many numbers as X. Whichever is cheaper by count is computed; the I x O gradient is never held.
+‖Gᵀ X‖² = Σ (X Xᵀ ∘ G Gᵀ). The right side costs P² (I + O) multiply-adds and P² numbers of memory. The left side costs
+P I O multiply-adds and, computed in tiles, as much memory as X. The side with fewer multiply-adds is computed; the
+I x O gradient is never stored as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 class Rows:
-    """A matrix's input, sample by sample, whose Gram matrices are computed once for all matrices that share it.
+    """A matrix's input by sample. Its Gram matrices are computed once for all matrices that share the input.
 
     Args:
         x_NPI: The input, shape (N, P, I).
@@ -27,7 +28,7 @@ class Rows:
         self._gram_NPP: Tensor | None = None
 
     def squared_norms(self, grad_NPO: Tensor) -> Tensor:
-        """Give each sample's squared gradient norm.
+        """Return each sample's squared gradient norm.
 
         Args:
             grad_NPO: The output's gradient, shape (N, P, O).
@@ -48,7 +49,7 @@ class Rows:
 def expert_squared_norms(
     x_SI: Tensor, grads_SO: Sequence[Tensor], samples_S: Tensor, sizes_E: Sequence[int]
 ) -> list[list[Tensor]]:
-    """Give each expert's squared gradient norm, summed over samples, for matrices that share an input.
+    """Return each expert's squared gradient norm, summed over samples, for matrices that share an input.
 
     Args:
         x_SI: Rows sorted by expert, and within an expert by sample; shape (S, I).
@@ -57,26 +58,26 @@ def expert_squared_norms(
         sizes_E: Rows of each expert.
 
     Returns:
-        For each matrix, one float32 scalar an expert.
+        For each matrix, one float32 scalar per expert.
     """
     norms: list[list[Tensor]] = [[] for _ in grads_SO]
     parts = zip(torch.split(x_SI, list(sizes_E)), torch.split(samples_S, list(sizes_E)), strict=True)
     grad_parts = zip(*(torch.split(grad, list(sizes_E)) for grad in grads_SO), strict=True)
     for (x, samples), grads in zip(parts, grad_parts, strict=True):
-        own = x.float()
+        x_rows = x.float()
         if gram_is_cheaper(len(x), x.shape[1], grads[0].shape[1]):
-            gram = (own @ own.t()).masked_fill(samples[:, None] != samples, 0.0)
-            for found, grad in zip(norms, grads, strict=True):
-                found.append((gram * (grad.float() @ grad.float().t())).sum())
+            gram = (x_rows @ x_rows.t()).masked_fill(samples[:, None] != samples, 0.0)
+            for expert_norms, grad in zip(norms, grads, strict=True):
+                expert_norms.append((gram * (grad.float() @ grad.float().t())).sum())
         else:
             runs = torch.unique_consecutive(samples, return_counts=True)[1].tolist()
-            rows = [Rows(run[None]) for run in torch.split(own, runs)]
-            for found, grad in zip(norms, grads, strict=True):
+            rows = [Rows(run[None]) for run in torch.split(x_rows, runs)]
+            for expert_norms, grad in zip(norms, grads, strict=True):
                 pieces = zip(rows, torch.split(grad, runs), strict=True)
-                found.append(torch.stack([run.squared_norms(g[None])[0] for run, g in pieces]).sum())
+                expert_norms.append(torch.stack([run.squared_norms(g[None])[0] for run, g in pieces]).sum())
     return norms
 
 
 def gram_is_cheaper(positions: int, width_in: int, width_out: int) -> bool:
-    """Tell whether two Gram matrices cost fewer multiply-adds than the gradient itself."""
+    """Return whether two Gram matrices cost fewer multiply-adds than the gradient itself."""
     return positions * (width_in + width_out) <= width_in * width_out

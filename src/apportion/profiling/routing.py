@@ -1,4 +1,4 @@
-"""Count where a model routes its tokens, with a hook on every experts module and nothing else."""
+"""Count where a model routes its tokens, with a hook on every experts module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apportion.experts.forms import form_of
 from apportion.profiling.totals import TaskTotals
 from apportion.records.site import ExpertBlock, Layout
 
-# Shapes: T tokens, K experts a token.
+# Shapes: T tokens, K experts per token.
 
 Batch = Mapping[str, Any]
 Inputs = dict[str, Tensor]
@@ -28,46 +28,46 @@ RunBatch = Callable[[Batch], None]
 
 @contextmanager
 def routing_counter(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iterator[RunBatch]:
-    """Count routing alone: one forward pass a batch without gradients, and without the head where the model allows it.
+    """Count only routing: one forward pass per batch without gradients, and without the head if possible.
 
-    Padding is left out: only positions with ``attention_mask`` 1 count. The model's mode, its gradients' state and its
-    hooks are as before at the end, also after an error.
+    Padding is ignored: only positions with ``attention_mask`` 1 count. At the end, also after an error, the model's
+    mode and hooks are restored.
 
     Args:
         model: The model, with or without adapters.
         layout: Its sites.
-        totals: What every batch is added to.
+        totals: Totals that every batch is added to.
 
     Yields:
-        A function that runs one batch forward.
+        A function that runs one batch.
 
     Raises:
         ProfileError: a layer's router cannot be found.
     """
     backbone = base_model(model)
-    backbone = getattr(backbone, "base_model", backbone)  # without the head, whose logits nobody reads
+    backbone = getattr(backbone, "base_model", backbone)  # without the head, whose logits are not needed
     with evaluation_mode(model), counting_hooks(model, layout, totals) as take, torch.no_grad():
         yield lambda batch: backbone(**without_labels(take(batch)), use_cache=False)
 
 
 @contextmanager
 def counting_hooks(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iterator[Callable[[Batch], Inputs]]:
-    """Count every selection of every forward pass while the block is open.
+    """Count every selection of every forward pass inside the context.
 
     Args:
         model: The model, with or without adapters.
         layout: Its sites.
-        totals: What is added to.
+        totals: Totals that are added to.
 
     Yields:
-        A function that takes a batch, to be called before the batch is run: it checks it, notes its padding and gives
-        its tensors on the model's device.
+        A function to call before a batch is run. It checks the batch, records its padding and returns its tensors on
+        the model's device.
 
     Raises:
         ProfileError: a layer's router cannot be found.
     """
     called = {path: module for path, module, _ in walk_modules(model)}
-    own = {path: module for path, _, module in walk_modules(model)}
+    base_modules = {path: module for path, _, module in walk_modules(model)}
     device = execution_device(model)
     mask = _Mask()
 
@@ -80,30 +80,30 @@ def counting_hooks(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iter
 
     with ExitStack() as stack:
         for row, block in enumerate(layout.blocks):
-            form = form_of(own[block.name])
+            form = form_of(base_modules[block.name])
             at_experts = form is not None and form.called == "routed"
-            seen_at = block.name if at_experts else find_router(block.name, block.num_experts, own)
-            if seen_at is None:
+            hooked = block.name if at_experts else find_router(block.name, block.num_experts, base_modules)
+            if hooked is None:
                 raise ProfileError(f"the router of {block.name} in {layout.model_class} cannot be found.")
             choice = _passed_to_experts if at_experts else _selected_by_router
-            stack.enter_context(_counting(called[seen_at], choice, block, totals, row, mask))
+            stack.enter_context(_counting(called[hooked], choice, block, totals, row, mask))
         yield take
 
 
 @dataclass
 class _Mask:
-    """The attention mask of the batch under way, shape (sequences, positions)."""
+    """The attention mask of the current batch, shape (sequences, positions)."""
 
     value: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def without_labels(inputs: Inputs) -> Inputs:
-    """Leave out what only the loss reads."""
+    """Return the inputs without labels."""
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def _inputs(batch: Batch, device: torch.device) -> Inputs:
-    """Check a batch and put its tensors on the model's device."""
+    """Check a batch and move its tensors to the model's device."""
     if "input_ids" not in batch:
         raise DataError("a batch has no input_ids.", found=", ".join(batch) or "nothing")
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -111,14 +111,14 @@ def _inputs(batch: Batch, device: torch.device) -> Inputs:
     if mask is not None and mask.shape != inputs["input_ids"].shape:
         raise DataError(
             f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(inputs['input_ids'].shape)}.",
-            fix="give one mask value a token",
+            fix="give one mask value per token",
         )
     return inputs
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and give each its own mode back, also after an error.
+    """Put every module in evaluation mode, and restore each module's mode at the end.
 
     Args:
         model: Any model.
@@ -139,7 +139,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _counting(
     module: nn.Module, choice: Choice, block: ExpertBlock, totals: TaskTotals, row: int, mask: _Mask
 ) -> Iterator[None]:
-    """Count one layer's selections, at its experts or at its router, while the block is open."""
+    """Count one layer's selections, at its experts or at its router, inside the context."""
 
     def add(ids_TK: Tensor, weights_TK: Tensor) -> None:
         ids_TK = ids_TK.reshape(-1, ids_TK.shape[-1])
@@ -153,7 +153,7 @@ def _counting(
             )
         ids = ids_TK[real_T].reshape(-1).cpu()
         weights = weights_TK.detach()[real_T].reshape(-1).double().cpu()
-        ids, weights = ids[weights != 0], weights[weights != 0]  # a weight of 0 says that the slot was left empty
+        ids, weights = ids[weights != 0], weights[weights != 0]  # a weight of 0 marks an empty slot
         width = totals.counts.shape[1]
         totals.counts[row] += torch.bincount(ids, minlength=width)[:width]
         totals.mass[row] += torch.bincount(ids, weights=weights, minlength=width)[:width]
@@ -171,7 +171,7 @@ def _counting(
 def _passed_to_experts(
     _block: ExpertBlock, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
 ) -> tuple[Tensor, Tensor]:
-    """Read the choice off what the experts are called with."""
+    """Read the selection from the experts' inputs."""
     named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
     return named["top_k_index"], named["top_k_weights"]
 
@@ -179,10 +179,10 @@ def _passed_to_experts(
 def _selected_by_router(
     block: ExpertBlock, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
 ) -> tuple[Tensor, Tensor]:
-    """Read the choice off what the router returns.
+    """Read the selection from the router's output.
 
-    It is the router's own ids and weights, or scores of all experts that are zero where none was selected, or the
-    softmax top-k of its logits.
+    The output contains expert ids and weights, or scores of all experts that are zero for unselected ones, or logits,
+    of which the softmax top-k is taken.
     """
     tensors = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
     for ids in tensors:
@@ -198,7 +198,7 @@ def _selected_by_router(
             weights, ids = tensors[0].float().softmax(-1).topk(block.top_k, dim=-1)
             return ids, weights
     raise ProfileError(
-        f"the router of {block.name} returns neither expert ids nor one logit an expert, so its choice cannot be "
+        f"the router of {block.name} returns neither expert ids nor one logit per expert, so its selections cannot be "
         "counted.",
-        fix="use the architecture's own class in transformers",
+        fix="use the architecture's class in transformers",
     )

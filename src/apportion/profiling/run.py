@@ -1,4 +1,4 @@
-"""`profile`: measure a model on one task's batches or on several tasks' batches."""
+"""`profile`: measure a model on the batches of one or several tasks."""
 
 from __future__ import annotations
 
@@ -44,40 +44,40 @@ def profile(
     partial: str | os.PathLike[str] | None = None,
     keep_partial: bool = False,
 ) -> Profile:
-    """Measure where a model routes the tokens of the user's data and, if asked, which matrices its gradients need.
+    """Measure where a model routes the tokens of the data and, optionally, the gradient norms of its matrices.
 
-    Counts are taken where the experts are called, so they are right for every router: softmax, sigmoid with a
-    correction bias, group-limited. The sensitivity of a site is the sum over samples of the squared Frobenius norm of
-    that sample's gradient, a sample's loss being the mean over its labelled tokens. Nothing about the model is
-    different afterwards. With `torch.distributed` initialised, totals are summed over all processes, so each process
-    may bring its own share of every task's batches.
+    Selections are counted at the experts' inputs, so they are correct for every kind of router: softmax, sigmoid with
+    a correction bias, group-limited. The sensitivity of a site is the squared Frobenius norm of a sample's gradient,
+    summed over samples. A sample's loss is the mean over its labelled tokens. The model is unchanged afterwards. If
+    `torch.distributed` is initialised, totals are summed over all processes, so that each process may pass its own
+    share of every task's batches.
 
     Args:
         model: A Mixture-of-Experts model, or a dense one, which has no routing.
         batches: Dictionaries that the model accepts (``input_ids``, ``attention_mask``; ``labels`` for sensitivity), or
-            one such iterable a task.
-        task: The task's name where `batches` is a single iterable.
-        sensitivity: Measure gradients too: True or ``one-pass``, with frozen weights; ``block-coordinate`` as the
-            released code of LoRA-SMoE does, to compare.
-        provenance: Facts to keep with the numbers, such as the data's name; versions are added.
-        partial: A file that keeps the totals while this runs. A call with the same model, tasks, batches and provenance
-            goes on from it after a crash. A damaged file is not used, with a warning. It is removed at the end.
-        keep_partial: Leave that file at the end too, for a caller who removes it (`remove_partial`) once the profile
-            is saved: until then, the same call gives the same profile without running the model again.
+            one such iterable per task.
+        task: The task's name if `batches` is a single iterable.
+        sensitivity: Measure gradients too. True or ``one-pass`` uses frozen weights; ``block-coordinate`` follows the
+            released code of LoRA-SMoE, for comparison.
+        provenance: Facts to store with the numbers, such as the data's name. Versions are added.
+        partial: File for the totals during the measurement. After a crash, a call with the same model, tasks, batches
+            and provenance resumes from it. A damaged file is ignored with a warning. The file is removed at the end.
+        keep_partial: Keep that file at the end, until the caller has saved the profile and calls `remove_partial`.
+            Until then, the same call returns the same profile without running the model again.
 
     Returns:
-        The profile, which a plan can be made from without the model.
+        The profile. Plans can be made from it without the model.
 
     Raises:
-        ConfigurationError: `sensitivity` is no procedure.
-        DataError: a task has no batch or no token, or no label that sensitivity needs.
+        ConfigurationError: `sensitivity` is not a known procedure.
+        DataError: a task has no batch or no token, or no labels although sensitivity needs them.
         ProfileError: a task's loss is not finite, or its gradient is zero everywhere.
 
     Cost: one forward pass over the data; with sensitivity, one forward and one backward pass.
 
     Source: HELLoRA, arXiv:2605.18795, expert selection by routing frequency; LoRA-SMoE, arXiv:2505.06272, sensitivity.
-    Differs: counts are taken forward-only on the frozen model (the paper counts in a short LoRA warm-up and reports
-        that a forward-only count gives nearly the same set); sensitivities as `gradient_meter` says.
+    Differs: counts are forward-only, on the frozen model (the paper counts in a short LoRA warm-up and reports that a
+        forward-only count gives nearly the same set); for sensitivities see `gradient_meter`.
     """
     procedure = _procedure(sensitivity)
     tasks = cast("Mapping[str, Iterable[Batch]]", batches if isinstance(batches, Mapping) else {task: batches})
@@ -123,11 +123,11 @@ def profile(
 
 
 def weights_sample(model: nn.Module, layout: Layout) -> str:
-    """Hash the architecture, the type and the first numbers of every weight: other weights are another measurement."""
+    """Hash the architecture, and the type and first numbers of every weight, to identify the weights."""
     total = hashlib.sha256(layout.fingerprint.encode())
     for name, parameter in base_model(model).named_parameters():
         total.update(f"{name}|{parameter.dtype}".encode())
-        if not parameter.is_meta:  # weights on disk are known by the model's name alone
+        if not parameter.is_meta:  # offloaded weights contribute only their name and type
             total.update(parameter.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
     return total.hexdigest()
 
@@ -142,7 +142,7 @@ def _chained(before: str, batch: Batch) -> str:
 
 
 def _procedure(sensitivity: SensitivityProcedure | bool) -> SensitivityProcedure | None:  # noqa: FBT001
-    """Read which procedure is meant."""
+    """Return the procedure, or None for no sensitivity."""
     if isinstance(sensitivity, bool):
         return "one-pass" if sensitivity else None
     if sensitivity not in get_args(SensitivityProcedure):
@@ -159,7 +159,7 @@ def _measure(
     procedure: SensitivityProcedure | None,
     keep: Callable[..., None],
 ) -> None:
-    """Run one task's batches, but for those that an earlier sitting has done."""
+    """Run one task's batches, except those measured before an interruption."""
     done = totals.batches
     with _METERS[procedure](model, layout, totals) as run_batch:
         seen = ""
@@ -171,29 +171,29 @@ def _measure(
                 keep()
             elif number + 1 == done and seen != totals.seen:
                 raise DataError(
-                    "the batches are not those that the measurement was begun with.",
+                    "the batches are not those that the measurement was started with.",
                     fix="remove the file of partial totals, and measure again",
                 )
     keep(now=True)
 
 
 def _check(task: str, totals: TaskTotals, layout: Layout, *, sensitive: bool) -> None:
-    """Refuse totals that nothing can be planned from."""
+    """Raise an error if no plan can be made from the totals."""
     if totals.tokens == 0:
         raise DataError(
-            f"there is nothing to profile: the data of task {task!r} hold no token.",
+            f"there is nothing to profile: the data of task {task!r} have no token.",
             fix="give at least one row of text",
         )
     unmeasured = [s.name for s in layout.sites() if s.storage != "weight" and s.name not in totals.sensitivity]
     if sensitive and unmeasured:
         raise ProfileError(
-            f"task {task!r} has {totals.sequences} rows, too few to measure every layer: block-coordinate takes "
-            "one row a layer.",
+            f"task {task!r} has {totals.sequences} rows, too few to measure every layer: block-coordinate needs "
+            "one row per layer.",
             details={"first": f"{unmeasured[0]} was not measured"},
-            fix="give at least one row a layer",
+            fix="give at least one row per layer",
         )
     if sensitive and not any(value > 0 for value in totals.sensitivity.values()):
         raise ProfileError(
-            f"the gradient of task {task!r} is zero everywhere: its rows teach this model nothing.",
-            fix="look at its completions, or leave the task out",
+            f"the gradient of task {task!r} is zero everywhere.",
+            fix="check its completions, or leave the task out",
         )

@@ -1,4 +1,4 @@
-"""Gradient sensitivity of every weight matrix, from one forward and one backward pass a batch, with frozen weights."""
+"""Gradient sensitivity of every weight matrix, from one forward and one backward pass per batch, weights frozen."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from apportion.profiling.routing import Batch, Inputs, RunBatch, counting_hooks,
 from apportion.profiling.totals import TaskTotals
 from apportion.records.site import Layout, Site
 
-# Shapes: N samples, P positions, T = N·P tokens, K experts a token, S = T·K routed rows sorted by expert.
+# Shapes: N samples, P positions, T = N·P tokens, K experts per token, S = T·K routed rows sorted by expert.
 
 IGNORED = -100
 
 
 @contextmanager
 def gradient_meter(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iterator[RunBatch]:
-    """Measure routing and the squared gradient norm of every matrix, in one forward and one backward pass a batch.
+    """Measure routing and the squared gradient norm of every matrix, in one forward and one backward pass per batch.
 
-    Every sample's loss is the mean over its labelled tokens; a batch may hold several samples, whose norms are taken
-    apart. No weight gradient is formed: hooks keep a matrix's input until its output's gradient arrives. Routers whose
-    weight is not a linear layer's are left out. Parameters, modes and hooks are as before at the end.
+    A sample's loss is the mean over its labelled tokens. A batch may have several samples; norms are computed per
+    sample. No weight gradient is formed: hooks keep a matrix's input until the gradient of its output arrives. Routers
+    that are not linear layers are skipped. Parameters, modes and hooks are restored at the end.
 
     Args:
         model: The model, with or without adapters.
         layout: Its sites.
-        totals: What every batch is added to.
+        totals: Totals that every batch is added to.
 
     Yields:
         A function that runs one batch forward and backward.
 
     Raises:
         DataError: a batch has no labelled token.
-        ProfileError: the loss is not finite, or a matrix was not used in the form expected.
+        ProfileError: the loss is not finite, or a matrix was not used in the expected way.
 
-    Cost: about two forward passes for the backward one, and P (in + out) more multiply-adds a token and matrix.
+    Cost: the backward pass takes about two forward passes, plus P (in + out) multiply-adds per token and matrix.
 
     Source: LoRA-SMoE, arXiv:2505.06272, sensitivity; the Gram identity is elementary.
     Differs: frozen weights, no clipping, and every layer sees every sample (see `block_coordinate_meter`).
@@ -55,7 +55,8 @@ def gradient_meter(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iter
         stack.enter_context(frozen(model))
         take = stack.enter_context(counting_hooks(model, layout, totals))
         stack.enter_context(_meter_hooks(model, layout, meter))
-        one_by_one = any(block.storage == "linear" for block in layout.blocks)  # rows of listed experts are nameless
+        # listed experts receive rows without the samples they belong to
+        one_by_one = any(block.storage == "linear" for block in layout.blocks)
 
         def run_batch(batch: Batch) -> None:
             for part in rows_of(batch) if one_by_one else (batch,):
@@ -71,11 +72,11 @@ def gradient_meter(model: nn.Module, layout: Layout, totals: TaskTotals) -> Iter
 
 
 def summed_sample_losses(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Add up the samples' losses, each the mean over the sample's labelled tokens.
+    """Return the sum of the samples' losses, each the mean over the sample's labelled tokens.
 
     Args:
-        model: The model without adapters' wrapper.
-        inputs: A batch with ``labels`` (-100 where nothing is to be predicted).
+        model: The model, unwrapped from `PeftModel`.
+        inputs: A batch with ``labels`` (-100 for ignored positions).
 
     Returns:
         A scalar in float32.
@@ -88,7 +89,7 @@ def summed_sample_losses(model: nn.Module, inputs: Inputs) -> Tensor:
     targets_NP = inputs["labels"][:, 1:]
     labelled_NP = targets_NP != IGNORED
     if not bool(labelled_NP.any()):
-        raise DataError("a batch has no labelled token.", fix="raise the length that rows are cut to")
+        raise DataError("a batch has no labelled token.", fix="raise --max-length")
     unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
     logits = model(**unlabelled, use_cache=False).logits[:, :-1][labelled_NP]
     losses = functional.cross_entropy(logits.float(), targets_NP[labelled_NP], reduction="none")
@@ -97,17 +98,17 @@ def summed_sample_losses(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def check_loss(loss: Tensor, sample: int) -> None:
-    """Refuse a loss that is not finite."""
+    """Raise an error if the loss is not finite."""
     if not bool(torch.isfinite(loss)):
         raise ProfileError(
             f"the loss is {float(loss.detach())} within the first {sample} samples, so no gradient can be measured.",
-            fix="look for broken rows there, or load the model in float32 or bfloat16",
+            fix="check these rows, or load the model in float32 or bfloat16",
         )
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow from the embeddings' output through the model and into no parameter.
+    """Freeze all parameters, and let gradients flow back to the embeddings' output.
 
     Args:
         model: Any model with input embeddings.
@@ -131,7 +132,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Meter:
-    """Collects the squared norms of the batch under way."""
+    """Collects the squared norms of the current batch."""
 
     def __init__(self, layout: Layout) -> None:
         self.zero = {site.name: 0.0 for site in layout.sites() if site.storage != "weight"}
@@ -142,13 +143,13 @@ class _Meter:
         self.latest: tuple[Tensor, Rows] | None = None
 
     def begin(self, inputs: Inputs) -> None:
-        """Forget the last batch."""
+        """Reset for the next batch."""
         num_samples, positions = inputs["input_ids"].shape
         self.shape = (int(num_samples), int(positions))
         self.norms, self.used, self.latest = {}, set(), None
 
     def end(self) -> dict[str, float]:
-        """Give the batch's norms, and check that every matrix was used."""
+        """Return the batch's norms, and check that every matrix was used."""
         unused = sorted(self.wanted - self.used)
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
@@ -157,29 +158,29 @@ class _Meter:
                 fix="profile without sensitivity",
             )
         names = list(self.norms)
-        device = self.norms[names[0]].device if names else None  # layers may lie on several
+        device = self.norms[names[0]].device if names else None  # layers may be on several devices
         values = torch.stack([self.norms[name].to(device) for name in names]).double().tolist() if names else []
         return self.zero | dict(zip(names, values, strict=True))
 
     def by_sample(self, rows: Tensor, name: str) -> Tensor:
-        """Put a layer's rows into the shape (N, P, width)."""
+        """Reshape a layer's rows to (N, P, width)."""
         num_samples, positions = self.shape
         if rows.numel() // rows.shape[-1] == num_samples * positions or num_samples == 1:
             return rows.reshape(num_samples, -1, rows.shape[-1])
         raise ProfileError(
             f"{name} was given {rows.numel() // rows.shape[-1]} rows for {num_samples} x {positions} tokens, so "
-            "its samples cannot be told apart.",
+            "its rows cannot be assigned to samples.",
             fix="profile with batches of one row",
         )
 
     def rows(self, x: Tensor, name: str) -> Rows:
-        """Give a layer's input; layers that are called with the same tensor share one."""
+        """Return a layer's input. Layers that are called with the same tensor share it."""
         if self.latest is None or self.latest[0] is not x:
             self.latest = (x, Rows(self.by_sample(x.detach(), name)))
         return self.latest[1]
 
     def note(self, name: str) -> None:
-        """Remember that a site was used; twice in one pass would need the cross terms too."""
+        """Record that a site was used. Two uses in one pass are an error: they would need cross terms."""
         if name in self.used:
             raise ProfileError(f"{name} is used more than once in a forward pass, so its gradient cannot be measured.")
         self.used.add(name)
@@ -187,8 +188,8 @@ class _Meter:
 
 @contextmanager
 def _meter_hooks(model: nn.Module, layout: Layout, meter: _Meter) -> Iterator[None]:
-    """Hook every linear site, and run stacked experts through code that shows their products."""
-    modules = {path: (called, own) for path, called, own in walk_modules(model)}
+    """Hook every linear site, and replace the forward of stacked experts."""
+    modules = {path: (called, base) for path, called, base in walk_modules(model)}
     with ExitStack() as stack:
         for site in layout.sites():
             if site.storage == "linear":
@@ -196,8 +197,8 @@ def _meter_hooks(model: nn.Module, layout: Layout, meter: _Meter) -> Iterator[No
                 stack.callback(handle.remove)
         for block in layout.blocks:
             if block.storage == "fused":
-                called, own = modules[block.name]
-                stack.enter_context(_forward_replaced(called, _experts_forward(meter, block.name, called, own)))
+                called, base = modules[block.name]
+                stack.enter_context(_forward_replaced(called, _experts_forward(meter, block.name, called, base)))
         yield
 
 
@@ -208,19 +209,19 @@ def _linear_hook(meter: _Meter, site: Site) -> Callable[[nn.Module, tuple[Any, .
         meter.note(site.name)
         if args[0].numel() == 0 or not output.requires_grad:
             return
-        kept = [meter.rows(args[0], site.name)]
+        inputs = [meter.rows(args[0], site.name)]
 
         def on_gradient(grad: Tensor) -> None:
-            meter.norms[site.name] = kept.pop().squared_norms(meter.by_sample(grad, site.name)).sum()
+            meter.norms[site.name] = inputs.pop().squared_norms(meter.by_sample(grad, site.name)).sum()
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     return after
 
 
-def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> Callable[..., Tensor]:
-    """Make a forward for stacked experts that keeps every product's input until its output's gradient arrives."""
-    form = known_form(own)
+def _experts_forward(meter: _Meter, path: str, called: nn.Module, base: Any) -> Callable[..., Tensor]:
+    """Make a forward for stacked experts that keeps each product's input until its output's gradient arrives."""
+    form = known_form(base)
     adapted = called if isinstance(called, AdaptedExperts) else None
 
     def forward(
@@ -232,16 +233,16 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
         tokens = hidden_states.numel() // hidden_states.shape[-1] // copies
         if num_samples > 1 and tokens != num_samples * positions:
             raise ProfileError(f"{path} was given {tokens} tokens.", fix="profile with batches of one row")
-        samples_S = token_of_rows(own, hidden_states, top_k_index) // (tokens // num_samples)
+        samples_S = token_of_rows(base, hidden_states, top_k_index) // (tokens // num_samples)
 
         def product(parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-            out_SO = base_product(own, parameter, x_SI, ends_E)
-            kept = [x_SI.detach()]
+            out_SO = base_product(base, parameter, x_SI, ends_E)
+            inputs = [x_SI.detach()]
 
             def on_gradient(grad_SO: Tensor) -> None:
                 grads = form.split(parameter, grad_SO)
                 norms = expert_squared_norms(
-                    kept.pop(), tuple(grads.values()), samples_S, ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+                    inputs.pop(), tuple(grads.values()), samples_S, ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
                 )
                 for projection, by_expert in zip(grads, norms, strict=True):
                     for expert, norm in enumerate(by_expert):
@@ -253,14 +254,14 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, own: Any) -> C
                 return out_SO
             return adapted.after_product(adapted.adapters_to_run(), parameter, x_SI, out_SO, ends_E)
 
-        return run_experts(own, hidden_states, top_k_index, top_k_weights, product)
+        return run_experts(base, hidden_states, top_k_index, top_k_weights, product)
 
     return forward
 
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Give a module another forward for a while, under accelerate's own hooks where it has some."""
+    """Replace a module's forward inside the context, below accelerate's hooks if there are any."""
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
     before = vars(module).get(name)
     setattr(module, name, forward)
@@ -274,13 +275,13 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iter
 
 
 def rows_of(batch: Batch) -> Iterator[dict[str, Any]]:
-    """Go through a batch's rows as batches of one, without their padding at the end and without rows of no use.
+    """Split a batch into batches of one row, without padding at the end and without unusable rows.
 
     Args:
         batch: A batch.
 
     Yields:
-        Batches of shape (1, P). Rows without a token or without a label are left out, unless no row has one.
+        Batches of shape (1, P). Rows without a token or a label are skipped, unless this applies to all rows.
     """
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     useful = [

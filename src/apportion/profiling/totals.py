@@ -1,4 +1,4 @@
-"""Running totals of one task, and the file that keeps them while a long measurement is under way."""
+"""Running totals of one task, and the file that stores them during a long measurement."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from apportion.records.tensors import as_tensor
 
 _HEADER = "apportion_partial"
 _SAVE_EVERY_S = 30.0
-_FACTS = ("tokens", "sequences", "sensitivity", "batches", "seen")  # what a file's header has of each task
+_FACTS = ("tokens", "sequences", "sensitivity", "batches", "seen")  # fields per task in the file's header
 _DAMAGE = (KeyError, ValueError, TypeError, AttributeError)
 
 
 @dataclass
 class TaskTotals:
-    """What was measured of one task so far.
+    """Totals of one task so far.
 
     Args:
-        counts: Selections, int64, shape (L, E).
+        counts: Numbers of selections, int64, shape (L, E).
         mass: Summed routing weights, float64, shape (L, E).
-        tokens: Real tokens seen.
-        sequences: Sequences seen.
+        tokens: Number of tokens, without padding.
+        sequences: Number of sequences.
         sensitivity: Summed squared gradient norms by site.
-        batches: Batches done.
+        batches: Number of batches measured.
         seen: Hash of these batches.
     """
 
@@ -55,18 +55,18 @@ class TaskTotals:
 
     @classmethod
     def zeros(cls, layout: Layout) -> TaskTotals:
-        """Start at nothing, wide enough for the widest layer."""
+        """Return zero totals, wide enough for the widest layer."""
         shape = (len(layout.blocks), max((block.num_experts for block in layout.blocks), default=0))
         return cls(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.float64))
 
     def check(self, layout: Layout) -> None:
-        """Refuse what no measurement gives.
+        """Check that the totals are possible.
 
         Args:
             layout: The model's sites.
 
         Raises:
-            ValueError: a tensor has another type or shape than the layout's, or a number is negative or not finite.
+            ValueError: a tensor has the wrong type or shape, or a number is negative or not finite.
         """
         check_totals(layout, self.counts.numpy(), self.mass.numpy(), self.sensitivity)
         numbers = (self.tokens, self.sequences, self.batches)
@@ -79,11 +79,11 @@ class TaskTotals:
             self.sensitivity[site] = self.sensitivity.get(site, 0.0) + value
 
     def sum_over_processes(self, device: torch.device, sites: list[str]) -> None:
-        """Add up the totals of all processes, where there are several; every process gets the sums.
+        """Sum the totals over all processes. Every process gets the sums.
 
         Args:
-            device: Where the processes' backend can see tensors.
-            sites: The sites with sensitivities, the same on every process; one that had no rows brings zeros.
+            device: Device for the NCCL backend.
+            sites: The sites with sensitivities, the same on every process. A process without rows contributes zeros.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -97,16 +97,16 @@ class TaskTotals:
         self.counts, self.mass = summed(self.counts), summed(self.mass)
         self.tokens, self.sequences = (int(value) for value in summed(torch.tensor([self.tokens, self.sequences])))
         if sites:
-            own = torch.tensor([self.sensitivity.get(site, 0.0) for site in sites], dtype=torch.float64)
-            self.sensitivity = dict(zip(sites, summed(own).tolist(), strict=True))
+            local = torch.tensor([self.sensitivity.get(site, 0.0) for site in sites], dtype=torch.float64)
+            self.sensitivity = dict(zip(sites, summed(local).tolist(), strict=True))
 
 
 class PartialFile:
-    """Totals on disk, from which a measurement that was stopped goes on.
+    """Totals on disk, from which an interrupted measurement resumes.
 
     Args:
-        path: The file, or None to keep nothing. Each process has its own.
-        identity: What must be the same for the totals to be of use; of another measurement they are ignored.
+        path: The file, or None to store nothing. Each process has its own file.
+        identity: Identity of the measurement. Totals with another identity are ignored.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
@@ -116,13 +116,14 @@ class PartialFile:
         self.saved_at = time.monotonic()
 
     def read(self, layout: Layout) -> dict[str, TaskTotals]:
-        """Give the tasks' totals; none where there is no file, or where it is damaged or of another measurement.
+        """Read the tasks' totals.
 
         Args:
             layout: The model's sites.
 
         Returns:
-            Totals by task. A file that is damaged gives none, and a warning that names it.
+            Totals by task. Empty if there is no file, it belongs to another measurement, or (with a warning) it is
+            damaged.
         """
         if self.path is None or not self.path.is_file():
             return {}
@@ -140,7 +141,7 @@ class PartialFile:
             return {}
 
     def _read(self, path: Path, layout: Layout) -> dict[str, TaskTotals]:
-        """Read the file, raising whatever its damage leads to."""
+        """Read the file. If it is damaged, any error in `_DAMAGE` may be raised."""
         metadata, arrays = read_arrays(path)
         header = parse_record(metadata[_HEADER])
         if header.pop("digest") != digest(header, arrays):
@@ -160,11 +161,11 @@ class PartialFile:
         return measured
 
     def keep(self, totals: Callable[[], dict[str, TaskTotals]], *, now: bool = False) -> None:
-        """Write the totals, whole or not at all, unless they were written half a minute ago.
+        """Write the totals atomically, unless they were written less than half a minute ago.
 
         Args:
-            totals: Gives every task's totals so far.
-            now: Write however long ago it was.
+            totals: Returns every task's totals so far.
+            now: Write regardless of the last time.
         """
         if self.path is None or not (now or time.monotonic() - self.saved_at > _SAVE_EVERY_S):
             return
@@ -182,22 +183,22 @@ class PartialFile:
 
 
 def own_partial(path: str | os.PathLike[str]) -> Path:
-    """Give the file of partial totals that this process writes.
+    """Return the path of this process's file of partial totals.
 
     Args:
-        path: The file's name, as `profile` was given it.
+        path: The `partial` argument of `profile`.
 
     Returns:
-        The same on a single process and on the first of several; the others add their number.
+        The same path on the first process; other processes append their rank.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return Path(f"{os.fspath(path)}{f'.{rank}' if rank else ''}")
 
 
 def remove_partial(path: str | os.PathLike[str]) -> None:
-    """Remove this process's file of partial totals, if there is one.
+    """Remove this process's file of partial totals, if it exists.
 
     Args:
-        path: The file's name, as `profile` was given it.
+        path: The `partial` argument of `profile`.
     """
     own_partial(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Equal budgets: make every contender's plan spend as much as every other's."""
+"""Equal budgets: plan every contender at the same cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apportion.study.settings import Contender
 
 
 def spent_by(made: Plan, unit: Unit) -> int:
-    """Give what a plan takes: trainable parameters, or its adapters' operations a token, to the nearest one."""
+    """Return a plan's cost: trainable parameters, or its adapters' operations per token, rounded."""
     return made.cost.trainable_parameters if unit == "parameters" else round(made.cost.adapter_flops_per_token)
 
 
@@ -22,9 +22,9 @@ def resolve_budget(budget: int | str, profile: Profile, unit: Unit) -> int:
     """Turn a study's budget into a number.
 
     Args:
-        budget: A number, or ``METHOD:RANK`` for as many as that takes on all of the profile's tasks.
-        profile: What was measured of the model.
-        unit: What is counted.
+        budget: A number, or ``METHOD:RANK`` for the cost of that method on all of the profile's tasks.
+        profile: The model's profile.
+        unit: Unit of the budget.
 
     Returns:
         The number.
@@ -39,26 +39,27 @@ def resolve_budget(budget: int | str, profile: Profile, unit: Unit) -> int:
 
 
 def fit(profile: Profile, contender: Contender, unit: Unit, budget: int, tolerance: float, seed: int) -> Plan:
-    """Plan a contender so that it spends a budget, and not more.
+    """Plan a contender at a budget, or just below.
 
-    A method that takes a budget is told it. Every other gets the largest rank that fits, where no kind of sites goes
-    above its narrowest side; then the ranks of single kinds rise, the costliest kind first, as long as they fit.
+    A method with a `budget` option gets the budget. All others get the largest rank that fits, with the rank of each
+    kind of sites limited by its narrowest matrix. Then the ranks of single kinds are raised as far as they fit, the
+    costliest kind first.
 
     Args:
-        profile: What was measured of the model on the task.
+        profile: The model's profile on the task.
         contender: The contender; not full fine-tuning.
-        unit: What the budget counts.
+        unit: Unit of the budget.
         budget: The budget.
-        tolerance: Share of the budget that may be left, unless the contender may stay below it.
+        tolerance: Fraction of the budget that may be left unused, unless the contender has `below_budget`.
         seed: Seed of methods that draw at random.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigurationError: no plan spends that much, or none so little; or an option does not fit the model.
+        ConfigurationError: no plan is close enough to the budget, or an option does not fit the model.
     """
-    made = _told(profile, contender, unit, budget, seed) if contender.told_budget else None
+    made = _at_budget(profile, contender, unit, budget, seed) if contender.told_budget else None
     made = made or _largest(profile, contender, unit, budget, seed)
     taken = spent_by(made, unit)
     if taken > budget or (taken < (1 - tolerance) * budget and not contender.below_budget):
@@ -72,14 +73,14 @@ def fit(profile: Profile, contender: Contender, unit: Unit, budget: int, toleran
     return made
 
 
-def _told(profile: Profile, contender: Contender, unit: Unit, budget: int, seed: int) -> Plan:
-    """Plan with a method that takes a budget."""
+def _at_budget(profile: Profile, contender: Contender, unit: Unit, budget: int, seed: int) -> Plan:
+    """Plan with a method that has a `budget` option."""
     rank = {} if contender.rank is None else {"rank": contender.rank}
     return plan(profile, contender.method, seed=seed, budget=f"{unit}={budget}", **rank, **contender.options)
 
 
 def _largest(profile: Profile, contender: Contender, unit: Unit, budget: int, seed: int) -> Plan:
-    """Plan at the largest rank that fits, then raise single kinds."""
+    """Plan at the largest rank that fits, then raise the ranks of single kinds."""
     given: dict[str, int] = dict(contender.options.get("ranks", {}))
     least = plan(profile, contender.method, rank=1, seed=seed, **contender.options)
     if spent_by(least, unit) > budget:
@@ -91,7 +92,7 @@ def _largest(profile: Profile, contender: Contender, unit: Unit, budget: int, se
     highest = _highest_ranks(least, profile, given)
 
     def at(rank: int, raised: dict[str, int]) -> Plan:
-        ranks = given | {kind: most for kind, most in highest.items() if most < rank} | raised
+        ranks = given | {kind: limit for kind, limit in highest.items() if limit < rank} | raised
         options: dict[str, Any] = contender.options | ({"ranks": ranks} if ranks else {})
         return plan(profile, contender.method, rank=rank, seed=seed, **options)
 
@@ -99,7 +100,7 @@ def _largest(profile: Profile, contender: Contender, unit: Unit, budget: int, se
     rank = bisect.bisect_right(every, budget, key=lambda rank: spent_by(at(rank, {}), unit))
     best = at(rank, {})
     raised: dict[str, int] = {}
-    open_kinds = [kind for kind, most in highest.items() if most > rank]
+    open_kinds = [kind for kind, limit in highest.items() if limit > rank]
     for kind in sorted(open_kinds, key=lambda kind: -spent_by(at(rank, {kind: rank + 1}), unit)):
         for higher in range(rank + 1, highest[kind] + 1):
             tried = at(rank, raised | {kind: higher})
@@ -110,7 +111,7 @@ def _largest(profile: Profile, contender: Contender, unit: Unit, budget: int, se
 
 
 def _highest_ranks(made: Plan, profile: Profile, given: dict[str, int]) -> dict[str, int]:
-    """Give the highest rank that every placed kind's narrowest site takes, but for kinds with a rank of their own."""
+    """Return the highest rank of each placed kind's narrowest site, except for kinds with a given rank."""
     highest: dict[str, int] = {}
     for placement in made.placements:
         site = profile.layout.by_name[placement.site]

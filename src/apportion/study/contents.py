@@ -1,4 +1,4 @@
-"""The rows of a study, and hashes of everything that its numbers are computed from."""
+"""The rows of a study, and hashes of everything that its results depend on."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class StudyRows:
     """All rows of a study, by task.
 
     Args:
-        train: Rows to train on; the first of them are the calibration rows.
-        validation: Rows that learning rates are chosen by.
-        held_out: Rows that runs are scored on.
-        unrelated: Rows whose loss tells what was forgotten; None where the study has none.
+        train: Training rows; the first of them are the calibration rows.
+        validation: Rows for choosing learning rates.
+        held_out: Rows for evaluating runs.
+        unrelated: Rows whose loss measures forgetting; None if the study has none.
     """
 
     train: dict[str, list[Row]]
@@ -44,7 +44,7 @@ class StudyRows:
         return tasks, None if self.unrelated is None else _digest(self.unrelated)
 
     def contents(self, weights: Mapping[str, str]) -> Contents:
-        """Gather the hashes of the rows and of models.
+        """Return the hashes of the rows and of models.
 
         Args:
             weights: By model, the hash of a sample of its weights.
@@ -72,14 +72,14 @@ def read_study_rows(settings: StudySettings) -> StudyRows:
     train, validation = {}, {}
     for task, source in settings.tasks.items():
         rows = read_rows(source, num_rows=wanted + settings.tuning.rows)
-        kept = len(rows) - settings.tuning.rows
-        if kept < 1:
+        num_train = len(rows) - settings.tuning.rows
+        if num_train < 1:
             raise DataError(
-                f"the data of task {task!r} have {len(rows)} rows, and {settings.tuning.rows} of them are to "
+                f"the data of task {task!r} have {len(rows)} rows, and {settings.tuning.rows} of them are needed to "
                 "choose learning rates.",
                 fix="give more rows, or fewer to tuning.rows",
             )
-        train[task], validation[task] = rows[:kept], rows[kept:]
+        train[task], validation[task] = rows[:num_train], rows[num_train:]
 
     def held_out(source: str) -> list[Row]:
         return read_rows(source, num_rows=settings.eval_rows, split="test")
@@ -93,12 +93,12 @@ def read_study_rows(settings: StudySettings) -> StudyRows:
 
 
 def changed_contents(settings: StudySettings, before: Contents, now: Contents) -> list[str]:
-    """Name what is no longer what a study was begun with.
+    """Describe the rows and models that changed since a study was started.
 
     Args:
         settings: The study's settings.
-        before: What it was begun with.
-        now: What there is now; models that are missing here are not compared.
+        before: Hashes at the start.
+        now: Hashes now; models that are missing here are not compared.
 
     Returns:
         A description of each changed set of rows and each changed model.

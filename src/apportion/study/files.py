@@ -1,4 +1,4 @@
-"""Single files of a study's folder: read, they are checked to be the study's own."""
+"""Read and write the files of a study's folder, and check that they belong to the study."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def read_record(path: Path, kind: type[R]) -> R:
 
     Args:
         path: Its file.
-        kind: What it is.
+        kind: Class of the record.
 
     Returns:
         The record.
 
     Raises:
-        ConfigurationError: the file is damaged, or holds the record of another key.
+        ConfigurationError: the file is damaged, or has the record of another key.
     """
 
     def damaged(found: str) -> ConfigurationError:
@@ -56,7 +56,7 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 
 def read_base(path: Path, model: str, settings: StudySettings, contents: Contents) -> Base:
-    """Read what was measured of an untrained model.
+    """Read the measurements of an untrained model.
 
     Args:
         path: Its file.
@@ -128,17 +128,17 @@ def read_plan(folder: Path, plan: str, plan_seal: str | None) -> Plan:
 
 
 def keep_plan(folder: Path, made: Plan) -> tuple[str, str]:
-    """Keep a plan in a study's folder, under its hash.
+    """Store a plan in a study's folder, named by its hash.
 
     Args:
         folder: The study's folder.
         made: The plan.
 
     Returns:
-        Its file below the folder, and its hash.
+        Its path relative to the folder, and its hash.
 
     Raises:
-        PlanError: its file is there already and damaged, or holds another plan.
+        PlanError: its file already exists, but is damaged or has another plan.
     """
     plan_seal = made.seal
     path = f"{PLANS}/{plan_seal[:KEY_DIGITS]}.json"
@@ -150,26 +150,26 @@ def keep_plan(folder: Path, made: Plan) -> tuple[str, str]:
 
 
 def write_record(path: Path, record: BaseModel) -> None:
-    """Write one record whole or not at all."""
+    """Write one record atomically."""
     write_text(path, record.model_dump_json() + "\n")
 
 
 def profile_path(folder: Path, key: str) -> Path:
-    """Give the file of a model's profile by its `profile_key`."""
+    """Return the file of a model's profile by its `profile_key`."""
     return folder / PROFILES / f"{key}.safetensors"
 
 
 def base_path(folder: Path, key: str) -> Path:
-    """Give the file of what else was measured of a model, by its `base_key`."""
+    """Return the file of a model's other measurements, by its `base_key`."""
     return folder / PROFILES / f"{key}.json"
 
 
 def foreign(path: Path, found: str) -> ConfigurationError:
-    """Say that a file is not the study's.
+    """Make the error for a file that does not belong to the study.
 
     Args:
         path: The file.
-        found: What is in it.
+        found: Description of its contents.
 
     Returns:
         The error to raise.

@@ -1,4 +1,4 @@
-"""All of a study: models x tasks x contenders x budgets x seeds, planned, tuned, run and summarised."""
+"""Run a study: plan, tune, run and summarise models x tasks x contenders x budgets x seeds."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from apportion.study.tuning import TuningCell, choose_rates, tuning_cell
 
 @dataclass(frozen=True)
 class Matrix:
-    """A study that is planned.
+    """A planned study.
 
     Args:
-        runs: Its runs, seed after seed; their learning rates are not chosen yet.
+        runs: Its runs, ordered by seed, without learning rates.
         tuning: For each cell in which a learning rate is chosen, a run on the tuning seed.
     """
 
@@ -40,16 +40,16 @@ class Matrix:
     tuning: dict[TuningCell, Job]
 
     def spread(self) -> dict[tuple[str, int], tuple[Job, Job]]:
-        """Give for each model and budget the runs that spend least and most, full fine-tuning left out."""
-        found: dict[tuple[str, int], tuple[Job, Job]] = {}
+        """Return the cheapest and the costliest run for each model and budget, except full fine-tuning."""
+        extremes: dict[tuple[str, int], tuple[Job, Job]] = {}
         for job in self.runs:
             if job.plan is not None:
-                least, most = found.get((job.model, job.budget), (job, job))
-                found[job.model, job.budget] = (
-                    min(least, job, key=lambda one: one.spent),
-                    max(most, job, key=lambda one: one.spent),
+                cheapest, costliest = extremes.get((job.model, job.budget), (job, job))
+                extremes[job.model, job.budget] = (
+                    min(cheapest, job, key=lambda one: one.spent),
+                    max(costliest, job, key=lambda one: one.spent),
                 )
-        return found
+        return extremes
 
 
 def run_study(
@@ -58,22 +58,22 @@ def run_study(
     commands: tuple[str, ...] = (),
     sitting: Sitting = ONE_PROCESS,
 ) -> Summary | None:
-    """Plan a study, choose learning rates, do its runs and summarise them; what a folder holds is not done again.
+    """Plan a study, choose learning rates, do its runs and summarise them. Finished parts are not repeated.
 
     Args:
         folder: The study's folder.
-        settings: What is compared.
-        commands: What to type to get all this again.
-        sitting: How the runs are done.
+        settings: The study's settings.
+        commands: Commands that reproduce the study.
+        sitting: Options of this call.
 
     Returns:
-        What the runs say; None of a dry run.
+        The summary; None for a dry run.
 
     Raises:
         ConfigurationError: a method, an option or a budget does not fit a model.
         DataError: data cannot be read, or have too few rows.
-        FolderInUseError: another process works in the folder.
-        OutputExistsError: the folder holds something else, or results of other settings, rows or models.
+        FolderInUseError: another process uses the folder.
+        OutputExistsError: the folder has other files, or results of other settings, rows or models.
         TrainingError: runs failed; all others are done.
     """
     say = sitting.say
@@ -96,32 +96,32 @@ def run_study(
 
 
 def write_summary(folder: Path, commands: tuple[str, ...] = (), say: Say = str) -> Summary:
-    """Summarise the runs that a folder holds.
+    """Summarise the runs in a folder.
 
     Args:
         folder: A study's folder.
-        commands: What to type to get all this again; the last summary's where none is given.
-        say: Told how many records are left out.
+        commands: Commands that reproduce the study; by default those of the last summary.
+        say: Called with the number of ignored records.
 
     Returns:
-        The summary, as it stands in ``summary.json``.
+        The summary, as written to ``summary.json``.
 
     Raises:
-        ConfigurationError: the folder holds no study, or a file in it is damaged.
-        FolderInUseError: another process works in the folder.
+        ConfigurationError: the folder has no study, or a file in it is damaged.
+        FolderInUseError: another process uses the folder.
     """
     with locked(folder):
         return _summarise(folder, commands, say)
 
 
 def plan_study(folder: Path, settings: StudySettings, bench: Callable[[str], Bench], say: Say = str) -> Matrix:
-    """Measure every model, and plan every run at its budget.
+    """Profile every model, and plan every run at its budget.
 
     Args:
-        folder: The study's folder, where profiles and plans are kept.
+        folder: The study's folder, for profiles and plans.
         settings: The study's settings.
-        bench: Gives the bench of a model.
-        say: Told what is being done.
+        bench: Returns the bench of a model.
+        say: Called with progress messages.
 
     Returns:
         All runs.
@@ -156,30 +156,30 @@ def plan_study(folder: Path, settings: StudySettings, bench: Callable[[str], Ben
 
 
 def tell_plan(matrix: Matrix, settings: StudySettings, say: Say) -> None:
-    """Say how many runs there are, and how equal the budgets.
+    """Report the number of runs, and how close plans are to the budgets.
 
     Args:
         matrix: The planned study.
         settings: The study's settings.
-        say: Told it.
+        say: Called with the messages.
     """
     trials = len(matrix.tuning) * settings.tuning.trials
     say(f"{len(matrix.runs)} runs, after {trials} shorter ones that choose learning rates")
-    for (model, budget), (least, most) in matrix.spread().items():
+    for (model, budget), (cheapest, costliest) in matrix.spread().items():
         say(
-            f"{model}, budget {budget:,} {settings.unit}: plans take {least.spent / budget:.1%} ({least.contender}) to "
-            f"{most.spent / budget:.1%} ({most.contender}) of it"
+            f"{model}, budget {budget:,} {settings.unit}: plans take {cheapest.spent / budget:.1%} "
+            f"({cheapest.contender}) to {costliest.spent / budget:.1%} ({costliest.contender}) of it"
         )
     for contender in settings.contenders:
         if contender.method == FULL:
-            say(f"{contender.name} trains every weight: it is at no budget")
+            say(f"{contender.name} trains every weight: it has no budget")
 
 
 def _prepared(
     folder: Path, settings: StudySettings, sitting: Sitting, *, begin: bool = True
 ) -> tuple[Callable[[str], Bench], Matrix]:
-    """Read rows and models, make sure that the folder's results are of these, and plan the study."""
-    find_study(folder, settings, versions(settings))  # a wrong folder is refused before models are loaded
+    """Read rows and models, check that the folder's results belong to them, and plan the study."""
+    find_study(folder, settings, versions(settings))  # reject a wrong folder before models are loaded
     rows = read_study_rows(settings)
 
     @cache
@@ -210,7 +210,7 @@ def _do_all(pool: Pool, matrix: Matrix, say: Say) -> None:
 
 
 def _summarise(folder: Path, commands: tuple[str, ...], say: Say) -> Summary:
-    """Summarise a folder that this process holds."""
+    """Summarise a folder that this process has locked."""
     study = load_study(folder)
     if study.num_left_out:
         say(f"{study.num_left_out} records of other data, plans or settings were left out")
@@ -222,7 +222,7 @@ def _summarise(folder: Path, commands: tuple[str, ...], say: Say) -> Summary:
 def _planned(
     folder: Path, settings: StudySettings, part: Profile, contender: Contender, cell: TuningCell, seed: int
 ) -> Job:
-    """Plan one run, and keep its plan."""
+    """Plan one run, and store its plan."""
     model, task, name, budget = cell
     if contender.method == FULL:
         return Job(model, task, name, budget, budget, None, None, seed)
@@ -232,11 +232,11 @@ def _planned(
 
 
 def _tell_time(folder: Path, matrix: Matrix, settings: StudySettings, sitting: Sitting) -> None:
-    """Estimate how long what is left takes, from the runs that are done."""
+    """Estimate the remaining time from the finished runs."""
     study = load_study(folder)
     done = [run.train_s for run in study.runs] or [trial.train_s for trial in study.trials]
     if not done:
-        sitting.say("how long it takes is known after the first run")
+        sitting.say("the remaining time can be estimated after the first run")
         return
     trials = len(matrix.tuning) * settings.tuning.trials
     left = len(matrix.runs) - len(study.runs) + trials - len(study.trials)
@@ -245,12 +245,12 @@ def _tell_time(folder: Path, matrix: Matrix, settings: StudySettings, sitting: S
 
 
 class _Progress:
-    """Tells of each finished run, and how long the others take: those that were done before take no time.
+    """Reports each finished run and the remaining time. Runs that are only read take no time.
 
     Args:
-        kind: What a run is called.
-        total: How many there are.
-        say: Told it.
+        kind: Name for a run.
+        total: Number of runs.
+        say: Called with the messages.
     """
 
     def __init__(self, kind: str, total: int, say: Say) -> None:
@@ -277,6 +277,6 @@ class _Progress:
 
 
 def _duration(seconds: float) -> str:
-    """Write a time for people."""
+    """Format a duration."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

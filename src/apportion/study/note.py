@@ -1,4 +1,4 @@
-"""``study.json``: what a folder says about its study, and whether it may be used for another."""
+"""``study.json``: the description of a folder's study, and checks that the folder can be used."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SUMMARY_FILE = "summary.json"
 
 
 class Note(BaseModel):
-    """What a folder says about its study: ``study.json``.
+    """The description of a study: ``study.json``.
 
     Args:
-        schema_version: Of the folder.
+        schema_version: Version of the folder's format.
         digest: Hash of the settings.
-        versions: Versions of what computes the study.
-        contents: Hashes of the rows and the models that it computes with.
+        versions: Versions of the software that computes the study.
+        contents: Hashes of the study's rows and models.
         settings: The study's settings.
         trials: Keys of its trials, as far as they are planned.
         runs: Keys of its runs, once learning rates are chosen.
@@ -56,19 +56,19 @@ class Note(BaseModel):
 
 
 def find_study(folder: str | os.PathLike[str], settings: StudySettings, versions: dict[str, str]) -> Note | None:
-    """Look for a study in a folder, and make sure that it is this one, perhaps with fewer seeds.
+    """Read the study in a folder, and check that it is this one, perhaps with fewer seeds.
 
     Args:
         folder: The folder.
         settings: The study's settings.
-        versions: Versions of what computes it: others would give other numbers.
+        versions: Versions of the software that computes it.
 
     Returns:
-        What the folder says about its study; None of a missing or an empty folder.
+        The study's description; None for a missing or empty folder.
 
     Raises:
-        ConfigurationError: what it says is damaged.
-        OutputExistsError: the folder holds something else, or another study.
+        ConfigurationError: ``study.json`` is damaged.
+        OutputExistsError: the folder has other files, or another study.
     """
     path = Path(folder)
     note = read_note(path)
@@ -87,14 +87,14 @@ def find_study(folder: str | os.PathLike[str], settings: StudySettings, versions
             fix="choose another folder with -o, or remove this one",
         )
     if note.versions != versions:
-        found = [
+        changes = [
             f"{key} {note.versions.get(key)} is {version} now"
             for key, version in versions.items()
             if note.versions.get(key) != version
         ]
         raise OutputExistsError(
-            f"{path} was begun with other versions, which give other numbers.",
-            found=", ".join(found),
+            f"{path} was started with other versions, which give other numbers.",
+            found=", ".join(changes),
             fix="install those, or choose another folder with -o",
         )
     return note
@@ -108,18 +108,18 @@ def open_study(
     *,
     begin: bool = True,
 ) -> None:
-    """Take an empty folder, or one that the same study began in, perhaps with fewer seeds.
+    """Open an empty folder, or one with the same study, perhaps with fewer seeds.
 
     Args:
         folder: The folder.
         settings: The study's settings.
-        contents: Hashes of the rows and the models that it computes with.
-        versions: Versions of what computes it: others would give other numbers.
-        begin: Begin the study in an empty folder, and note a larger number of seeds.
+        contents: Hashes of the study's rows and models.
+        versions: Versions of the software that computes it.
+        begin: Start the study in an empty folder, and record a larger number of seeds.
 
     Raises:
-        ConfigurationError: what the folder says about its study is damaged.
-        OutputExistsError: the folder holds something else, another study, or results of other rows or models.
+        ConfigurationError: ``study.json`` is damaged.
+        OutputExistsError: the folder has other files, another study, or results of other rows or models.
     """
     path = Path(folder)
     note = find_study(path, settings, versions)
@@ -135,11 +135,11 @@ def open_study(
 
 
 def require_contents(folder: Path, contents: Contents) -> None:
-    """Make sure that rows and models are still those that a study was begun with.
+    """Check that rows and models are still those that a study was started with.
 
     Args:
         folder: The study's folder.
-        contents: Hashes of what there is now.
+        contents: Their current hashes.
 
     Raises:
         OutputExistsError: some have changed.
@@ -150,23 +150,23 @@ def require_contents(folder: Path, contents: Contents) -> None:
 
 
 def note_trials(folder: Path, keys: Iterable[str]) -> None:
-    """Note which trials a study has: records with other keys are left out when the folder is read."""
+    """Record the keys of a study's trials. Other records are ignored when the folder is read."""
     _update_note(folder, trials=tuple(keys))
 
 
 def note_runs(folder: Path, keys: Iterable[str]) -> None:
-    """Note which runs a study has: records with other keys are left out when the folder is read."""
+    """Record the keys of a study's runs. Other records are ignored when the folder is read."""
     _update_note(folder, runs=tuple(keys))
 
 
 def read_note(path: Path) -> Note | None:
-    """Read what a folder says about its study.
+    """Read the description of a folder's study.
 
     Args:
         path: The folder.
 
     Returns:
-        What it says; None where it says nothing.
+        The description; None if there is none.
 
     Raises:
         ConfigurationError: the file is damaged.
@@ -188,12 +188,12 @@ def read_note(path: Path) -> Note | None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Tell what a process leaves that was stopped before its study began."""
+    """Return whether a file was left by a process that stopped before its study started."""
     return entry.name in LOCK_FILES or entry.name.startswith(f".{STUDY_FILE}.")
 
 
 def _refuse_changes(path: Path, note: Note, contents: Contents) -> None:
-    """Refuse rows and models that are not those of the study's results."""
+    """Raise an error if rows or models are not those of the study's results."""
     changed = changed_contents(note.settings, note.contents, contents)
     if changed:
         shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -205,12 +205,12 @@ def _refuse_changes(path: Path, note: Note, contents: Contents) -> None:
 
 
 def _write_note(path: Path, note: Note) -> None:
-    """Write what a folder says about its study."""
+    """Write the description of a folder's study."""
     write_text(path / STUDY_FILE, json.dumps(note.model_dump(mode="json"), indent=1) + "\n")
 
 
 def _update_note(path: Path, **changes: tuple[str, ...]) -> None:
-    """Change what a folder says about its study."""
+    """Update the description of a folder's study."""
     note = read_note(path)
     if note is not None and (changed := note.model_copy(update=changes)) != note:
         _write_note(path, changed)

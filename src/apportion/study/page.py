@@ -1,4 +1,4 @@
-"""A study as a Markdown page with plots and one JSON file, all from the study's folder and nothing else."""
+"""Write a study as a Markdown page with plots and one JSON file, from the study's folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _UNITS = {"parameters": "trainable parameters", "flops": "adapter FLOPs a token"
 
 
 def write_page(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Write what a study found: the page, and beside it, under the page's name, ``.json`` and ``-*.svg``.
+    """Write a study's results: the page, and next to it ``.json`` and ``-*.svg`` files with the page's name.
 
     Args:
-        folder: A study's folder that was summarised.
+        folder: Folder of a study that has a summary.
         path: The page, a ``.md`` file.
 
     Raises:
@@ -39,7 +39,7 @@ def write_page(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
 
 
 def _data(study: StoredStudy, summary: Summary) -> str:
-    """Gather every number of the page, and the runs that it comes from."""
+    """Return all numbers of the page, and the runs they are computed from, as JSON."""
     data = {
         "settings": study.settings.model_dump(mode="json"),
         "versions": study.versions,
@@ -56,15 +56,15 @@ def _data(study: StoredStudy, summary: Summary) -> str:
 
 
 def _lines(study: StoredStudy, summary: Summary, page: Path) -> Iterable[str]:
-    """Write the page."""
+    """Yield the lines of the page."""
     settings = study.settings
-    told = settings.training
+    training = settings.training
     yield f"# Study: {settings.name}"
     yield ""
     yield (
         f"{summary.finished_runs} of {summary.planned_runs} runs: {', '.join(settings.models)}; "
         f"{len(settings.tasks)} tasks, {len(settings.contenders)} contenders, {len(settings.budgets)} budgets, "
-        f"{settings.seeds} seeds. A run is {told.steps} steps of {told.batch_size} rows and is scored on "
+        f"{settings.seeds} seeds. A run is {training.steps} steps of {training.batch_size} rows and is scored on "
         f"{settings.eval_rows} held-out rows. Every number below is computed from the runs in "
         f"[{page.stem}.json]({page.stem}.json)."
     )
@@ -159,7 +159,7 @@ def _rate_table(study: StoredStudy) -> Iterable[str]:
 
 
 def _stability_table(study: StoredStudy, summary: Summary) -> Iterable[str]:
-    """List how far hot sets move with the calibration rows and with training."""
+    """Tabulate how much hot sets change with the calibration rows and with training."""
     yield "| task | resamples | before and after |"
     yield "| --- | ---: | ---: |"
     for task, found in summary.hot_set_stability.items():
@@ -169,7 +169,7 @@ def _stability_table(study: StoredStudy, summary: Summary) -> Iterable[str]:
 
 
 def _draw(study: StoredStudy, summary: Summary, metric: str, path: Path) -> None:
-    """Plot budgets against scores with intervals, a panel a task; full fine-tuning is a line of its own."""
+    """Plot scores over budgets with intervals, one panel per task. Full fine-tuning is a horizontal line."""
     panels = list(dict.fromkeys((cell.model, cell.task) for cell in summary.cells))
     with mpl.rc_context({"svg.hashsalt": study.settings.name, "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(4.5 * max(1, len(panels)) + 1.5, 4), layout="constrained")
@@ -211,32 +211,32 @@ def _draw(study: StoredStudy, summary: Summary, metric: str, path: Path) -> None
 
 
 def _plotted(study: StoredStudy, cell: CellSummary, metric: str) -> Interval | None:
-    """Give what a plot shows of a cell."""
+    """Return the plotted value of a cell."""
     if metric == "forgetting":
         return cell.forgetting
     return cell.exact_match if study.settings.metric == "exact_match" else cell.loss
 
 
 def _axis(study: StoredStudy, metric: str) -> str:
-    """Name what a plot shows."""
+    """Return the label of the vertical axis."""
     if metric == "forgetting":
         return "rise of the unrelated loss, nats"
     return "exact match" if study.settings.metric == "exact_match" else "loss, nats"
 
 
 def _is_full(study: StoredStudy, contender: str) -> bool:
-    """Tell full fine-tuning, which has no budget."""
+    """Return whether a contender is full fine-tuning, which has no budget."""
     return study.settings.contender(contender).method == FULL
 
 
 def _runs_of(study: StoredStudy, cell: CellSummary) -> list[Run]:
-    """Give the runs that a cell sums up."""
+    """Return the runs of a cell."""
     place = (cell.model, cell.task, cell.contender, cell.budget)
     return [run for run in study.runs if (run.model, run.task, run.contender, run.budget) == place]
 
 
 def _interval(found: Interval | None, *, signed: bool = False) -> str:
-    """Write an estimate with its interval."""
+    """Format an estimate with its interval."""
     if found is None:
         return ""
     style = "+.3f" if signed else ".3f"

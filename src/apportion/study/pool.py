@@ -1,4 +1,4 @@
-"""Runs in this process, or in several at once; each has the study's number of threads, so its numbers are the same."""
+"""Do runs in this process or in several at once. Each has the study's number of threads, so results are the same."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ OnDone = Callable[[Job, Run | Trial], None]
 
 
 class Pool:
-    """Does runs.
+    """Does the runs of a study.
 
     Args:
         folder: The study's folder.
         settings: The study's settings.
-        bench: Gives the bench of a model in this process.
-        sitting: How the runs are done.
+        bench: Returns the bench of a model in this process.
+        sitting: Options of this call.
     """
 
     def __init__(self, folder: Path, settings: StudySettings, bench: Callable[[str], Bench], sitting: Sitting) -> None:
@@ -72,32 +72,32 @@ class Pool:
         return [record for record in self._all(jobs, on_done, trial=False) if isinstance(record, Run)]
 
     def _all(self, jobs: list[Job], on_done: OnDone, *, trial: bool) -> list[Run | Trial]:
-        """Do everything, then say what failed."""
-        found: dict[Job, Run | Trial] = {}
+        """Do all jobs, then raise an error if some failed."""
+        records: dict[Job, Run | Trial] = {}
         failed: list[str] = []
         each = self._here if self.sitting.processes == 1 else self._in_processes
         for job, result in each(jobs, trial=trial):
             if isinstance(result, ApportionError):
                 failed.append(result.within(job.name).what)
             else:
-                found[job] = result
+                records[job] = result
                 on_done(job, result)
         if failed:
             more = f"\n  and {len(failed) - 3} more" if len(failed) > 3 else ""
             raise TrainingError(
                 f"{len(failed)} of {len(jobs)} runs failed; the others are done.\n  " + "\n  ".join(failed[:3]) + more
             )
-        return [found[job] for job in jobs]
+        return [records[job] for job in jobs]
 
     def _here(self, jobs: list[Job], *, trial: bool) -> Iterator[tuple[Job, Run | Trial | ApportionError]]:
-        """One after the other."""
+        """Do jobs one after the other."""
         for job in jobs:
             with limited_threads(self.settings.threads):
                 result = _do(self.bench(job.model), job, trial=trial, keep_adapters=self.sitting.keep_adapters)
             yield job, result
 
     def _in_processes(self, jobs: list[Job], *, trial: bool) -> Iterator[tuple[Job, Run | Trial | ApportionError]]:
-        """Several at once, in processes of their own, in the order in which they end."""
+        """Do several jobs at once, in child processes. Results come in the order of completion."""
         pool = ProcessPoolExecutor(
             min(self.sitting.processes, max(1, len(jobs))),
             mp_context=multiprocessing.get_context("spawn"),
@@ -105,13 +105,13 @@ class Pool:
             initargs=(self.settings.threads, self.sitting.prepare),
         )
         try:
-            here = replace(self.sitting, say=str, prepare=list)  # what a process can be given
+            here = replace(self.sitting, say=str, prepare=list)  # without what cannot be pickled
             waiting = {pool.submit(_in_child, str(self.folder), self.settings, here, job, trial): job for job in jobs}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool as error:
             raise TrainingError(
-                "a process of the study was killed, perhaps for want of memory.",
+                "a process of the study was killed, perhaps because memory ran out.",
                 fix="run the same command again with fewer --jobs: finished runs are not repeated",
             ) from error
         finally:
@@ -120,7 +120,7 @@ class Pool:
 
 @contextmanager
 def limited_threads(number: int) -> Iterator[None]:
-    """Compute with a number of threads while the block is open.
+    """Set PyTorch's number of threads inside the context.
 
     Args:
         number: Threads.
@@ -137,7 +137,7 @@ def limited_threads(number: int) -> Iterator[None]:
 
 
 def _do(bench: Bench, job: Job, *, trial: bool, keep_adapters: bool) -> Run | Trial | ApportionError:
-    """Do one run; what goes wrong with it is not to stop the others."""
+    """Do one run. Its errors are returned, so that they do not stop other runs."""
     try:
         return bench.trial(job) if trial else bench.run(job, keep_adapter=keep_adapters)
     except ApportionError as error:
@@ -148,7 +148,7 @@ def _do(bench: Bench, job: Job, *, trial: bool, keep_adapters: bool) -> Run | Tr
 
 
 def _start_child(threads: int, prepare: Callable[[], object]) -> None:
-    """Prepare a process, and end it with its parent, also where that is killed."""
+    """Prepare a child process, and make it end when its parent ends or is killed."""
     torch.set_num_threads(threads)
     prepare()
     parent = multiprocessing.parent_process()
@@ -163,7 +163,7 @@ def _start_child(threads: int, prepare: Callable[[], object]) -> None:
 
 @cache
 def _child_bench(folder: str, settings: str, sitting: Sitting, model: str) -> Bench:
-    """Load a model and its data once a process, and make sure that they are still those of the study."""
+    """Load a model and its data once per process, and check that they are still those of the study."""
     parsed = StudySettings.model_validate_json(settings)
     rows = read_study_rows(parsed)
     bench = Bench(Path(folder), parsed, model, rows, trust_remote_code=sitting.trust_remote_code)

@@ -1,4 +1,4 @@
-"""What a study leaves behind, as its JSON files hold it."""
+"""Records of a study, as stored in its JSON files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Record(BaseModel):
-    """Frozen, and strict about its fields."""
+    """A frozen model without extra fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,9 +27,9 @@ class TaskDigests(_Record):
     """Hashes of a task's rows, in their order.
 
     Args:
-        train: Of the rows that are trained on.
-        validation: Of those that learning rates are chosen by.
-        held_out: Of those that runs are scored on.
+        train: Hash of the training rows.
+        validation: Hash of the rows for choosing learning rates.
+        held_out: Hash of the rows for evaluating runs.
     """
 
     train: str
@@ -38,12 +38,12 @@ class TaskDigests(_Record):
 
 
 class Contents(_Record):
-    """Hashes of the rows and the models that a study computes with: part of ``study.json``.
+    """Hashes of a study's rows and models: part of ``study.json``.
 
     Args:
-        tasks: By task, hashes of its rows.
-        unrelated: Hash of the unrelated rows; None where the study has none.
-        weights: By model, hash of a sample of its weights.
+        tasks: Hashes of the rows, by task.
+        unrelated: Hash of the unrelated rows; None if the study has none.
+        weights: Hash of a sample of the weights, by model.
     """
 
     tasks: dict[str, TaskDigests]
@@ -55,9 +55,9 @@ class Score(_Record):
     """A model's result on held-out rows.
 
     Args:
-        loss: Mean negative log-likelihood of a completion token, in nats.
-        exact_match: Share of rows answered exactly; None where rows have no answer.
-        items: Whether each row was answered exactly, in the rows' order; empty where rows have no answer.
+        loss: Mean negative log-likelihood per completion token, in nats.
+        exact_match: Fraction of rows answered exactly; None if rows have no answer.
+        items: Whether each row was answered exactly, in row order; empty if rows have no answer.
     """
 
     loss: float
@@ -69,33 +69,33 @@ class Run(_Record):
     """One training run of a study: ``runs/<key>.json``.
 
     Args:
-        schema_version: Of this record.
-        key: Hash of all that the result depends on; the file's name.
-        model: The model, as the study names it.
-        task: The task, as the study names it.
+        schema_version: Version of this record's format.
+        key: Hash of everything that the result depends on; the file's name.
+        model: The model's name in the study.
+        task: The task's name in the study.
         contender: The contender's name in the study.
         method: Its planning method, or ``full`` for full fine-tuning.
-        options: The method's options as planned.
-        unit: What the budget counts.
-        budget: The budget; for full fine-tuning, which has none, the model's parameters, whatever the unit.
-        spent: What the plan takes of it.
+        options: The method's options in the plan.
+        unit: Unit of the budget.
+        budget: The budget; for full fine-tuning, which has none, the model's number of parameters.
+        spent: The plan's cost in this unit.
         rank: The plan's rank; None for full fine-tuning.
-        plan: The plan's file below the study's folder; None for full fine-tuning.
+        plan: The plan's path relative to the study's folder; None for full fine-tuning.
         plan_seal: Hash of the plan; None for full fine-tuning.
-        seed: Seed of the factors' start and of the rows' order.
+        seed: Seed of the factors' initial values and of the row order.
         lr: Peak learning rate.
         before: Score of the base model on the task.
         after: Score after training.
         unrelated_before: Score of the base model on unrelated rows.
-        unrelated_after: Score on them after training; the difference is what was forgotten.
-        steps: Optimizer steps.
-        tokens: Tokens trained on.
+        unrelated_after: Score on them after training; the difference measures forgetting.
+        steps: Number of optimizer steps.
+        tokens: Number of tokens trained on.
         train_s: Seconds of training.
-        peak_bytes: Peak of the process's memory (of the device's, on CUDA).
-        trainable_parameters: Parameters trained.
+        peak_bytes: Peak memory of the process (of the device, on CUDA).
+        trainable_parameters: Number of trained parameters.
         hot_set_drift: Mean over layers of the Jaccard index of the hottest experts before and after training; None for
             a dense model.
-        versions: Versions of what computed it.
+        versions: Versions of the software that computed it.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -135,16 +135,16 @@ class Interval(_Record):
 
 
 class Base(_Record):
-    """What is measured once of a model that no run has touched: ``profiles/<key>.json``.
+    """Measurements of an untrained model: ``profiles/<key>.json``.
 
     Args:
-        schema_version: Of this record.
-        model: The model, as the study names it.
+        schema_version: Version of this record's format.
+        model: The model's name in the study.
         weights: Hash of a sample of its weights.
-        before: By task, its score on held-out rows.
+        before: Its score on held-out rows, by task.
         unrelated: Its score on unrelated rows.
         stability: By task, the mean over layers of the Jaccard index between the hottest experts of the calibration
-            rows and those of a resample; the interval holds the resamples' middle share. Empty for a dense model.
+            rows and those of a resample, with the central interval over resamples. Empty for a dense model.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -159,14 +159,14 @@ class Trial(_Record):
     """One learning rate tried on the tuning seed: ``tuning/<key>.json``.
 
     Args:
-        schema_version: Of this record.
-        key: Hash of all that the result depends on; the file's name.
+        schema_version: Version of this record's format.
+        key: Hash of everything that the result depends on; the file's name.
         model: The model.
         task: The task.
         contender: The contender.
         budget: The budget.
-        lr: The learning rate tried.
-        loss: On validation rows, after training; None where training diverged.
+        lr: The learning rate.
+        loss: Loss on validation rows after training; None if training diverged.
         train_s: Seconds of training.
     """
 
@@ -182,9 +182,9 @@ class Trial(_Record):
 
 
 class CellSummary(_Record):
-    """One contender at one budget on one task: mean over seeds, with an interval.
+    """One contender at one budget on one task: means over seeds with intervals.
 
-    Where there is one seed, an interval of a loss is the estimate alone.
+    With one seed, the interval of a loss has no width.
     """
 
     model: str
@@ -204,17 +204,17 @@ class Comparison(_Record):
     Args:
         model: The model.
         task: ``all``: the mean over tasks.
-        budget: The budget; the reference's, where full fine-tuning is compared with it.
-        contender: What is compared.
-        reference: With what.
+        budget: The budget; for full fine-tuning, the reference's budget.
+        contender: The contender.
+        reference: The reference.
         metric: ``exact_match`` (higher is better) or ``loss`` (lower is better).
-        runs: Pairs of runs: tasks times seeds.
+        runs: Number of pairs of runs: tasks times seeds.
         difference: Contender minus reference, with its interval.
-        p: Of the permutation tests over runs and over items, the larger.
-        p_corrected: After correction for all comparisons of the study.
-        smallest_effect: The smallest difference that the design could have seen, at the study's level divided by its
-            comparisons and 80 % power; None where so few runs can show none.
-        differs: Whether the data tell the two apart.
+        p: The larger p of the permutation tests over runs and over items.
+        p_corrected: The p value corrected for all comparisons of the study.
+        smallest_effect: The smallest difference that the design could detect, at the study's level divided by the
+            number of comparisons and with 80 % power; None if there are too few runs to detect any.
+        differs: Whether the corrected p is at most the level.
     """
 
     model: str
@@ -232,22 +232,22 @@ class Comparison(_Record):
 
 
 class Summary(_Record):
-    """What a study says: ``summary.json``, computed from its runs alone.
+    """Results of a study: ``summary.json``, computed from its runs.
 
     Args:
-        schema_version: Of this record.
+        schema_version: Version of this record's format.
         name: The study's name.
         digest: Hash of the study's settings.
-        unit: What budgets count.
+        unit: Unit of the budgets.
         level: The level of significance.
         reference: The contender that the others are compared with.
-        planned_runs: Runs that the study has.
-        finished_runs: Runs that are done.
-        cells: A summary of every contender, budget and task.
+        planned_runs: Number of the study's runs.
+        finished_runs: Number of finished runs.
+        cells: One summary per contender, budget and task.
         comparisons: The comparisons.
-        verdicts: Sentences; the first is the study's.
+        verdicts: Sentences; the first one is about the study.
         hot_set_stability: By task, the mean Jaccard index of hot sets over resamples of the calibration rows.
-        commands: What to type to get all this again.
+        commands: Commands that reproduce the study.
     """
 
     schema_version: int = SCHEMA_VERSION

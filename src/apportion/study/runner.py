@@ -1,4 +1,4 @@
-"""One run of a study: a copy of the model is trained and scored, and its record written."""
+"""One run of a study: train and evaluate a copy of the model, and write the record."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ _PROFILE_BATCH = 32
 
 @dataclass(frozen=True)
 class Job:
-    """What one run depends on, beside the study's settings.
+    """What one run depends on, besides the study's settings.
 
     Args:
         model: The model.
         task: The task.
         contender: The contender's name.
         budget: The budget.
-        spent: What the plan takes of it.
-        plan: The plan's file below the study's folder; None for full fine-tuning.
+        spent: The plan's cost.
+        plan: The plan's path relative to the study's folder; None for full fine-tuning.
         plan_seal: Hash of the plan.
         seed: The seed; the tuning seed for a trial.
         lr: The learning rate; 0 until it is chosen.
@@ -90,12 +90,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name the run for people."""
+        """A readable name of the run."""
         return f"{self.model}/{self.task}/{self.contender}/{self.budget}/seed {self.seed}"
 
 
 class Bench:
-    """One model with the study's data: loaded once, used by all of its runs in this process.
+    """One model with the study's data. It is loaded once and used by all runs in this process.
 
     Args:
         folder: The study's folder.
@@ -125,7 +125,7 @@ class Bench:
 
     @cached_property
     def profile(self) -> Profile:
-        """The model's profile on all tasks, measured when it is first asked for and read after that."""
+        """The model's profile on all tasks, measured at first use and then read from its file."""
         path = profile_path(self.folder, profile_key(self.settings, self.contents, versions(self.settings), self.name))
         if not path.is_file():
             streams = {task: self._batches(rows, _PROFILE_BATCH) for task, rows in self._calibration().items()}
@@ -135,7 +135,7 @@ class Bench:
 
     @cached_property
     def base(self) -> Base:
-        """What is known of the untouched model, measured when it is first asked for and read after that."""
+        """Measurements of the untrained model, made at first use and then read from their file."""
         path = base_path(self.folder, base_key(self.settings, self.contents, versions(self.settings), self.name))
         if not path.is_file():
             base = Base(
@@ -149,7 +149,7 @@ class Bench:
         return read_base(path, self.name, self.settings, self.contents)
 
     def score(self, model: nn.Module, rows: Sequence[Row], *, answers: bool = True) -> Score:
-        """Score a model on rows; where they have no answers, or none are asked for, by loss alone."""
+        """Score a model on rows, without exact match if rows have no answers or `answers` is False."""
         loss, _, _ = completion_loss(model, self.tokenizer, rows, _EVAL_BATCH, self.settings.training.max_length)
         if not answers or not all("answer" in row and "prompt" in row for row in rows):
             return Score(loss=loss, exact_match=None)
@@ -179,7 +179,7 @@ class Bench:
         )
 
     def run(self, job: Job, *, keep_adapter: bool = False) -> Run:
-        """Do a run, or read what it gave when it was done."""
+        """Do a run, or read its record if it is finished."""
         key = self.key(job, trial=False)
         path = self.folder / RUNS / f"{key}.json"
         if path.is_file():
@@ -231,9 +231,9 @@ class Bench:
         loss, seconds = None, 0.0
         try:
             with self._trained(job, key, trial=True) as (result, _, _):
-                found = self.score(result.model, self.rows.validation[job.task], answers=False).loss
-                loss, seconds = (found if numpy.isfinite(found) else None), result.seconds
-        except TrainingError:  # too high a rate is a result, not a failure
+                validation_loss = self.score(result.model, self.rows.validation[job.task], answers=False).loss
+                loss, seconds = (validation_loss if numpy.isfinite(validation_loss) else None), result.seconds
+        except TrainingError:  # a rate that is too high is a result, not a failure
             pass
         facts = {name: getattr(job, name) for name in ("model", "task", "contender", "budget", "lr")}
         trial = Trial(key=key, loss=loss, train_s=seconds, **facts)
@@ -242,7 +242,7 @@ class Bench:
 
     @contextmanager
     def _trained(self, job: Job, key: str, *, trial: bool) -> Iterator[tuple[TrainResult, int, Path]]:
-        """Train a copy of the model in a folder that is gone afterwards."""
+        """Train a copy of the model in a temporary folder."""
         work = self.folder / WORK / key
         shutil.rmtree(work, ignore_errors=True)
         model, settings = copy.deepcopy(self.model), self._train_settings(job, trial=trial)
@@ -260,21 +260,21 @@ class Bench:
             shutil.rmtree(work, ignore_errors=True)
 
     def _train_settings(self, job: Job, *, trial: bool) -> TrainSettings:
-        """Give the settings of a run; it writes no checkpoint before its end."""
-        told = self.settings.training
+        """Return the training settings of a run, which writes no checkpoint before its end."""
+        training = self.settings.training
         settings = TrainSettings(
-            steps=told.steps,
-            batch_size=told.batch_size,
-            max_length=told.max_length,
-            warmup_frac=told.warmup_frac,
+            steps=training.steps,
+            batch_size=training.batch_size,
+            max_length=training.max_length,
+            warmup_frac=training.warmup_frac,
             lr=job.lr,
             seed=job.seed,
         )
-        steps = (self.settings.tuning.steps if trial else None) or told.steps
+        steps = (self.settings.tuning.steps if trial else None) or training.steps
         return replace(settings, steps=steps, save_every=steps + 1)
 
     def _calibration(self) -> dict[str, list[Row]]:
-        """Give the rows that the model is profiled on: the first that it is trained on."""
+        """Return the rows for profiling: the first training rows."""
         return {task: rows[: self.settings.profile.rows] for task, rows in self.rows.train.items()}
 
     def _batches(self, rows: Sequence[Row], size: int) -> list[dict[str, Tensor]]:
@@ -283,7 +283,7 @@ class Bench:
         return list(batches(encoded, int(self.tokenizer.pad_token_id), size))
 
     def _counts(self, model: nn.Module, rows: Sequence[Row], size: int) -> list[Tensor]:
-        """Count routing of rows, batch by batch: int64, shape (L, E) each."""
+        """Count routing per batch: int64, shape (L, E) each."""
         counts = []
         for batch in self._batches(rows, size):
             totals = TaskTotals.zeros(self.profile.layout)
@@ -300,7 +300,7 @@ class Bench:
     def _stability(self) -> dict[str, Interval]:
         """Compare every task's hottest experts with those of resampled calibration rows."""
         generator = numpy.random.default_rng(0)
-        found = {}
+        intervals = {}
         for task, rows in self._calibration().items():
             counts_NLE = torch.stack(self._counts(self.model, rows, 1))
             overlaps = []
@@ -309,22 +309,22 @@ class Bench:
                 overlaps.append(self._overlap(counts_NLE.sum(0), counts_NLE[drawn].sum(0)))
             level = self.settings.level
             low, high = numpy.quantile(overlaps, [level / 2, 1 - level / 2])
-            found[task] = Interval(estimate=float(numpy.mean(overlaps)), low=float(low), high=float(high))
-        return found
+            intervals[task] = Interval(estimate=float(numpy.mean(overlaps)), low=float(low), high=float(high))
+        return intervals
 
     def _overlap(self, one_LE: Tensor, other_LE: Tensor) -> float:
-        """Give the mean over layers of the Jaccard index of two counts' hottest experts."""
-        found = []
+        """Return the mean over layers of the Jaccard index of two counts' hottest experts."""
+        overlaps = []
         for block, one, other in zip(self.profile.layout.blocks, one_LE, other_LE, strict=True):
             rows = [row[: block.num_experts].double().numpy() for row in (one, other)]
-            kept = experts_kept(rows[0], self.settings.profile.hot)
-            first, second = (set(hottest(row, kept)) for row in rows)
-            found.append(len(first & second) / len(first | second))
-        return sum(found) / len(found)
+            num_hot = experts_kept(rows[0], self.settings.profile.hot)
+            first, second = (set(hottest(row, num_hot)) for row in rows)
+            overlaps.append(len(first & second) / len(first | second))
+        return sum(overlaps) / len(overlaps)
 
 
 def versions(settings: StudySettings) -> dict[str, str]:
-    """Give what the last digits of a study depend on, beside its settings."""
+    """Return the versions and hardware that the last digits of results depend on."""
     return {
         "apportion": __version__,
         "torch": torch.__version__,
@@ -340,7 +340,7 @@ def versions(settings: StudySettings) -> dict[str, str]:
 
 
 def _start_peak() -> None:
-    """Let the peak of memory start anew, where the system can do that."""
+    """Reset the peak memory, if the system supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     clear = Path("/proc/self/clear_refs")
@@ -349,7 +349,7 @@ def _start_peak() -> None:
 
 
 def _peak_bytes() -> int:
-    """Give the device's peak on CUDA; elsewhere the process's: since the last start on Linux, in all on others."""
+    """Return the peak memory: the device's on CUDA, else the process's (since the last reset on Linux)."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

@@ -1,4 +1,4 @@
-"""What a study compares: ``STUDY.toml``, checked before anything runs."""
+"""Settings of a study: ``STUDY.toml``, validated before anything runs."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ _RANK = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class _Settings(BaseModel):
-    """Frozen, and strict about its keys."""
+    """A frozen model without extra keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Contender(_Settings):
-    """What is compared: a method with its options, or ``full`` for full fine-tuning.
+    """A method with its options, or ``full`` for full fine-tuning.
 
     Args:
-        name: Its name in the study; the method's where not given.
+        name: Its name in the study; by default the method's.
         method: A planning method, or ``full``, which trains every weight and has no budget.
-        options: The method's options. In TOML they stand beside `name` and `method`.
-        rank: Rank for methods that are told their budget; the rank of all others follows from it.
-        below_budget: Allow a plan that cannot spend all of the budget, instead of refusing it.
-        lr_low: Lowest learning rate tried, where it differs from the study's.
-        lr_high: Highest learning rate tried, where it differs from the study's.
+        options: The method's options. In TOML they are keys next to `name` and `method`.
+        rank: Rank for methods with a `budget` option; for all others it follows from the budget.
+        below_budget: Accept a plan that leaves more than `tolerance` of the budget unused.
+        lr_low: Lowest learning rate, if it differs from the study's.
+        lr_high: Highest learning rate, if it differs from the study's.
     """
 
     name: str
@@ -88,17 +88,17 @@ class Contender(_Settings):
                     f"{shortened(repr(key))}.",
                     fix=_near(key, [*_OWN_KEYS, *options], "choose among"),
                 )
-        own = {key: value[key] for key in _OWN_KEYS if key in value}
-        return {"name": method} | own | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
+        fields = {key: value[key] for key in _OWN_KEYS if key in value}
+        return {"name": method} | fields | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
 
     @property
     def told_budget(self) -> bool:
-        """Whether the method itself is told what to spend."""
+        """Whether the method has a `budget` option."""
         return self.method != FULL and "budget" in METHODS[self.method].options.model_fields
 
 
 class Training(_Settings):
-    """What every run is trained with; rows are drawn once a task and ordered by the run's seed."""
+    """Training settings of every run. Rows are drawn once per task, and shuffled with the run's seed."""
 
     steps: Count = 40
     batch_size: Count = 32
@@ -110,12 +110,12 @@ class Tuning(_Settings):
     """How learning rates are chosen.
 
     Args:
-        trials: Learning rates tried for every contender, at even distances on a logarithmic scale.
-        seed: Seed of these runs, which is none of the study's.
+        trials: Number of learning rates per contender, at even distances on a logarithmic scale.
+        seed: Seed of these runs, which must differ from the study's seeds.
         low: Lowest learning rate.
         high: Highest learning rate.
-        steps: Optimizer steps of a trial; the study's where not given.
-        rows: Rows that a trial is scored on, by loss. They are no training rows and no held-out rows of the study.
+        steps: Optimizer steps per trial; by default the study's.
+        rows: Number of rows for the loss of a trial. They are neither training rows nor held-out rows of the study.
         each: ``contender`` tunes a contender once, on the first task and budget; ``task`` on every task at the first
             budget; ``budget`` on every task and budget.
     """
@@ -130,7 +130,7 @@ class Tuning(_Settings):
 
 
 class Profiling(_Settings):
-    """How the model is measured: training rows a task, resamples of them, and how many experts are hot."""
+    """How the model is profiled: number of training rows per task, number of resamples, number of hot experts."""
 
     rows: Count = 256
     resamples: Count = 200
@@ -147,24 +147,24 @@ class StudySettings(_Settings):
 
     Args:
         name: The study's name.
-        models: Models, as every command takes them.
-        tasks: Data by task: training rows, and held-out rows of the test split (of ``eval`` where a task is there).
+        models: Models: hub ids, folders or names, as for every command.
+        tasks: Data by task: training rows, and held-out rows of the test split (unless ``eval`` has the task).
         eval: Held-out data of tasks whose data have no test split.
-        unrelated: Data whose loss tells what was forgotten; none where not given.
-        contenders: What is compared.
-        reference: The contender that all others are compared with.
-        unit: What a budget counts: trainable ``parameters``, or the adapters' ``flops`` a token.
-        budgets: Numbers, or ``METHOD:RANK`` for as many as that takes.
-        tolerance: Share of a budget that a plan may leave unspent.
-        seeds: Runs of every contender, task and budget.
-        eval_rows: Held-out rows a score.
-        metric: What the verdict is about.
+        unrelated: Data whose loss measures forgetting; optional.
+        contenders: The contenders.
+        reference: The contender that all others are compared with; by default the first.
+        unit: What a budget counts: trainable ``parameters``, or the adapters' ``flops`` per token.
+        budgets: Numbers, or ``METHOD:RANK`` for the cost of that method.
+        tolerance: Fraction of a budget that a plan may leave unused.
+        seeds: Number of runs per contender, task and budget.
+        eval_rows: Held-out rows per evaluation.
+        metric: The compared metric.
         level: The level of significance.
-        resamples: Of the bootstrap and the permutation tests.
-        threads: Threads a run, on which the last digits depend.
-        training: Of every run.
-        tuning: Of learning rates.
-        profile: Of models.
+        resamples: Number of resamples of the bootstrap and the permutation tests.
+        threads: Threads per run; the last digits of results depend on it.
+        training: Settings of training.
+        tuning: Settings of choosing learning rates.
+        profile: Settings of profiling.
     """
 
     name: str
@@ -199,7 +199,7 @@ class StudySettings(_Settings):
                         fix="give a number, or METHOD:RANK such as lora:2",
                     )
             elif budget < 1:
-                raise ConfigurationError(f"the budget {budget} buys nothing.", fix="give a number above 0")
+                raise ConfigurationError(f"the budget {budget} is too small.", fix="give a number above 0")
         return value
 
     @model_validator(mode="after")
@@ -207,17 +207,17 @@ class StudySettings(_Settings):
         names = [contender.name for contender in self.contenders]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise ConfigurationError(f"two contenders have the name {twice!r}.", fix="give each a name of its own")
+            raise ConfigurationError(f"two contenders have the name {twice!r}.", fix="give them different names")
         if not self.reference:
             object.__setattr__(self, "reference", names[0])
         if self.reference not in names:
             raise ConfigurationError(
-                f"the reference {shortened(repr(self.reference))} is no contender.",
+                f"the reference {shortened(repr(self.reference))} is not a contender.",
                 fix=_near(self.reference, names, "choose"),
             )
         if self.contender(self.reference).method == FULL:
             raise ConfigurationError(
-                "full fine-tuning has no budget, so nothing can be compared with it at an equal one.",
+                "full fine-tuning cannot be the reference, because it has no budget.",
                 fix="choose another reference",
             )
         if self.tuning.seed in range(self.seeds):
@@ -234,11 +234,12 @@ class StudySettings(_Settings):
             low, high = self.learning_rates(contender)
             if contender.rank is not None and not contender.told_budget:
                 raise ConfigurationError(
-                    f"contender {contender.name!r} was given a rank, which follows from the budget.", fix="leave it out"
+                    f"contender {contender.name!r} has a rank, but its rank follows from the budget.",
+                    fix="leave it out",
                 )
             if "budget" in contender.options:
                 raise ConfigurationError(
-                    f"contender {contender.name!r} was given a budget of its own.", fix="leave it to budgets"
+                    f"contender {contender.name!r} has its own budget.", fix="leave it out, and set budgets"
                 )
             if low > high:
                 raise ConfigurationError(
@@ -248,11 +249,11 @@ class StudySettings(_Settings):
         return self
 
     def contender(self, name: str) -> Contender:
-        """Look a contender up by its name."""
+        """Return the contender with a name."""
         return next(contender for contender in self.contenders if contender.name == name)
 
     def learning_rates(self, contender: Contender) -> tuple[float, float]:
-        """Give the lowest and the highest learning rate to try for a contender."""
+        """Return the lowest and the highest learning rate to try for a contender."""
         return contender.lr_low or self.tuning.low, contender.lr_high or self.tuning.high
 
     @property
@@ -278,7 +279,7 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
         The settings.
 
     Raises:
-        ConfigurationError: the file is missing or no TOML, or a key, a method or a value in it is wrong.
+        ConfigurationError: the file is missing or not TOML, or a key, a method or a value in it is wrong.
         DataError: a task is unknown.
     """
     file = Path(path)
@@ -289,17 +290,17 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
         check_depth(data)
     except (ValueError, RecursionError) as error:
         found = "tables and lists are nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ConfigurationError(f"the study file {file} is no TOML.", found=found) from error
+        raise ConfigurationError(f"the study file {file} is not TOML.", found=found) from error
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 
 
 def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None, place: str = "") -> StudySettings:
-    """Check what a study is told.
+    """Validate the settings of a study.
 
     Args:
-        data: As the TOML file holds it.
+        data: The contents of the TOML file.
         overrides: Settings that replace it, by key; a key of a table as ``table.key``.
-        place: Where it comes from, for messages.
+        place: The source, for messages.
 
     Returns:
         The settings.
@@ -324,10 +325,10 @@ def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None
             if name not in known:
                 raise DataError(f"there is no task {name!r}.", fix=_near(name, known, "see reasoning-gym:"))
     for task, source in settings.tasks.items():
-        own_split = source.partition("?")[0].count(":") > 1 or Path(source).suffix in FILE_FORMATS
-        if own_split and task not in settings.eval:
+        is_one_split = source.partition("?")[0].count(":") > 1 or Path(source).suffix in FILE_FORMATS
+        if is_one_split and task not in settings.eval:
             raise DataError(
-                f"the data of task {task!r} have no test split beside the rows that are trained on.",
+                f"the data of task {task!r} have no test split besides the training rows.",
                 found=source,
                 fix=f"give held-out data: [eval] {task} = ...",
             )
@@ -335,12 +336,12 @@ def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None
 
 
 def _explained(error: ValidationError, place: str) -> ConfigurationError:
-    """Say what is wrong with a study's first wrong key."""
+    """Make the error for the first invalid key of a study."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
-    own = first.get("ctx", {}).get("error")
-    if isinstance(own, ConfigurationError):
-        return own.at(place)
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigurationError):
+        return inner.at(place)
     if first["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"training": Training, "tuning": Tuning, "profile": Profiling}
         known = models.get(str(first["loc"][0]), StudySettings).model_fields

@@ -1,4 +1,4 @@
-"""How a study's runs are done this time: nothing here changes their results, and nothing is kept in its folder."""
+"""Options of one call of `run_study` that do not change results and are not stored in the study's folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Sitting:
     """One call of `run_study`.
 
     Args:
-        processes: Runs at once.
+        processes: Number of runs at once.
         keep_adapters: Keep every run's adapter in ``adapters/``.
-        dry_run: Measure and plan, and train nothing; a folder that the study did not begin in stays as it is.
+        dry_run: Measure and plan, but train nothing. A folder without this study stays unchanged.
         trust_remote_code: Run code that comes with the models.
-        say: Told, in words, what is being done.
-        prepare: Called once in every further process, to keep other libraries quiet.
+        say: Called with progress messages.
+        prepare: Called once in every child process, to silence other libraries.
     """
 
     processes: int = 1

@@ -1,4 +1,4 @@
-"""Paired statistics of runs: intervals, permutation tests, correction, and what could not have been seen."""
+"""Paired statistics of runs: intervals, permutation tests, correction, and the smallest detectable effect."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Array = NDArray[numpy.float64]
 POWER = 0.8
 _SEED = 0
 
-# Shapes: S seeds of a task, I items of a task.
+# Shapes: S seeds per task, I items per task.
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A paired difference, and what the data say about it.
+    """A paired difference and its test.
 
     Args:
         difference: The estimate and its interval.
-        p: The larger p of the tests over runs and over items; 1 where there is one seed.
-        smallest_effect: What the design could have seen; None where it can see nothing.
+        p: The larger p of the tests over runs and over items; 1 with one seed.
+        smallest_effect: Smallest difference that the design could detect; None if it can detect none.
     """
 
     difference: Interval
@@ -35,19 +35,19 @@ class PairedTest:
 
 
 def interval(scores: Sequence[Array], level: float, resamples: int) -> Interval:
-    """Estimate a mean over tasks, each of which counts the same, with a bootstrap interval.
+    """Estimate a mean over tasks, with equal weights, and its bootstrap interval.
 
-    Runs are resampled within tasks, and, where there are several items, items within tasks; the wider of both on each
-    side is kept, so that the interval speaks of other seeds and of other items. Each quantile is moved outwards as
-    Student's t is wider than the normal distribution, for a bootstrap of few runs is too narrow.
+    Runs are resampled within tasks and, if there are several items, items within tasks. On each side the wider interval
+    is used, so that it covers other seeds and other items. Quantiles are moved outwards by the ratio of Student's t to
+    the normal distribution, because a bootstrap of few runs is too narrow.
 
     Args:
-        scores: For each task, shape (S, I); I is 1 where there are no items.
+        scores: For each task, shape (S, I); I is 1 if there are no items.
         level: One minus the interval's confidence.
-        resamples: Bootstrap resamples.
+        resamples: Number of bootstrap resamples.
 
     Returns:
-        The interval; the estimate alone where there is nothing to resample.
+        The interval; its ends equal the estimate if there is nothing to resample.
 
     Source: Hesterberg, What teachers should know about the bootstrap, 2015: the expanded percentile interval.
     Differs: with several tasks, the degrees of freedom are those of all of them.
@@ -60,7 +60,7 @@ def interval(scores: Sequence[Array], level: float, resamples: int) -> Interval:
         if smallest < 2 or all(numpy.ptp(sample) == 0 for sample in samples):
             continue
         expanded = numpy.sqrt(smallest / (smallest - 1)) * stats.t.ppf(1 - level / 2, freedom)
-        found = stats.bootstrap(
+        bootstrapped = stats.bootstrap(
             samples,
             _mean_of_means,
             confidence_level=1 - 2 * stats.norm.sf(expanded),
@@ -70,7 +70,7 @@ def interval(scores: Sequence[Array], level: float, resamples: int) -> Interval:
             batch=1000,
             rng=numpy.random.default_rng(_SEED),
         ).confidence_interval
-        bounds.append((float(found.low), float(found.high)))
+        bounds.append((float(bootstrapped.low), float(bootstrapped.high)))
     return Interval(estimate=estimate, low=min(low for low, _ in bounds), high=max(high for _, high in bounds))
 
 
@@ -80,16 +80,15 @@ def compare(
     """Compare two contenders whose runs are paired by task and seed, and whose items are the same.
 
     Two permutation tests exchange the two contenders at random: over runs, each pair of runs as a whole; and over
-    items, each item's answers averaged over seeds. The first asks whether other seeds would say the same, the second
-    whether other items would. Either may be fooled by what the other one sees, so the larger p is taken: a difference
-    has to hold over both.
+    items, each item's answers averaged over seeds. The first tests whether the difference holds for other seeds, the
+    second whether it holds for other items. The larger p is used, so that a difference must hold for both.
 
     Args:
-        contender: For each task, its scores, shape (S, I).
+        contender: For each task, the contender's scores, shape (S, I).
         reference: For each task, the reference's, of the same shapes.
         level: The level of significance.
-        comparisons: Comparisons of the study: the smallest effect is that of a comparison that differs alone.
-        resamples: Of the bootstrap and of tests too large to be exact.
+        comparisons: Number of comparisons of the study; the smallest effect is for the level divided by it.
+        resamples: Number of resamples of the bootstrap, and of tests that are too large to be exact.
 
     Returns:
         The test.
@@ -116,14 +115,14 @@ def compare(
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
-    """Correct for many comparisons: of the differences that are claimed, on average at most the level's share is false.
+    """Correct for multiple comparisons by controlling the false discovery rate.
 
     Args:
-        p_values: Of all comparisons.
+        p_values: The p values of all comparisons.
 
     Returns:
-        The corrected p, in the same order. Where nothing differs, the chance that any is below the level is at most the
-        level.
+        The corrected p values, in the same order. On average, at most a fraction `level` of the differences with
+        p below it are false. If nothing differs, the probability of any such p is at most the level.
 
     Source: Benjamini and Hochberg, 1995.
     Differs: nothing.
@@ -132,20 +131,20 @@ def corrected(p_values: Sequence[float]) -> list[float]:
 
 
 def _mean_of_means(*samples: Array, axis: int = -1) -> Array:
-    """Average each task, then the tasks."""
+    """Return the mean over tasks of each task's mean."""
     means: Array = numpy.mean([sample.mean(axis=axis) for sample in samples], axis=0)
     return means
 
 
 def _permutation_p(contender: Sequence[Array], reference: Sequence[Array], resamples: int) -> float:
-    """Exchange the two within each pair, pairs of all tasks together; each task counts the same."""
+    """Permute contenders within each pair, over the pairs of all tasks; tasks have equal weights."""
     weights = numpy.concatenate([numpy.full(len(task), 1 / (len(contender) * len(task))) for task in contender])
 
     def difference(mine: Array, other: Array, axis: int = -1) -> Array:
         weighted: Array = numpy.sum((mine - other) * weights, axis=axis)
         return weighted
 
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (numpy.concatenate(contender), numpy.concatenate(reference)),
         difference,
         permutation_type="samples",
@@ -154,9 +153,9 @@ def _permutation_p(contender: Sequence[Array], reference: Sequence[Array], resam
         batch=1000,
         rng=numpy.random.default_rng(_SEED),
     )
-    return float(min(1.0, found.pvalue))
+    return float(min(1.0, test.pvalue))
 
 
 def _standard_error(samples: Sequence[Array]) -> float:
-    """Give the standard error of the mean over tasks."""
+    """Return the standard error of the mean over tasks."""
     return float(numpy.sqrt(sum(numpy.var(sample, ddof=1) / len(sample) for sample in samples)) / len(samples))

@@ -1,4 +1,4 @@
-"""Everything in a study's folder that belongs to the study."""
+"""Read a study's folder."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class StoredStudy:
     Args:
         folder: The folder.
         settings: The study's settings.
-        versions: Versions of what computes it.
-        contents: Hashes of the rows and the models that it computes with.
-        bases: What was measured of each model that is measured already.
-        trials: The learning rates tried.
+        versions: Versions of the software that computes it.
+        contents: Hashes of its rows and models.
+        bases: Measurements of each untrained model, so far.
+        trials: The finished trials of learning rates.
         runs: The finished runs, in the study's order: by model, task, contender, budget and seed.
-        summary: What they say; None before anything was summarised.
-        num_left_out: Records in the folder of other rows, plans or settings than the study's.
+        summary: The summary; None if there is none yet.
+        num_left_out: Number of records in the folder with other rows, plans or settings than the study's.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class StoredStudy:
     num_left_out: int
 
     def profile_path(self, model: str) -> Path:
-        """Give the file of a model's profile, which may not be measured yet."""
+        """Return the file of a model's profile, which may not be measured yet."""
         return profile_path(self.folder, profile_key(self.settings, self.contents, self.versions, model))
 
     def profile(self, model: str) -> Profile:
@@ -73,13 +73,13 @@ def load_study(folder: str | os.PathLike[str]) -> StoredStudy:
     """Read a study's folder.
 
     Args:
-        folder: As ``apportion compare -o`` was told.
+        folder: The output folder of ``apportion compare``.
 
     Returns:
-        What is in it.
+        The study.
 
     Raises:
-        ConfigurationError: it holds no study, or a file in it is damaged or names what the study does not have.
+        ConfigurationError: it has no study, or a file in it is damaged or does not belong to the study.
     """
     path = Path(folder)
     note = read_note(path)
@@ -109,7 +109,7 @@ def _read_summary(path: Path, note: Note) -> Summary | None:
 
 
 def _read_bases(path: Path, note: Note) -> dict[str, Base]:
-    """Read what was measured of the study's models."""
+    """Read the measurements of the study's untrained models."""
     files = {
         model: base_path(path, base_key(note.settings, note.contents, note.versions, model))
         for model in note.settings.models
@@ -120,7 +120,7 @@ def _read_bases(path: Path, note: Note) -> dict[str, Base]:
 
 
 def _read_all(folder: Path, kind: type[K], settings: StudySettings, keys: Iterable[str]) -> tuple[tuple[K, ...], int]:
-    """Read a folder's records: those with the given keys in the study's order, and the number of all others."""
+    """Read the records with the given keys, in the study's order, and count all others."""
     known = set(keys)
     records = []
     for path in sorted(folder.glob("*.json")):
@@ -132,7 +132,7 @@ def _read_all(folder: Path, kind: type[K], settings: StudySettings, keys: Iterab
 
 
 def _require_known_names(path: Path, record: Run | Trial, settings: StudySettings) -> None:
-    """Refuse a record of a model, a task or a contender that the study does not have."""
+    """Raise an error for a record of a model, a task or a contender that the study does not have."""
     contenders = [contender.name for contender in settings.contenders]
     for name, known in (("model", settings.models), ("task", settings.tasks), ("contender", contenders)):
         if getattr(record, name) not in known:
@@ -140,7 +140,7 @@ def _require_known_names(path: Path, record: Run | Trial, settings: StudySetting
 
 
 def _place(record: Run | Trial, settings: StudySettings) -> tuple[Any, ...]:
-    """Give a record's place in the study's order."""
+    """Return a record's place in the study's order."""
     contenders = [contender.name for contender in settings.contenders]
     names = (
         settings.models.index(record.model),

@@ -1,4 +1,4 @@
-"""``summary.json``: what a study's runs say, from the runs alone."""
+"""Compute ``summary.json`` from a study's runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from apportion.study.verdict import verdicts
 
 
 def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
-    """Sum up a study's finished runs; nothing is compared while some are missing.
+    """Summarise a study's finished runs. Comparisons need all runs.
 
     Args:
         study: The study's folder, as read.
-        commands: What to type to get all this again.
+        commands: Commands that reproduce the study.
 
     Returns:
         The summary.
@@ -32,9 +32,9 @@ def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
         for _, part in itertools.groupby(runs, key=lambda run: (run.model, run.task, run.contender, run.budget))
     ]
     stability = {
-        task if len(settings.models) == 1 else f"{base.model}: {task}": found
+        task if len(settings.models) == 1 else f"{base.model}: {task}": overlap
         for base in study.bases.values()
-        for task, found in base.stability.items()
+        for task, overlap in base.stability.items()
     }
     return Summary(
         name=settings.name,
@@ -53,7 +53,7 @@ def summarise(study: StoredStudy, commands: tuple[str, ...]) -> Summary:
 
 
 def _cell(settings: StudySettings, runs: Sequence[Run]) -> CellSummary:
-    """Sum up the seeds of one contender at one budget on one task."""
+    """Summarise the seeds of one contender at one budget on one task."""
 
     def mean(values: Array) -> Interval:
         return interval([values], settings.level, settings.resamples)
@@ -78,22 +78,22 @@ def _cell(settings: StudySettings, runs: Sequence[Run]) -> CellSummary:
 
 
 def _compare_all(settings: StudySettings, runs: Sequence[Run]) -> list[Comparison]:
-    """Compare every contender with the reference, at each of the reference's budgets; then correct for their number."""
+    """Compare every contender with the reference at each of the reference's budgets, and correct p values."""
     table = {(run.model, run.contender, run.budget, run.task, run.seed): run for run in runs}
     places = []
     for model in settings.models:
         budgets = sorted({run.budget for run in runs if run.contender == settings.reference and run.model == model})
         for budget in budgets:
             for contender in settings.contenders:
-                # full fine-tuning is at no budget: once, beside the reference at its largest
+                # full fine-tuning has no budget: compare it once, with the reference at its largest
                 again = contender.method == FULL and budget != budgets[-1]
                 if contender.name != settings.reference and not again:
                     places.append((model, budget, contender))
-    found = []
+    tests = []
     for model, budget, contender in places:
         mine, other = [], []
-        own = [run.budget for run in runs if run.contender == contender.name and run.model == model]
-        at = own[0] if contender.method == FULL and own else budget
+        budgets = [run.budget for run in runs if run.contender == contender.name and run.model == model]
+        at = budgets[0] if contender.method == FULL and budgets else budget
         for task in settings.tasks:
             mine.append([table[model, contender.name, at, task, seed] for seed in range(settings.seeds)])
             other.append([table[model, settings.reference, budget, task, seed] for seed in range(settings.seeds)])
@@ -104,8 +104,8 @@ def _compare_all(settings: StudySettings, runs: Sequence[Run]) -> list[Compariso
             comparisons=len(places),
             resamples=settings.resamples,
         )
-        found.append((model, budget, contender.name, sum(map(len, mine)), test))
-    p_corrected = corrected([test.p for *_, test in found])
+        tests.append((model, budget, contender.name, sum(map(len, mine)), test))
+    p_corrected = corrected([test.p for *_, test in tests])
     return [
         Comparison(
             model=model,
@@ -121,11 +121,11 @@ def _compare_all(settings: StudySettings, runs: Sequence[Run]) -> list[Compariso
             smallest_effect=test.smallest_effect,
             differs=p <= settings.level,
         )
-        for (model, budget, contender, num_runs, test), p in zip(found, p_corrected, strict=True)
+        for (model, budget, contender, num_runs, test), p in zip(tests, p_corrected, strict=True)
     ]
 
 
 def _scores(runs: Sequence[Run], metric: Metric) -> Array:
-    """Give a task's scores: a row a run, and for exact match a column an item."""
+    """Return a task's scores: a row a run, and for exact match a column an item."""
     after: list[Score] = [run.after for run in runs]
     return numpy.array([score.items if metric == "exact_match" else [score.loss] for score in after], dtype=float)

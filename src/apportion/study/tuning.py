@@ -1,4 +1,4 @@
-"""Learning rates: as many tried for every contender, on a seed that no run of the study has."""
+"""Learning rates: the same number of trials for every contender, on a seed that no run of the study has."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ TuningCell = tuple[str, str, str, int]
 
 
 def tuning_cell(job: Job, jobs: list[Job], each: str) -> TuningCell:
-    """Tell where the learning rate of a run is chosen: its model, task, contender and budget.
+    """Return the cell in which a run's learning rate is chosen: model, task, contender and budget.
 
     Args:
         job: The run.
         jobs: All runs of the study.
-        each: As in the study's settings.
+        each: The setting `tuning.each`.
 
     Returns:
-        The run's own cell, or the one that stands for it.
+        The run's own cell, or the one whose learning rate it uses.
     """
     mine = [other for other in jobs if (other.model, other.contender) == (job.model, job.contender)]
     task = job.task if each != "contender" else mine[0].task
@@ -35,15 +35,15 @@ def tuning_cell(job: Job, jobs: list[Job], each: str) -> TuningCell:
 
 
 def grid(low: float, high: float, trials: int) -> list[float]:
-    """Spread learning rates at even distances on a logarithmic scale; one trial takes the middle.
+    """Return learning rates at even distances on a logarithmic scale; a single one is in the middle.
 
     Args:
         low: The lowest.
         high: The highest.
-        trials: How many.
+        trials: Their number.
 
     Returns:
-        The rates, to three digits.
+        The rates, rounded to three digits.
 
     Example:
         >>> grid(1e-3, 1e-1, 3)
@@ -57,9 +57,9 @@ def choose_rates(settings: StudySettings, cells: dict[TuningCell, Job], try_all:
     """Try the learning rates of every cell, and choose the one with the lowest loss on validation rows.
 
     Args:
-        settings: The study's.
-        cells: For each cell, a run on the tuning seed, whose learning rate is filled in here.
-        try_all: Does the trials, or reads those that were done before.
+        settings: The study's settings.
+        cells: For each cell, a run on the tuning seed, without a learning rate.
+        try_all: Does the trials, or reads finished ones.
 
     Returns:
         The learning rate of each cell.
@@ -68,7 +68,7 @@ def choose_rates(settings: StudySettings, cells: dict[TuningCell, Job], try_all:
         TrainingError: training diverged at every rate of a cell.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    asked: dict[Job, tuple[optuna.Study, optuna.trial.Trial]] = {}
+    optuna_trials: dict[Job, tuple[optuna.Study, optuna.trial.Trial]] = {}
     studies = {}
     for cell, job in cells.items():
         rates = grid(*settings.learning_rates(settings.contender(job.contender)), settings.tuning.trials)
@@ -77,8 +77,8 @@ def choose_rates(settings: StudySettings, cells: dict[TuningCell, Job], try_all:
             study.enqueue_trial({"lr": rate})
             trial = study.ask()
             trial.suggest_float("lr", rates[0], rates[-1], log=True)
-            asked[replace(job, lr=rate)] = study, trial
-    for (study, trial), done in zip(asked.values(), try_all(list(asked)), strict=True):
+            optuna_trials[replace(job, lr=rate)] = study, trial
+    for (study, trial), done in zip(optuna_trials.values(), try_all(list(optuna_trials)), strict=True):
         failed = optuna.trial.TrialState.FAIL if done.loss is None else None
         study.tell(trial, done.loss, state=failed)
     chosen = {}

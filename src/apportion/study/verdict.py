@@ -1,4 +1,4 @@
-"""What a study's comparisons say, in sentences."""
+"""Describe a study's comparisons in sentences."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from apportion.study.settings import FULL, StudySettings
 
 
 def verdicts(settings: StudySettings, comparisons: list[Comparison], finished: int, planned: int) -> tuple[str, ...]:
-    """Say which contenders differ from the reference, by how much, and what the data cannot tell.
+    """Describe which contenders differ from the reference and by how much, and which cannot be distinguished.
 
     Args:
         settings: The study's settings.
         comparisons: All of its comparisons.
-        finished: Runs that are done.
-        planned: Runs that the study has.
+        finished: Number of finished runs.
+        planned: Number of planned runs.
 
     Returns:
-        Sentences: first the study's, then one a comparison where there is more than one seed.
+        Sentences: one about the study, then one per comparison if there is more than one seed.
     """
     if settings.seeds == 1:
         return (_overall(settings, comparisons, finished, planned),)
@@ -25,7 +25,7 @@ def verdicts(settings: StudySettings, comparisons: list[Comparison], finished: i
 
 
 def _overall(settings: StudySettings, comparisons: list[Comparison], finished: int, planned: int) -> str:
-    """Sum the study up."""
+    """Return the sentence about the study."""
     if finished < planned:
         return f"{finished} of {planned} runs are done: no verdict is given yet."
     if settings.seeds == 1:
@@ -55,7 +55,7 @@ def _overall(settings: StudySettings, comparisons: list[Comparison], finished: i
 
 
 def _sentence(one: Comparison, settings: StudySettings) -> str:
-    """Say what one comparison found."""
+    """Return the sentence about one comparison."""
     place = f"On {one.model}, at" if len(settings.models) > 1 else "At"
     start = f"{place} {_amount(one.budget, settings.unit)}"
     full = settings.contender(one.contender).method == FULL
@@ -84,7 +84,7 @@ def _sentence(one: Comparison, settings: StudySettings) -> str:
 
 
 def _size(estimate: float, low: float, high: float, one: Comparison, settings: StudySettings) -> str:
-    """Say how much more or fewer, or higher or lower."""
+    """Describe the size of a difference."""
     numbers = f"{_points(estimate, one)} ({_points(low, one, bare=True)} to {_points(high, one, bare=True)})"
     if settings.metric == "exact_match":
         return f"answered {numbers} {'more' if one.difference.estimate > 0 else 'fewer'} items than"
@@ -92,27 +92,27 @@ def _size(estimate: float, low: float, high: float, one: Comparison, settings: S
 
 
 def _points(value: float, one: Comparison, *, bare: bool = False) -> str:
-    """Write percentage points of exact match, or nats of loss."""
+    """Format percentage points of exact match, or nats of loss."""
     if one.metric == "exact_match":
         return f"{100 * value:.1f}" + ("" if bare else " points")
     return f"{value:.3f}" + ("" if bare else " nats")
 
 
 def _is_better(one: Comparison) -> bool:
-    """Tell a gain from a loss."""
+    """Return whether a difference is an improvement."""
     return (one.difference.estimate > 0) == (one.metric == "exact_match")
 
 
 def _amount(budget: int, unit: Unit) -> str:
-    """Write a budget with its unit."""
+    """Format a budget with its unit."""
     return f"{budget:,} {unit if unit == 'parameters' else 'FLOPs a token'}"
 
 
 def _budget(one: Comparison, settings: StudySettings) -> str:
-    """Write a comparison's budget, with its model where there are several."""
+    """Format a comparison's budget, with its model if there are several."""
     return f"{one.budget:,}" + (f" on {one.model}" if len(settings.models) > 1 else "")
 
 
 def _number(count: int, noun: str) -> str:
-    """Write a number of things."""
+    """Format a count with its noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

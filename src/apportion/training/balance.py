@@ -1,4 +1,4 @@
-"""The balance loss of routed LoRA layers, as a term of the training loss."""
+"""The balance loss of routed LoRA layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from apportion.errors import ConfigurationError, TrainingError
 
 
 class BalanceLoss:
-    """Watches a model's routed LoRA layers and gives the mean of their balance losses, each the Switch form.
+    """Compute the mean balance loss of a model's routed LoRA layers, in the form of Switch Transformer.
 
-    Call `begin` before a forward pass in training and `loss` after it. Layers stop recording with `end`.
+    Call `begin` before a forward pass in training and `loss` after it. `end` makes the layers stop recording.
 
     Args:
         model: A model with adapters.
@@ -21,15 +21,15 @@ class BalanceLoss:
     Raises:
         ConfigurationError: no adapter of the model has several LoRA experts.
 
-    Source: Switch Transformer, arXiv:2101.03961, equation 4, as LoRA-SMoE, arXiv:2505.06272, leaves it open.
-    Differs: padding is left out; the mean over layers, so that one weight suits plans of any size.
+    Source: Switch Transformer, arXiv:2101.03961, equation 4. LoRA-SMoE, arXiv:2505.06272, does not give the form.
+    Differs: padding is excluded; the loss is a mean over layers, so that one weight suits plans of any size.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, LinearLora) and module.lora_router]
         if not self.layers:
             raise ConfigurationError(
-                "a balance loss was asked for, and no adapter has several LoRA experts.",
+                "balance_loss is set, but no adapter has several LoRA experts.",
                 fix="leave it out, or plan with lora_smoe, mola or uniform",
             )
         self.sums = [BalanceSums() for _ in self.layers]
@@ -37,17 +37,17 @@ class BalanceLoss:
             layer.balance.update(dict.fromkeys(layer.lora_router, sums))
 
     def begin(self, attention_mask: Tensor | None) -> None:
-        """Forget the last pass.
+        """Reset the sums for the next forward pass.
 
         Args:
-            attention_mask: Which tokens of the next pass are real, shape (sequences, positions); None for all.
+            attention_mask: Nonzero for tokens that are not padding, shape (sequences, positions); None if none is.
         """
         real_T = None if attention_mask is None else attention_mask.reshape(-1) != 0
         for sums in self.sums:
             sums.real_T, sums.loss = real_T, None
 
     def loss(self) -> Tensor:
-        """Give the mean over the layers that the last pass used: 1 where every layer is balanced.
+        """Return the mean over the layers that the last pass used. It is 1 if every layer is balanced.
 
         Returns:
             A scalar.
@@ -61,9 +61,9 @@ class BalanceLoss:
         mean = torch.stack([loss.to(used[0].device) for loss in used]).mean()
         if not mean.requires_grad:
             raise TrainingError(
-                "the balance loss has no gradient, so it would train nothing: reentrant gradient checkpointing "
-                "cuts it off.",
-                fix="use_reentrant=False, or leave the balance loss out",
+                "the balance loss has no gradient, so it would have no effect: reentrant gradient checkpointing "
+                "detaches it.",
+                fix="use use_reentrant=False, or leave the balance loss out",
             )
         return mean
 

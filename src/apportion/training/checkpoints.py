@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: the last file written lists all others, and a run goes on from nothing else."""
+"""Complete checkpoints: a manifest, written last, lists all files. Runs resume only from checkpoints with one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """List a checkpoint's files with their sizes and digests in a last file, after all of them are on the disk.
+    """Write a checkpoint's manifest (sizes and digests of its files) after all files are on disk.
 
     Args:
         folder: The checkpoint.
@@ -35,21 +35,21 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def unseal_checkpoint(folder: Path) -> None:
-    """Remove the list of a checkpoint that is about to be written again."""
+    """Remove the manifest of a checkpoint that is about to be rewritten."""
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end.
+    """Find the newest complete checkpoint.
 
     Args:
         folder: Where the checkpoints are.
 
     Returns:
-        Its folder; None where there is none.
+        Its folder, or None if there is none.
 
     Raises:
-        TrainingError: a file of it is missing or was changed since.
+        TrainingError: one of its files is missing or was changed.
     """
     for checkpoint in _newest_first(folder):
         if (checkpoint / MANIFEST).is_file():
@@ -59,27 +59,27 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_unfinished(folder: Path, used: Path | None) -> None:
-    """Remove the checkpoints whose writing was cut short, and say so.
+    """Remove incomplete checkpoints with a warning.
 
-    A trainer that keeps the newest few would count them, and remove whole ones instead.
+    Otherwise a trainer that keeps only the newest few would count them, and delete complete ones instead.
 
     Args:
         folder: Where the checkpoints are.
-        used: The checkpoint that the run goes on from, if any.
+        used: The checkpoint that the run resumes from, if any.
     """
     unfinished = [path for path in _newest_first(folder) if not (path / MANIFEST).is_file()]
     names = [path.name for path in unfinished]
     for path in unfinished:
         shutil.rmtree(path)
     if names:
-        consequence = f"goes on from {used.name}" if used else "begins anew"
+        consequence = f"resumes from {used.name}" if used else "starts from the beginning"
         warnings.warn(
-            f"{', '.join(names)} was not written to its end; the run {consequence}.", ApportionWarning, stacklevel=3
+            f"{', '.join(names)} was incomplete and was removed; the run {consequence}.", ApportionWarning, stacklevel=3
         )
 
 
 def _check(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose files are not those that its list names."""
+    """Raise an error if a checkpoint's files differ from its manifest."""
     manifest = read_json(checkpoint / MANIFEST, lambda _found: _refusal(checkpoint, f"{MANIFEST} was changed"))
     expected = manifest.get("files")
     if not isinstance(expected, dict) or manifest.get("seal") != seal(expected):
@@ -92,29 +92,29 @@ def _check(checkpoint: Path) -> None:
 
 
 def _refusal(checkpoint: Path, *problems: str) -> TrainingError:
-    """Say why a run cannot go on from a checkpoint."""
+    """Make the error for a checkpoint that was changed."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return TrainingError(
-        f"the run cannot go on from {checkpoint}: it is not as it was written.",
+        f"the run cannot resume from {checkpoint}: it was changed after it was written.",
         found=f"{problems[0]}{more}",
-        fix="put the file back, or remove this checkpoint to go on from the one before",
+        fix="restore the file, or remove this checkpoint to resume from the previous one",
     )
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Give the checkpoints of a folder, that of the latest step first."""
+    """List the checkpoints of a folder, latest step first."""
     paths = folder.iterdir() if folder.is_dir() else ()
     numbered = [(int(match[1]), path) for path in paths if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def _files(folder: Path) -> list[Path]:
-    """Give a checkpoint's files but for its list."""
+    """List a checkpoint's files except its manifest."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Give a file's size and digest."""
+    """Return a file's size and digest."""
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
         return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": digest}

@@ -1,9 +1,8 @@
-"""Full fine-tuning: every weight trains. The baseline that adapters save against."""
+"""Full fine-tuning of all weights, the baseline for adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,24 +19,23 @@ def train_all(
     folder: Path,
     settings: TrainSettings,
 ) -> TrainResult:
-    """Train every weight of a model, in place; nothing is saved and nothing resumed.
+    """Train all weights of a model in place. Nothing is saved, and the run cannot be resumed.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         rows: Training rows.
         folder: Folder for the trainer's files.
-        settings: Settings of the run; those of adapters are not used.
+        settings: Settings of the run. Those of adapters are ignored.
 
     Returns:
         The trained model and the run's figures.
 
     Raises:
         DataError: the rows cannot be trained on.
-        TrainingError: the loss is not a number.
+        TrainingError: the loss is not finite.
     """
     settings.check()
     checked = check_rows(rows, tokenizer, settings.max_length)
     model.requires_grad_(True)  # noqa: FBT003 - PyTorch's signature
-    fitted = fit(model, tokenizer, checked.rows, folder, settings, truncated=checked.truncated, progress=False)
-    return replace(fitted, left_out=checked.left_out)
+    return fit(model, tokenizer, checked, folder, settings, progress=False)

@@ -1,4 +1,4 @@
-"""Signals that end a training run: a checkpoint first."""
+"""Signals that end a training run after a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from apportion.training.processes import largest
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns Ctrl-C, SIGTERM and SIGHUP into a checkpoint and an end.
+    """Write a checkpoint and stop on Ctrl-C, SIGTERM and SIGHUP.
 
-    `signal` is the number of the one that came, to whichever process of the run; 0 where none did.
+    `signal` is the number of the signal that any process of the run received, or 0.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while training runs; a second one does what it would have done before.
+        """Handle the signals while training runs. A second signal gets its previous handler.
 
         Yields:
             Nothing.
@@ -41,7 +41,7 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 if handler is not signal.SIG_IGN:
                     signal.signal(number, note)
-        except ValueError:  # not in the main thread: signals are somebody else's
+        except ValueError:  # not in the main thread, where signal handlers cannot be set
             yield
             return
         try:
@@ -53,7 +53,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Save and stop after the step in which a signal came."""
+        """Save and stop after the step in which a signal arrived."""
         self.signal = largest(self.signal)
         if self.signal:
             control.should_save = True

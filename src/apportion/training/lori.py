@@ -1,4 +1,4 @@
-"""LoRI's two phases: train all of B, keep its largest entries, start again and train those alone."""
+"""LoRI's two phases: train all of B, keep its largest entries, restart and train only those."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from apportion.errors import ConfigurationError
-from apportion.peft.attach import check_attachable
+from apportion.peft.attach import PhaseOptions, check_attachable
 from apportion.peft.masks import extract_mask
 from apportion.records.mask import load_mask
 from apportion.training.phase import run_phase
@@ -26,26 +26,26 @@ DENSE_FOLDER = "dense"
 def train_sparse(model: PreTrainedModel, run: Run) -> TrainResult:
     """Train a sparse plan.
 
-    First (D) all of B trains on the frozen A, in the subfolder ``dense``. Then the largest entries of B by magnitude
-    are kept, as many as the plan counts, and written to ``mask.safetensors``. Last (S) training starts again from B
-    zero on the same A, with the kept entries alone. Each phase resumes.
+    First (D), all of B trains on the frozen A, in the subfolder ``dense``. Then the entries of B largest in magnitude
+    are kept, as many as the plan counts, and written to ``mask.safetensors``. Last (S), training restarts from zero B
+    on the same A and trains only the kept entries. Each phase can be resumed.
 
     Args:
-        model: The base model; it gets the adapters.
-        run: What is trained, where and how. Its settings are the second phase's, but for the options of `sparse`. Its
-            mask has the entries to train; the first phase is then left out.
+        model: The base model; the adapters are attached to it.
+        run: The run's plan, data, folder and settings. The settings are those of the second phase, except `sparse`. If
+            the run has a mask, the first phase is skipped.
 
     Returns:
-        What the second phase did, or the first one where it was interrupted.
+        The result of the second phase, or of the first one if it was interrupted.
 
     Raises:
-        ConfigurationError: the mask does not fit the plan, or `resume` was asked for a run of other settings.
-        OutputExistsError: the folder has something in it and `resume` was not asked for.
-        TrainingError: the loss is not a number.
+        ConfigurationError: the mask does not fit the plan, or `resume` was set for a run with other settings.
+        OutputExistsError: the folder is not empty and `resume` was not set.
+        TrainingError: the loss is not finite.
 
     Source: LoRI, arXiv:2504.07448, LoRI-D and LoRI-S, and its released code.
-    Differs: A is drawn from the seed and the same in both phases, so that the mask fits it (`redraw_a` draws another
-        one for the second phase, as the release does); the first phase has a tenth of the second's steps by default.
+    Differs: both phases draw the same A from the seed, so that the mask fits it (with `redraw_a` the second phase draws
+        a new one, as the release does); by default the first phase has a tenth of the second's steps.
     """
     folder, settings, identity = run.folder, run.settings, run.identity()
     on_first(lambda: open_run(folder, identity, resume=run.resume))
@@ -53,7 +53,7 @@ def train_sparse(model: PreTrainedModel, run: Run) -> TrainResult:
     num_rows = len(check_rows(run.rows, run.tokenizer, settings.max_length).rows)
     unused = [name for name in settings.sparse.given if name != "store_a"]
     if run.mask is not None and unused:
-        raise ConfigurationError(f"{', '.join(unused)} find a mask, and one was given.", fix="leave them out")
+        raise ConfigurationError(f"{', '.join(unused)} have no effect if a mask is given.", fix="leave them out")
     on_first(lambda: run.write(identity))
     run = replace(run, resume=True)
     base: Any = model
@@ -63,37 +63,33 @@ def train_sparse(model: PreTrainedModel, run: Run) -> TrainResult:
         dense = _train_dense(base, run, num_rows)
         if dense.interrupted:
             return dense
-        found = extract_mask(dense.model, "default", run.plan, settings.sparse.mask_granularity)
+        mask = extract_mask(dense.model, "default", run.plan, settings.sparse.mask_granularity)
         if settings.sparse.redraw_a:
-            found = replace(found, a_checksum=None)
-        on_first(partial(found.save, folder / MASK_FILE))
+            mask = replace(mask, a_checksum=None)
+        on_first(partial(mask.save, folder / MASK_FILE))
         base = dense.model.unload()
-    attach = {"mask": load_mask(folder / MASK_FILE), "store_a": settings.sparse.store_a, **_below(run)}
-    return run_phase(base, run, identity, attach)
+    options = PhaseOptions(store_a=settings.sparse.store_a, on_top_of=run.on_top_of)
+    return run_phase(base, run, identity, options, mask=load_mask(folder / MASK_FILE))
 
 
 def _train_dense(model: Any, run: Run, num_rows: int) -> TrainResult:
-    """Train all of B, in a folder below the run's."""
+    """Train all of B, in a subfolder of the run's folder."""
     seed = run.settings.seed + 1 if run.settings.sparse.redraw_a else run.settings.seed
-    phase = replace(run, folder=run.folder / DENSE_FOLDER, settings=dense_settings(run.settings, num_rows))
-    return run_phase(model, phase, phase.identity(), {"dense_b": True, "seed": seed, **_below(run)})
-
-
-def _below(run: Run) -> dict[str, Any]:
-    """Say what the model was merged with before."""
-    return {"on_top_of": (run.facts or {}).get("on_top_of")}
+    dense_run = replace(run, folder=run.folder / DENSE_FOLDER, settings=dense_settings(run.settings, num_rows))
+    options = PhaseOptions(dense_b=True, on_top_of=run.on_top_of)
+    return run_phase(model, dense_run, dense_run.identity(), options, seed=seed)
 
 
 def dense_settings(settings: TrainSettings, num_rows: int) -> TrainSettings:
-    """Give the first phase's settings.
+    """Return the first phase's settings.
 
     Args:
-        settings: The second phase's.
-        num_rows: Training rows.
+        settings: The second phase's settings.
+        num_rows: Number of training rows.
 
     Returns:
-        A tenth of the steps, at least 2 since the first one warms up, and a tenth of the learning rate, where nothing
-        else was asked for.
+        Settings with `dense_steps` and `dense_lr`. Their defaults are a tenth of the steps (at least 2, since the first
+        one is warm-up) and a tenth of the learning rate.
     """
     batches = math.ceil(num_rows / (settings.batch_size * settings.gradient_accumulation * num_processes()))
     steps = settings.steps or math.ceil(settings.epochs * batches)

@@ -1,4 +1,4 @@
-"""What several processes of one run, as torchrun and accelerate start them, must not each do for themselves."""
+"""Coordination of a run's processes, as started by torchrun or accelerate."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 def on_first(action: Callable[[], T]) -> T:
-    """Do something on the first process alone; the others wait for it.
+    """Run an action only on the first process; the others wait for it.
 
     Args:
-        action: What is done: files are checked or written.
+        action: The action, such as checking or writing files.
 
     Returns:
-        What it gave, on every process. Where it raised an error, every process raises it.
+        The action's result, on every process. If it raises an error, every process raises it.
     """
     outcome: list[Any] = [None, None]
     if _state().is_main_process:
@@ -42,7 +42,7 @@ def on_first(action: Callable[[], T]) -> T:
 
 @contextmanager
 def locked_by_first(folder: Path) -> Iterator[None]:
-    """Hold a folder for this run: the first process does, for all of them.
+    """Lock a folder for this run. The first process holds the lock for all.
 
     Args:
         folder: The folder.
@@ -51,7 +51,7 @@ def locked_by_first(folder: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        FolderInUseError: another run holds the folder.
+        FolderInUseError: another run has locked the folder.
     """
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(locked(folder)))
@@ -59,13 +59,13 @@ def locked_by_first(folder: Path) -> Iterator[None]:
 
 
 def largest(value: int) -> int:
-    """Give the largest of all processes' numbers.
+    """Return the largest value over all processes.
 
     Args:
-        value: This process's.
+        value: This process's value.
 
     Returns:
-        The same on all of them.
+        The maximum, the same on every process.
     """
     state = _state()
     if state.num_processes == 1:
@@ -74,12 +74,12 @@ def largest(value: int) -> int:
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this point."""
     _state().wait_for_everyone()
 
 
 def _picklable(error: Exception | None) -> Exception | None:
-    """Give an error that the other processes can be told."""
+    """Return an error that can be sent to the other processes."""
     try:
         pickle.dumps(error)
     except Exception:  # noqa: BLE001 - any reason will do
@@ -94,5 +94,5 @@ def num_processes() -> int:
 
 
 def _state() -> Any:
-    """Give accelerate's view of this process; without a GPU it has to be told that processes run on CPUs."""
+    """Return accelerate's view of this process. Without a GPU, `cpu` has to be set explicitly."""
     return PartialState(cpu=not torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""A training run's folder: what it was started with, and where it can go on."""
+"""A training run and its folder: the run's identity, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _EARLIER_PLAN = "plan_schema_1"
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: what is trained on what, where and how.
+    """A training run: plan, data, folder and settings.
 
     Args:
         tokenizer: The model's tokenizer.
         plan: The plan.
         rows: Training rows.
-        folder: Folder for the adapter, the checkpoints and the run's facts.
+        folder: Folder for the adapter, the checkpoints and the run's files.
         settings: Settings of the run.
-        mask: For a sparse plan, the entries to train, where they were given.
-        resume: Go on in a folder that the same run has left; begin if it is empty.
-        progress: Show a bar on standard error.
-        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``, ``on_top_of``.
+        mask: For a sparse plan, the entries to train, if given.
+        resume: Resume the run in the folder; start anew if the folder is empty.
+        progress: Show a progress bar on standard error.
+        facts: Facts to record in the folder: ``model``, ``dtype``, ``data``, ``on_top_of``.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,8 +49,14 @@ class Run:
     progress: bool = True
     facts: dict[str, Any] | None = None
 
+    @property
+    def on_top_of(self) -> dict[str, str] | None:
+        """The adapter that was merged into the base model, as `merge_below` returns it."""
+        below: dict[str, str] | None = (self.facts or {}).get("on_top_of")
+        return below
+
     def identity(self) -> dict[str, Any]:
-        """Return digests of what two sittings of the run must share; how often checkpoints are written may differ."""
+        """Return digests of what must be equal to resume the run: everything except `save_every`."""
         shared = {name: value for name, value in self.settings.resolved().items() if name != "save_every"}
         base = {name: (self.facts or {}).get(name) for name in ("model", "dtype", "on_top_of")}
         return {
@@ -63,29 +69,29 @@ class Run:
         }
 
     def write(self, identity: dict[str, Any]) -> None:
-        """Write what the run was started with into its folder.
+        """Write the run's identity, settings and facts to its folder.
 
         Args:
-            identity: As `identity` returns it, of this run or of the one that it is a phase of.
+            identity: As `identity` returns it, for this run or for the run that it is a phase of.
         """
         facts = {"identity": identity, "settings": self.settings.as_dict(), **(self.facts or {})}
         write_text(self.folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | None:
-    """Check a run's folder, and find the checkpoint to go on from.
+    """Check a run's folder, and find the checkpoint to resume from.
 
     Args:
         folder: The folder.
         identity: As `Run.identity` returns it.
-        resume: Whether a run in the folder may be gone on with.
+        resume: Whether to resume a run in the folder.
 
     Returns:
-        The checkpoint, or None to begin.
+        The checkpoint, or None to start from the beginning.
 
     Raises:
-        ConfigurationError: the run in the folder was started with something else.
-        OutputExistsError: the folder has something in it and `resume` was not asked for.
+        ConfigurationError: the run in the folder was started with another plan, data or settings.
+        OutputExistsError: the folder is not empty and `resume` is False.
         TrainingError: the newest checkpoint was changed since it was written.
     """
     if not resume:
@@ -97,7 +103,7 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
         return None
     before = _read_identity(run_file)
     accepted: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in identity.items() if name != _EARLIER_PLAN}
-    accepted["plan"] += (identity.get(_EARLIER_PLAN),)  # of a run that an earlier version began
+    accepted["plan"] += (identity.get(_EARLIER_PLAN),)  # in case an earlier version started the run
     changed = [name for name, values in accepted.items() if before.get(name) not in values]
     if changed:
         raise ConfigurationError(
@@ -107,24 +113,24 @@ def open_run(folder: Path, identity: dict[str, Any], *, resume: bool) -> Path | 
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None and _EARLIER_PLAN not in before and (folder / CHECKPOINTS).is_dir():
         raise ConfigurationError(
-            f"the run in {folder} was begun by an earlier version, whose checkpoints cannot be checked.",
-            fix="go on with that version, or train into another folder",
+            f"the run in {folder} was started by an earlier version, whose checkpoints cannot be checked.",
+            fix="resume with that version, or train into another folder",
         )
     remove_unfinished(folder / CHECKPOINTS, checkpoint)
     return checkpoint
 
 
 def _read_identity(run_file: Path) -> dict[str, Any]:
-    """Read what a run was started with."""
+    """Read a run's identity from its file."""
 
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(
             f"{run_file} is damaged, so the run cannot be resumed.",
             found=found,
-            fix="put the file back, or train into another folder",
+            fix="restore the file, or train into another folder",
         )
 
     identity = read_json(run_file, damaged).get("identity")
     if not isinstance(identity, dict):
-        raise damaged("it does not say what the run was started with")
+        raise damaged("it has no field 'identity'")
     return identity

@@ -1,4 +1,4 @@
-"""What a training run is told."""
+"""Settings of a training run."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from apportion.records.options import SparseTraining, read_options
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of one run; the defaults suit an adapter of rank 32.
+    """Settings of a run. The defaults are meant for adapters of rank 32.
 
     Args:
-        epochs: Passes over the data, where `steps` is not given.
+        epochs: Passes over the data, if `steps` is not given.
         steps: Optimizer steps; overrides `epochs`.
         lr: Peak learning rate.
-        batch_size: Rows a device and step.
-        gradient_accumulation: Batches an optimizer step.
-        max_length: Tokens of a row that are kept.
-        seed: Seed of the factors' start and of the rows' order.
-        warmup_frac: Share of the steps over which the learning rate rises; after them it falls as a cosine.
+        batch_size: Rows per device and forward pass.
+        gradient_accumulation: Batches per optimizer step.
+        max_length: Maximum number of tokens per row; longer rows are truncated.
+        seed: Seed of the factors' initial values and of the row order.
+        warmup_frac: Fraction of the steps used for warm-up. The learning rate then decays as a cosine.
         weight_decay: AdamW's weight decay.
-        max_grad_norm: Norm that gradients are clipped to.
-        dropout: Share of the adapters' inputs that is dropped.
-        router_aux_loss: Weight of the model's own load-balancing loss; 0 leaves it out.
-        balance_loss: Weight of the balance loss of routed LoRA layers; 0 leaves it out.
-        gradient_checkpointing: Recompute activations in the backward pass, for less memory and more time.
-        bf16: Compute in bfloat16 where autocast allows it.
-        save_every: Steps between two checkpoints.
-        sparse: Options of sparse plans' two phases; also as a dictionary of those that were given.
+        max_grad_norm: Maximum gradient norm for clipping.
+        dropout: Dropout probability of the adapters' inputs.
+        router_aux_loss: Weight of the model's own load-balancing loss; 0 disables it.
+        balance_loss: Weight of the balance loss of routed LoRA layers; 0 disables it.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        bf16: Use bfloat16 autocast.
+        save_every: Steps between checkpoints.
+        sparse: Options of the two phases of sparse plans; a dictionary is also accepted.
     """
 
     epochs: float = 3.0
@@ -53,12 +53,12 @@ class TrainSettings:
     sparse: SparseTraining = field(default_factory=SparseTraining)
 
     def __post_init__(self) -> None:
-        """Read the options of sparse plans where they came as a dictionary."""
+        """Convert a dictionary of options of sparse plans."""
         if isinstance(self.sparse, Mapping):
             object.__setattr__(self, "sparse", read_options(SparseTraining, self.sparse, "training of sparse plans"))
 
     def check(self) -> None:
-        """Refuse settings that no run can have.
+        """Check that all settings are in range.
 
         Raises:
             ConfigurationError: a setting is out of range.
@@ -73,16 +73,16 @@ class TrainSettings:
             raise ConfigurationError(f"epochs={self.epochs} trains nothing.", fix="give a number above 0")
         for name in ("router_aux_loss", "balance_loss"):
             if not getattr(self, name) >= 0:
-                raise ConfigurationError(f"{name}={getattr(self, name)} is no weight.", fix="give 0 or more")
+                raise ConfigurationError(f"{name}={getattr(self, name)} is negative.", fix="give 0 or more")
         if not self.lr > 0:
             raise ConfigurationError(f"lr={self.lr} trains nothing.", fix="give a number above 0")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: of the options of sparse plans, those that were given."""
+        """Return plain data for JSON. Of the options of sparse plans, only those that were given are included."""
         return asdict(self) | {"sparse": self.sparse.model_dump(mode="json", include=set(self.sparse.given))}
 
     def resolved(self) -> dict[str, Any]:
-        """Return every setting as plain data, in which it makes no difference whether a default was given."""
+        """Return all settings as plain data, defaults included."""
         settings = asdict(self) | self.sparse.model_dump(mode="json")
         del settings["sparse"]
         return settings

@@ -1,4 +1,4 @@
-"""`train`: supervised fine-tuning of a planned adapter, in as many phases as the plan needs."""
+"""`train`: supervised fine-tuning of a planned adapter, in one or two phases."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
+from apportion.peft.attach import PhaseOptions
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
 from apportion.training.lori import train_sparse
@@ -22,13 +23,13 @@ from apportion.training.trainer import TrainResult
 
 
 class RunOptions(TypedDict, total=False):
-    """What `train` may be told beside the settings; a run's results do not depend on most of it.
+    """Options of `train` besides the settings.
 
     Args:
-        mask: For a sparse plan, the entries to train, instead of those that a first phase finds.
-        resume: Go on in a folder that a run with the same settings, plan and rows has left; begin if it is empty.
-        progress: Show a bar on standard error; it does where not given.
-        facts: More facts to keep in the folder: ``model``, ``dtype``, ``data``; ``on_top_of``, as `merge_below` gives
+        mask: For a sparse plan, the entries to train. If given, the first phase is skipped.
+        resume: Resume a run with the same settings, plan and rows in the folder; start anew if the folder is empty.
+        progress: Show a progress bar on standard error (default: True).
+        facts: Facts to record in the folder: ``model``, ``dtype``, ``data``, and ``on_top_of`` as `merge_below` returns
             it.
     """
 
@@ -49,43 +50,43 @@ def train(
 ) -> TrainResult:
     """Attach a plan's adapters, train them on the rows' completions, and save them.
 
-    The loop, the schedule and the checkpoints are TRL's and transformers'. A checkpoint is written every
-    `save_every` steps and on Ctrl-C, SIGTERM and SIGHUP; a run that was killed goes on from the last whole one with
-    `resume`, and ends with the same weights as a run that was not. A sparse plan is trained as `train_sparse` says.
+    TRL and transformers provide the loop, the schedule and the checkpoints. A checkpoint is written every
+    `save_every` steps and on Ctrl-C, SIGTERM and SIGHUP. With `resume`, a killed run continues from the last complete
+    checkpoint and ends with the same weights as an uninterrupted run. Sparse plans are trained by `train_sparse`.
 
     Args:
-        model: The base model; it gets the adapters.
+        model: The base model; the adapters are attached to it.
         tokenizer: Its tokenizer.
         plan: The plan.
-        rows: Training rows; the loss counts their completions alone, or all of a ``text`` row.
-        output: Folder for the adapter, the checkpoints and the run's facts.
+        rows: Training rows. The loss covers only completions, or all tokens of a ``text`` row.
+        output: Folder for the adapter, the checkpoints and the run's files.
         settings: Settings of the run.
-        **options: A ``mask``, ``resume``, ``progress`` and ``facts``, as `RunOptions` has them.
+        **options: ``mask``, ``resume``, ``progress`` and ``facts``; see `RunOptions`.
 
     Returns:
         The trained model and the run's figures.
 
     Raises:
-        ConfigurationError: a setting is out of range, `resume` was asked for a run of other settings, or a mask was
+        ConfigurationError: a setting is out of range, `resume` was set for a run with other settings, or a mask was
             given for a plan that is not sparse.
-        FolderInUseError: another process trains in the folder.
-        OutputExistsError: the folder has something in it and `resume` was not asked for.
+        FolderInUseError: another process is training in the folder.
+        OutputExistsError: the folder is not empty and `resume` was not set.
         PlanMismatchError: the plan is for another model.
-        TrainingError: the loss or a weight is not a number, or the newest checkpoint was changed.
+        TrainingError: the loss or a weight is not finite, or the newest checkpoint was changed.
     """
     run = Run(tokenizer, plan, rows, Path(output), settings or TrainSettings(), **options)
     run.settings.check()
     if run.settings.balance_loss and plan.is_mergeable:
         raise ConfigurationError(
-            "a balance loss was asked for, and no adapter has several LoRA experts.",
+            "balance_loss is set, but no adapter has several LoRA experts.",
             fix="leave it out, or plan with lora_smoe, mola or uniform",
         )
     if not plan.is_sparse and (run.mask is not None or run.settings.sparse.given):
-        asked = "a mask" if run.mask is not None else ", ".join(run.settings.sparse.given)
+        option = "a mask" if run.mask is not None else ", ".join(run.settings.sparse.given)
         raise ConfigurationError(
-            f"{asked} was given, and the plan is not sparse.", fix="leave it out, or plan with lori or hellori"
+            f"{option} was given, but the plan is not sparse.", fix="leave it out, or plan with lori or hellori"
         )
     with locked_by_first(run.folder):
         if plan.is_sparse:
             return train_sparse(model, run)
-        return run_phase(model, run, run.identity(), {"on_top_of": (run.facts or {}).get("on_top_of")})
+        return run_phase(model, run, run.identity(), PhaseOptions(on_top_of=run.on_top_of))

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, told what a run is told: it stops at numbers that are not finite, and on signals."""
+"""TRL's `SFTTrainer` with this package's settings. It stops at non-finite numbers and on signals."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ from apportion.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did.
+    """The trained model and the figures of a run.
 
     Args:
         model: The trained model.
-        steps: Optimizer steps done.
+        steps: Number of optimizer steps.
         loss: Mean training loss over the run.
         tokens: Tokens trained on, over all steps.
-        seconds: Wall time of this sitting's steps.
-        tokens_per_s: Tokens of this sitting over its time.
-        truncated: Rows cut to `max_length`.
-        signal: Number of the signal that ended the run early, after a checkpoint; 0 where none did.
-        loss_curve: Step and training loss.
-        left_out: Rows with no completion token within `max_length`, which were not trained on.
+        seconds: Wall time since the run was started or last resumed.
+        tokens_per_s: Tokens per second in that time.
+        truncated: Number of rows truncated to `max_length`.
+        signal: Number of the signal that ended the run early, after a checkpoint; 0 if none did.
+        loss_curve: Steps and their training losses.
+        left_out: Number of rows skipped because no completion token is within `max_length`.
     """
 
     model: PreTrainedModel | PeftModel
@@ -74,28 +74,29 @@ class TrainResult:
         return self.signal != 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the figures, for JSON."""
-        left_out = ("model", "loss_curve", "signal")
-        figures = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
+        """Return the figures for JSON."""
+        excluded = ("model", "loss_curve", "signal")
+        figures = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in excluded}
         return figures | {"interrupted": self.interrupted}
 
 
 def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:
-    """Refuse rows that cannot be trained on, such as several formats, which the trainer reads all as the first one.
+    """Check that rows can be trained on.
 
-    Rows whose completion is cut off whole are left out with a warning.
+    All rows must have one format, because the trainer reads them all in the format of the first one. Rows without a
+    completion token within `max_length` are skipped with a warning.
 
     Args:
         rows: Training rows.
         tokenizer: The model's tokenizer.
-        max_length: Tokens of a row that are kept.
+        max_length: Maximum number of tokens per row.
 
     Returns:
         The rows to train on.
 
     Raises:
-        DataError: the rows have several formats, no row has a completion token within `max_length`, or a row has no
-            token or no chat template.
+        DataError: the rows have several formats, no row has a completion token within `max_length`, a row has no token,
+            or the tokenizer has no chat template for messages.
     """
     trainable = trainable_rows(rows, tokenizer, max_length)
     formats = {
@@ -103,7 +104,7 @@ def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_leng
     }
     if len(formats) > 1:
         raise DataError(
-            f"the rows have several formats: {' and '.join(sorted(formats))}.", fix="bring all tasks into one format"
+            f"the rows have several formats: {' and '.join(sorted(formats))}.", fix="convert all tasks to one format"
         )
     if trainable.left_out:
         warnings.warn(
@@ -117,31 +118,29 @@ def check_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_leng
 def fit(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    checked: TrainableRows,
     folder: Path,
     settings: TrainSettings,
     *,
-    truncated: int,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train the weights of a model that want a gradient.
+    """Train the weights of a model that require a gradient.
 
     Args:
-        model: The model, as it is to be trained.
+        model: The model, with adapters attached if adapters are trained.
         tokenizer: Its tokenizer.
-        rows: Training rows.
+        checked: Training rows, as `check_rows` returns them.
         folder: Folder for checkpoints.
         settings: Settings of the run.
-        truncated: As `check_rows` gives it.
-        checkpoint: Where to go on from.
-        progress: Show a bar on standard error.
+        checkpoint: Checkpoint to resume from.
+        progress: Show a progress bar on standard error.
 
     Returns:
         The trained model and the run's figures.
 
     Raises:
-        TrainingError: the loss, a weight or its optimizer's state is not a number.
+        TrainingError: the loss, a weight or its optimizer state is not finite.
     """
     _warn_of_small_caches(model, settings)
     balance = BalanceLoss(model) if settings.balance_loss else None
@@ -150,7 +149,7 @@ def fit(
         trainer = _Trainer(
             model=model,
             args=_arguments(folder / CHECKPOINTS, settings, progress=progress),
-            train_dataset=Dataset.from_list([_without_answer(row) for row in rows]),
+            train_dataset=Dataset.from_list([_without_answer(row) for row in checked.rows]),
             processing_class=tokenizer,
             callbacks=[stop],
         )
@@ -162,26 +161,26 @@ def fit(
         start = time.perf_counter()
         try:
             with stop.listening():
-                trainer.go_on_from(checkpoint)
+                trainer.train_from(checkpoint)
             trainer.refuse_non_finite()
         finally:
             if balance is not None:
                 balance.end()
         seconds = time.perf_counter() - start
-    return trainer.result(seconds, truncated, largest(stop.signal))
+    return trainer.result(seconds, checked, largest(stop.signal))
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer, stopped by the first loss or weight that is not finite."""
+    """TRL's trainer, stopped by the first non-finite loss or weight."""
 
     tokens_before = 0
     balance: BalanceLoss | None = None
     balance_weight = 0.0
 
-    def go_on_from(self, checkpoint: Path | None) -> None:
-        """Train to the end: from the beginning, from a checkpoint, or not at all where that was the last one.
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from the beginning or from a checkpoint.
 
-        transformers does one step too many when it resumes a run that had reached its end.
+        Nothing is trained if the checkpoint is that of the last step: transformers would do one step too many.
         """
         if checkpoint is None:
             self.train()
@@ -194,8 +193,8 @@ class _Trainer(SFTTrainer):
             set_peft_model_state_dict(self.model, load_peft_weights(str(checkpoint), device="cpu"))
             self.state = before
 
-    def result(self, seconds: float, truncated: int, signal: int) -> TrainResult:
-        """Give what the run did."""
+    def result(self, seconds: float, checked: TrainableRows, signal: int) -> TrainResult:
+        """Return the run's figures."""
         tokens = int(self.state.num_input_tokens_seen)
         losses = [{"step": e["step"], "loss": float(e["loss"])} for e in self.state.log_history if "loss" in e]
         return TrainResult(
@@ -205,36 +204,37 @@ class _Trainer(SFTTrainer):
             tokens=tokens,
             seconds=seconds,
             tokens_per_s=(tokens - self.tokens_before) / seconds,
-            truncated=truncated,
+            truncated=checked.truncated,
             signal=signal,
             loss_curve=tuple(losses),
+            left_out=checked.left_out,
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Add the balance loss, where there is one."""
+        """Add the balance loss, if any."""
         if self.balance is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.balance.begin(inputs.get("attention_mask"))
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss, *outputs = result if isinstance(result, tuple) else (result,)
-        own = self.balance.loss().to(loss.device) * self.balance_weight
+        balance_loss = self.balance.loss().to(loss.device) * self.balance_weight
         if (
             self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-        ):  # then nobody divides by the accumulated batches any more
-            own = own / self.current_gradient_accumulation_steps
-        return (loss + own, *outputs) if outputs else loss + own
+        ):  # in this case transformers does not divide by the number of accumulated batches
+            balance_loss = balance_loss / self.current_gradient_accumulation_steps
+        return (loss + balance_loss, *outputs) if outputs else loss + balance_loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one step and look at its loss."""
+        """Run one step and check its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         value = float(loss)
         if largest(int(not math.isfinite(value))):
-            became = value if not math.isfinite(value) else "not finite on another process"
-            self._stop(f"the loss became {became} at step {self.state.global_step + 1}")
+            problem = value if not math.isfinite(value) else "not finite on another process"
+            self._stop(f"the loss became {problem} at step {self.state.global_step + 1}")
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint of finite numbers alone, and list its files when all processes have written theirs."""
+        """Write a checkpoint if all numbers are finite, then its manifest once all processes are done."""
         self.refuse_non_finite()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         on_first(lambda: unseal_checkpoint(folder))
@@ -243,7 +243,7 @@ class _Trainer(SFTTrainer):
         on_first(lambda: seal_checkpoint(folder))
 
     def refuse_non_finite(self) -> None:
-        """Stop where a weight that trains, or the optimizer's state of it, is not finite on any process."""
+        """Stop if a trainable weight or its optimizer state is not finite on any process."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         names = non_finite(trained)
         if not names and self.optimizer is not None:
@@ -258,38 +258,38 @@ class _Trainer(SFTTrainer):
                        f"{self.state.global_step}")  # fmt: skip
 
     def _stop(self, reason: str) -> NoReturn:
-        """Raise an error that names the checkpoint to go back to."""
+        """Raise an error that names the last good checkpoint."""
         try:
             last = last_checkpoint(Path(self.args.output_dir))
-        except TrainingError as error:  # it was changed meanwhile: the reason to stop comes first
+        except TrainingError as error:  # the checkpoint was changed meanwhile; report the reason to stop first
             raise TrainingError(f"{reason}; training stopped.", found=error.what) from error
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+        checkpoint = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
         raise TrainingError(
             f"{reason}; training stopped.",
-            found=kept,
-            fix="lower the learning rate, or look for broken rows near this step",
+            found=checkpoint,
+            fix="lower the learning rate, or check the rows near this step",
         )
 
 
 class _Bar(ProgressCallback):
-    """One bar on standard error with the newest figures beside it; transformers' own prints them on standard output."""
+    """A progress bar on standard error that shows the latest figures. transformers prints them on standard output."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the newest figures."""
+        """Show the latest figures."""
         logs = kwargs.get("logs", {})
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=logs["loss"], lr=logs["learning_rate"])
 
 
 def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTConfig:
-    """Translate the settings into TRL's."""
+    """Convert the settings to TRL's."""
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.steps if settings.steps is not None else -1,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_frac,  # below 1: a share of all steps
+        warmup_steps=settings.warmup_frac,  # values below 1 are a fraction of all steps
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=settings.batch_size,
@@ -313,26 +313,26 @@ def _arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTC
 
 
 def _warn_of_small_caches(model: PreTrainedModel | PeftModel, settings: TrainSettings) -> None:
-    """Say so where PyTorch started with room for fewer prepared products than batches of many lengths need."""
+    """Warn if oneDNN's primitive caches are too small for batches of many lengths."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     missing = [f"{name}={value}" for name, value in CPU_CACHES.items() if name not in os.environ]
     if missing and not torch.cuda.is_available() and (settings.bf16 or base.dtype == torch.bfloat16):
         warnings.warn(
-            "bfloat16 on a CPU prepares products of every new shape, and forgets them where many come. For speed, set "
-            f"{' and '.join(missing)} before Python starts.",
+            "bfloat16 on a CPU is slow with batches of many lengths, because PyTorch's caches of prepared matrix "
+            f"products are too small. For speed, set {' and '.join(missing)} before Python starts.",
             ApportionWarning,
             stacklevel=3,
         )
 
 
 def _without_answer(row: Row) -> Row:
-    """Leave out the column that training does not use."""
+    """Drop the column that training does not use."""
     return {name: value for name, value in row.items() if name != "answer"}
 
 
 @contextmanager
 def _config_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Give the model's configuration back the settings that a trainer changes for itself."""
+    """Restore the settings of the model's configuration that the trainer changes."""
     config = (model.get_base_model() if isinstance(model, PeftModel) else model).config.get_text_config()
     names = ("output_router_logits", "router_aux_loss_coef", "use_cache")
     before = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -345,22 +345,22 @@ def _config_restored(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Have PyTorch add up in a fixed order where it can, so that equal runs end with equal weights."""
+    """Use PyTorch's deterministic algorithms where they exist, so that equal runs give equal weights."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     flags: Any = torch.utils.deterministic
-    filled = flags.fill_uninitialized_memory
+    fill_before = flags.fill_uninitialized_memory
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    flags.fill_uninitialized_memory = False  # a third of the time, to find bugs we do not have
+    flags.fill_uninitialized_memory = False  # a debugging aid that takes about a third of the time
     try:
         yield
     finally:
-        flags.fill_uninitialized_memory = filled
+        flags.fill_uninitialized_memory = fill_before
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager
 def _quiet(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Give the tokenizer its padding side back, keep its threads out of forks, and hide the data's own bars."""
+    """Hide datasets' progress bars, disable tokenizer threads, and restore the tokenizer's padding side."""
     side = tokenizer.padding_side
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     hidden = datasets.are_progress_bars_disabled()
