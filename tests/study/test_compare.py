@@ -167,6 +167,8 @@ def test_rates_at_which_training_diverges_are_left_out(
 
     folder = tmp_path / "out"
     _copy(finished, folder)
+    for path in folder.glob("tuning/*.json"):
+        path.unlink()
     monkeypatch.setattr(Bench, "trial", trial)
     done = _compare(study_file, "-o", folder)
     assert done.exit_code == 2

@@ -18,7 +18,7 @@ try:
     from apportion.study.matrix import run_study, write_summary
     from apportion.study.page import write_page
 except ModuleNotFoundError as error:
-    if error.name not in ("matplotlib", "optuna", "scipy"):
+    if error.name not in ("matplotlib", "scipy"):
         raise
     raise MissingDependencyError("comparisons", package=str(error.name), extra="study") from error
 from apportion.data.sources import named_sources

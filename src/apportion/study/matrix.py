@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,10 +14,13 @@ from apportion.records.locks import locked
 from apportion.records.profile import Profile
 from apportion.study.budgets import fit, resolve_budget, spent_by
 from apportion.study.contents import read_study_rows
+from apportion.study.driver import Driver, duration
+from apportion.study.executors.base import Executor, limited_threads
+from apportion.study.executors.here import Here
+from apportion.study.executors.processes import Processes
 from apportion.study.files import keep_plan, write_record
 from apportion.study.note import SUMMARY_FILE, find_study, note_runs, note_trials, open_study
-from apportion.study.pool import Pool, limited_threads
-from apportion.study.records import Run, Summary, Trial
+from apportion.study.records import Summary, Trial
 from apportion.study.runner import WORK, Bench, Job, versions
 from apportion.study.settings import FULL, Contender, StudySettings
 from apportion.study.sitting import ONE_PROCESS, Say, Sitting
@@ -91,7 +93,10 @@ def run_study(
             for model in settings.models:
                 say(f"scoring {model}")
                 _ = bench(model).base
-        _do_all(Pool(folder, settings, bench, sitting), matrix, say)
+        executor: Executor = Here(bench, settings.threads, keep_adapters=sitting.keep_adapters)
+        if sitting.processes > 1:
+            executor = Processes(folder, settings, sitting)
+        _do_all(Driver(folder, bench, executor, say), matrix, settings)
         return _summarise(folder, commands, say)
 
 
@@ -195,18 +200,17 @@ def _prepared(
     return bench, matrix
 
 
-def _do_all(pool: Pool, matrix: Matrix, say: Say) -> None:
+def _do_all(driver: Driver, matrix: Matrix, settings: StudySettings) -> None:
     """Do the trials, choose the learning rates, and do the runs."""
-    settings = pool.settings
 
     def try_all(jobs: list[Job]) -> list[Trial]:
-        note_trials(pool.folder, [pool.bench(job.model).key(job, trial=True) for job in jobs])
-        return pool.trials(jobs, _Progress("trial", len(jobs), say))
+        note_trials(driver.folder, [driver.benches(job.model).key(job, trial=True) for job in jobs])
+        return driver.trials(jobs)
 
     rates = choose_rates(settings, matrix.tuning, try_all)
     jobs = [replace(job, lr=rates[tuning_cell(job, matrix.runs, settings.tuning.each)]) for job in matrix.runs]
-    note_runs(pool.folder, [pool.bench(job.model).key(job, trial=False) for job in jobs])
-    pool.runs(jobs, _Progress("run", len(jobs), say))
+    note_runs(driver.folder, [driver.benches(job.model).key(job, trial=False) for job in jobs])
+    driver.runs(jobs)
 
 
 def _summarise(folder: Path, commands: tuple[str, ...], say: Say) -> Summary:
@@ -240,43 +244,5 @@ def _tell_time(folder: Path, matrix: Matrix, settings: StudySettings, sitting: S
         return
     trials = len(matrix.tuning) * settings.tuning.trials
     left = len(matrix.runs) - len(study.runs) + trials - len(study.trials)
-    time_left = _duration(left * sum(done) / len(done) / sitting.processes)
+    time_left = duration(left * sum(done) / len(done) / sitting.processes)
     sitting.say(f"{left} runs are left: training takes about {time_left}")
-
-
-class _Progress:
-    """Reports each finished run and the remaining time. Runs that are only read take no time.
-
-    Args:
-        kind: Name for a run.
-        total: Number of runs.
-        say: Called with the messages.
-    """
-
-    def __init__(self, kind: str, total: int, say: Say) -> None:
-        self.kind, self.total, self.say = kind, total, say
-        self.done = self.fresh = 0
-        self.start = self.last = time.monotonic()
-
-    def __call__(self, job: Job, record: Run | Trial) -> None:
-        now = time.monotonic()
-        self.done += 1
-        if now - self.last > 0.5:
-            self.fresh += 1
-        self.last = now
-        if isinstance(record, Trial):
-            result = f"lr {record.lr:g}, loss {'diverged' if record.loss is None else f'{record.loss:.3f}'}"
-        else:
-            match = "" if record.after.exact_match is None else f"exact match {record.after.exact_match:.3f}, "
-            result = f"{match}loss {record.after.loss:.3f}"
-        each = (now - self.start) / max(1, self.fresh)
-        self.say(
-            f"{self.kind} {self.done}/{self.total} {job.name}: {result}; "
-            f"about {_duration(each * (self.total - self.done))} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    """Format a duration."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy
-import optuna
 import peft
 import scipy
 import torch
@@ -38,14 +37,11 @@ from apportion.records.profile import Profile
 from apportion.signals import end_by
 from apportion.study.contents import StudyRows, base_key, key_of, profile_key
 from apportion.study.files import (
-    RUNS,
-    TUNING,
     base_path,
     profile_path,
     read_base,
     read_plan,
     read_profile,
-    read_record,
     write_record,
 )
 from apportion.study.records import Base, Contents, Interval, Run, Score, Trial
@@ -179,11 +175,8 @@ class Bench:
         )
 
     def run(self, job: Job, *, keep_adapter: bool = False) -> Run:
-        """Do a run, or read its record if it is finished."""
+        """Do a run."""
         key = self.key(job, trial=False)
-        path = self.folder / RUNS / f"{key}.json"
-        if path.is_file():
-            return read_record(path, Run)
         contender = self.settings.contender(job.contender)
         plan = self._plan(job)
         with self._trained(job, key, trial=False) as (result, peak_bytes, work):
@@ -219,15 +212,11 @@ class Bench:
                 shutil.copytree(
                     work, self.folder / ADAPTERS / key, ignore=lambda *_: ["checkpoints", "dense"], dirs_exist_ok=True
                 )
-        write_record(path, run)
         return run
 
     def trial(self, job: Job) -> Trial:
-        """Try a learning rate, or read what that gave."""
+        """Try a learning rate."""
         key = self.key(job, trial=True)
-        path = self.folder / TUNING / f"{key}.json"
-        if path.is_file():
-            return read_record(path, Trial)
         loss, seconds = None, 0.0
         try:
             with self._trained(job, key, trial=True) as (result, _, _):
@@ -236,9 +225,7 @@ class Bench:
         except TrainingError:  # a rate that is too high is a result, not a failure
             pass
         facts = {name: getattr(job, name) for name in ("model", "task", "contender", "budget", "lr")}
-        trial = Trial(key=key, loss=loss, train_s=seconds, **facts)
-        write_record(path, trial)
-        return trial
+        return Trial(key=key, loss=loss, train_s=seconds, **facts)
 
     @contextmanager
     def _trained(self, job: Job, key: str, *, trial: bool) -> Iterator[tuple[TrainResult, int, Path]]:
@@ -331,7 +318,6 @@ def versions(settings: StudySettings) -> dict[str, str]:
         "transformers": transformers.__version__,
         "trl": trl.__version__,
         "peft": peft.__version__,
-        "optuna": optuna.__version__,
         "scipy": scipy.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",

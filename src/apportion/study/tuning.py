@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy
-import optuna
 
 from apportion.errors import TrainingError
 from apportion.study.records import Trial
@@ -67,26 +66,21 @@ def choose_rates(settings: StudySettings, cells: dict[TuningCell, Job], try_all:
     Raises:
         TrainingError: training diverged at every rate of a cell.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    optuna_trials: dict[Job, tuple[optuna.Study, optuna.trial.Trial]] = {}
-    studies = {}
-    for cell, job in cells.items():
-        rates = grid(*settings.learning_rates(settings.contender(job.contender)), settings.tuning.trials)
-        studies[cell] = study = optuna.create_study()
-        for rate in rates:
-            study.enqueue_trial({"lr": rate})
-            trial = study.ask()
-            trial.suggest_float("lr", rates[0], rates[-1], log=True)
-            optuna_trials[replace(job, lr=rate)] = study, trial
-    for (study, trial), done in zip(optuna_trials.values(), try_all(list(optuna_trials)), strict=True):
-        failed = optuna.trial.TrialState.FAIL if done.loss is None else None
-        study.tell(trial, done.loss, state=failed)
+    rates = {cell: _rates(settings, job) for cell, job in cells.items()}
+    jobs = [replace(job, lr=rate) for cell, job in cells.items() for rate in rates[cell]]
+    losses = {job: trial.loss for job, trial in zip(jobs, try_all(jobs), strict=True)}
     chosen = {}
-    for cell, study in studies.items():
-        if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials):
+    for cell, job in cells.items():
+        finite = {rate: loss for rate in rates[cell] if (loss := losses[replace(job, lr=rate)]) is not None}
+        if not finite:
             raise TrainingError(
-                f"training diverged at every learning rate of {cells[cell].name}.",
-                fix=f"give {cells[cell].contender} a lower lr_low",
+                f"training diverged at every learning rate of {job.name}.",
+                fix=f"give {job.contender} a lower lr_low",
             )
-        chosen[cell] = float(study.best_params["lr"])
+        chosen[cell] = min(finite, key=lambda rate: finite[rate])
     return chosen
+
+
+def _rates(settings: StudySettings, job: Job) -> list[float]:
+    """Return the learning rates to try for a contender."""
+    return grid(*settings.learning_rates(settings.contender(job.contender)), settings.tuning.trials)
