@@ -25,8 +25,8 @@ from apportion.errors import AdapterError, ConfigurationError, PlanMismatchError
 from apportion.experts.dispatch import leave
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
-from apportion.peft.factors import site_factors
 from apportion.peft.mixed import adapter_per_row
+from apportion.peft.site_factors import site_factors
 from apportion.peft.start import drawn_checksum, start_factors
 from apportion.peft.state import check_digests, check_tensors, digests, gathered, restacked, unstacked
 from apportion.records.placement import Placement

@@ -38,7 +38,9 @@ def resolve_budget(budget: int | str, profile: Profile, unit: Unit) -> int:
     return spent_by(plan(profile, method, rank=int(rank)), unit)
 
 
-def fit(profile: Profile, contender: Contender, unit: Unit, budget: int, tolerance: float, seed: int) -> Plan:
+def plan_at_budget(
+    profile: Profile, contender: Contender, unit: Unit, budget: int, tolerance: float, seed: int
+) -> Plan:
     """Plan a contender at a budget, or just below.
 
     A method with a `budget` option gets the budget. All others get the largest rank that fits, with the rank of each

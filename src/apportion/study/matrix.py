@@ -12,7 +12,7 @@ from pathlib import Path
 from apportion.errors import ConfigurationError
 from apportion.records.locks import locked
 from apportion.records.profile import Profile
-from apportion.study.budgets import fit, resolve_budget, spent_by
+from apportion.study.budgets import plan_at_budget, resolve_budget, spent_by
 from apportion.study.contents import read_study_rows
 from apportion.study.driver import Driver, duration
 from apportion.study.executors.base import Executor, limited_threads
@@ -230,7 +230,7 @@ def _planned(
     model, task, name, budget = cell
     if contender.method == FULL:
         return Job(model, task, name, budget, budget, None, None, seed)
-    made = fit(part, contender, settings.unit, budget, settings.tolerance, seed)
+    made = plan_at_budget(part, contender, settings.unit, budget, settings.tolerance, seed)
     path, plan_seal = keep_plan(folder, made)
     return Job(model, task, name, budget, spent_by(made, settings.unit), path, plan_seal, seed)
 
