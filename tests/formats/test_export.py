@@ -18,6 +18,7 @@ import apportion
 from apportion.cli.main import app
 from apportion.errors import AdapterError, ApportionError, ConfigurationError, OutputExistsError, PlanMismatchError
 from apportion.formats.factors import read_adapter
+from apportion.peft.attach import PhaseOptions
 from apportion.peft.site_factors import site_factors
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny
@@ -34,7 +35,7 @@ def saved(profile_of: ProfileOf, tmp_path: Path) -> Callable[..., tuple[nn.Modul
         base = copy.deepcopy(model)
         model.config.save_pretrained(tmp_path / "base")
         plan = apportion.plan(profile_of(model), method, rank=4, **options)
-        adapted = apportion.apply(model, plan, **({"store_a": True} if store_a else {}))
+        adapted = apportion.apply(model, plan, phase=PhaseOptions(store_a=store_a))
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
