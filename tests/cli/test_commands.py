@@ -195,7 +195,7 @@ def _mistakes() -> list[Any]:
     profile = ["profile", "embedded", "-o", "p.safetensors"]
     cost = ["cost", "embedded", "--hot", "4"]
     return [
-        pytest.param([*plan, "--hot", "0"], "keeps no expert", id="hot of 0"),
+        pytest.param([*plan, "--hot", "0"], "keeps no experts", id="hot of 0"),
         pytest.param([*plan, "--hot", "17"], "more experts than a layer has", id="too many hot"),
         pytest.param([*plan, "--hot", "120%"], "out of range", id="hot of 120%"),
         pytest.param([*plan, "--method", "helora"], "did you mean hellora", id="misspelt method"),
@@ -217,7 +217,7 @@ def _mistakes() -> list[Any]:
         pytest.param(["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"], "no file", id="no gguf"),
         pytest.param(
             ["profile", "embedded", "--data", "task:gcd", "--low-memory", "--sensitivity", "-o", "p.safetensors"],
-            "gradients need all weights in memory",
+            "--sensitivity needs all weights in memory",
             id="gradients of weights on disk",
         ),
         pytest.param(["cost", "nobody/nothing"], "cannot be read", id="no configuration"),

@@ -188,7 +188,7 @@ def test_what_was_measured_outlives_an_output_that_cannot_be_saved(
     assert first.exit_code == 1
     assert first.stderr.startswith("error: p.safetensors was not written")
     assert os.strerror(number) in first.stderr
-    assert "kept:   what was measured, in p.safetensors.partial" in first.stderr
+    assert "kept:   the measurements, in p.safetensors.partial" in first.stderr
     assert "Traceback" not in first.output
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors.partial"]
     assert passes

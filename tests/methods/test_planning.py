@@ -150,8 +150,8 @@ def test_coverage_is_reached_and_not_exceeded(counts: list[int], share: float) -
 @pytest.mark.parametrize(
     ("hot", "message"),
     [
-        (0, "keeps no expert"),
-        (-2, "keeps no expert"),
+        (0, "keeps no experts"),
+        (-2, "keeps no experts"),
         (9, "more experts than a layer has"),
         ("120%", "out of range"),
         ("0%", "out of range"),
@@ -184,7 +184,7 @@ def test_hot_is_read_in_three_forms() -> None:
         ({"layers": "0-2"}, "layer 2, which this model lacks"),
         ({"layers": "1-0"}, "not understood"),
         ({"layers": "all"}, "not understood"),
-        ({"ranks": {"routers": 2}}, "no kind 'routers'"),
+        ({"ranks": {"routers": 2}}, "'routers', which is not a kind"),
         ({"ranks": {"router": 0}}, "not a rank"),
         ({"ranks": {"shared": 2}}, "no shared is adapted"),
         ({"rank": 0}, "not a rank"),

@@ -259,7 +259,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_code(
     process.send_signal(number)
     _, rest = process.communicate(timeout=120)
     assert process.returncode == code, rest
-    assert "with a checkpoint; go on with the same command and --resume" in rest
+    assert "with a checkpoint; run the same command with --resume to continue" in rest
     assert last_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 

@@ -18,7 +18,7 @@ from apportion.records.outputs import check_output_folder
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     adapter: Path
     output: Path
@@ -34,5 +34,5 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     check_output_folder(args.output, inputs=(args.adapter, name))
     loaded, _ = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
     export_lora(load(loaded, args.adapter), args.output)
-    console.print(f"{args.adapter} as plain LoRA -> {args.output}")
+    console.print(f"{args.adapter} exported as plain LoRA -> {args.output}")
     return {"adapter": str(args.output)}
