@@ -52,10 +52,10 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 PLAIN = {"kind": "low_rank", "rank": 4, "alpha": 8.0}
 PLACEMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"sites": ["{0,1}" * 60]}, "more than 1,000,000 sites, which no model has.\n  place:  placements.0.sites.0\n"),
+    ({"sites": ["{0,1}" * 60]}, "more than 1,000,000 sites, more than any model.\n  place:  placements.0.sites.0\n"),
     ({"sites": ["m", "{0,1,2,3,4,5,6,7,8,9}" * 8]}, "place:  placements.0.sites.1"),
     ({"sites": ["{" + ",".join("a" * 1000) + "}"] * 2000}, "place:  placements.0.sites.1000"),
-    ({"sites": ["a.{0,{1,2}}.b"]}, "a brace has no partner, or stands inside others"),
+    ({"sites": ["a.{0,{1,2}}.b"]}, "braces are unbalanced or nested"),
     ({"shape": {"kind": "low_rank", "rank": 10**9, "alpha": 1e9}}, "has rank 1000000000"),
     (
         {"shape": {"kind": "routed", "expert": PLAIN, "num_experts": 10**9, "top_k": 1}},

@@ -181,7 +181,7 @@ def test_train_refuses_a_folder_in_use_and_resumes(run: Run, adapter: Path) -> N
     command += ["--batch-size", 4, "--lr", "1e-2", "-o", adapter]
     refused = run(*command)
     assert refused.exit_code == 2
-    assert "already has something in it" in refused.stderr
+    assert "is not empty" in refused.stderr
     resumed = run(*command, "--resume", "--json")
     assert json.loads(resumed.stdout)["steps"] == 3
     other = run(*command, "--resume", "--seed", 5)
@@ -201,7 +201,11 @@ def _mistakes() -> list[Any]:
         pytest.param([*plan, "--method", "helora"], "did you mean hellora", id="misspelt method"),
         pytest.param([*plan, "--method", "lora", "--hot", "4"], "no option 'hot'", id="option of another method"),
         pytest.param([*plan, "--rank", "1000"], "rank 1000 is above", id="rank too large"),
-        pytest.param(["plan", "none.safetensors", "-o", "plan.json"], "there is no profile", id="no profile"),
+        pytest.param(
+            ["plan", "none.safetensors", "-o", "plan.json"],
+            "the profile none.safetensors does not exist",
+            id="no profile",
+        ),
         pytest.param(["plan", "{broken_profile}", "-o", "plan.json"], "truncated", id="truncated profile"),
         pytest.param(["plan", "{dense_profile}", "-o", "plan.json"], "is a dense model", id="dense model"),
         pytest.param([*profile, "--data", "none.jsonl"], "there is no file", id="no data file"),
@@ -231,7 +235,9 @@ def _mistakes() -> list[Any]:
         pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model lacks", id="layers out of range"),
         pytest.param([*cost, "--rank", "0"], "rank=0 is not a rank", id="rank of 0"),
         pytest.param([*cost, "--rank", "97"], "rank 97 is above", id="rank above the smaller dimension"),
-        pytest.param(["train", "none.json", "--data", "task:gcd", "-o", "run"], "there is no plan", id="no plan"),
+        pytest.param(
+            ["train", "none.json", "--data", "task:gcd", "-o", "run"], "the plan none.json does not exist", id="no plan"
+        ),
         pytest.param(["train", "{broken_plan}", "--data", "task:gcd", "-o", "run"], "truncated", id="truncated plan"),
         pytest.param(["train", "{edited_plan}", "--data", "task:gcd", "-o", "run"], "was changed", id="edited plan"),
         pytest.param(

@@ -80,32 +80,32 @@ def check_refused(done: Result, message: str) -> None:
 
 REFUSED = {
     "profile onto its data": (["profile", "embedded", "--data", "rows.jsonl", "-o", "rows.jsonl"], "is an input"),
-    "profile onto a text": (["profile", "embedded", *DATA, "-o", "text.txt"], "is there already"),
+    "profile onto a text": (["profile", "embedded", *DATA, "-o", "text.txt"], "already exists"),
     "profile onto a folder": (["profile", "embedded", *DATA, "-o", "adapter"], "is a folder"),
     "profile below a file": (["profile", "embedded", *DATA, "-o", "text.txt/p.safetensors"], "Not a directory"),
     "profile into a model": (["profile", "adapter", *DATA, "-o", "adapter/adapter_config.json"], "is an input"),
     "plan onto its profile": (["plan", "p.safetensors", "-o", "p.safetensors"], "is an input"),
-    "plan onto a text": (["plan", "p.safetensors", "-o", "text.txt"], "is there already"),
+    "plan onto a text": (["plan", "p.safetensors", "-o", "text.txt"], "already exists"),
     "plan below a file": (["plan", "p.safetensors", "-o", "text.txt/plan.json"], "Not a directory"),
     "picture onto its profile": (
         ["plan", "p.safetensors", "-o", "new.json", "--picture", "p.safetensors"],
         "is an input",
     ),
-    "picture onto a text": (["plan", "p.safetensors", "-o", "new.json", "--picture", "text.txt"], "is there already"),
+    "picture onto a text": (["plan", "p.safetensors", "-o", "new.json", "--picture", "text.txt"], "already exists"),
     "picture onto the plan": (["plan", "p.safetensors", "-o", "new", "--picture", "new"], "would both be written"),
     "page onto its plan": (["report", "plan.json", "-o", "plan.json"], "is an input"),
     "page onto the plan's profile": (
         ["report", "plan.json", "--profile", "p.safetensors", "-o", "p.safetensors"],
         "is an input",
     ),
-    "page onto a text": (["report", "plan.json", "-o", "text.txt"], "is there already"),
+    "page onto a text": (["report", "plan.json", "-o", "text.txt"], "already exists"),
     "page of a study onto its data": (
         ["compare", "--data", "rows.jsonl", "--method", "lora", "--budget", "lora:1", "--page", "rows.jsonl"],
         "is an input",
     ),
     "page of a study onto a text": (
         ["compare", *DATA[:2], "--method", "lora", "--budget", "lora:1", "--page", "text.txt"],
-        "is there already",
+        "already exists",
     ),
     "train into a file": (["train", "plan.json", *DATA, "-o", "text.txt"], "is a file"),
     "train below a file": (["train", "plan.json", *DATA, "-o", "text.txt/run"], "Not a directory"),

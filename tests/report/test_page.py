@@ -202,7 +202,7 @@ def test_commands_make_the_same_files_again(tmp_path: Path, monkeypatch: pytest.
         (["none"], "none does not exist"),
         (["."], "is the folder of neither a study nor a finished demonstration"),
         (["notes.txt"], "is neither a folder, a .safetensors file nor a .json file"),
-        (["none.json"], "there is no plan"),
+        (["none.json"], "the plan none.json does not exist"),
         (["p.safetensors", "--profile", "p.safetensors"], "is no plan"),
         (["plan.json", "--profile", "other.safetensors"], "belong to different models"),
         (["p.safetensors", "-o", "."], "is a folder; a file was expected"),
