@@ -37,8 +37,11 @@ print(json.dumps([refusal(of, case) for case in cases]))
 """
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"layers": "0-1000000000"}, "ConfigurationError: layers='0-1000000000' asks for layer 2, which this model lacks"),
-    ({"layers": "1000000000-2000000000"}, "asks for layer 1000000000, which this model lacks"),
+    (
+        {"layers": "0-1000000000"},
+        "ConfigurationError: layers='0-1000000000' includes layer 2, which this model does not have",
+    ),
+    ({"layers": "1000000000-2000000000"}, "includes layer 1000000000, which this model does not have"),
     ({"layers": "0-" + "9" * 5000}, "ConfigurationError: layers='0-999"),
     ({"method": "uniform", "budget": 10**15}, "PlanError: an adapter has 32768 LoRA experts"),
     ({"method": "uniform", "budget": "experts=1000000000000"}, "LoRA experts of rank 4"),

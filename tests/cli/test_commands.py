@@ -230,9 +230,9 @@ def _mistakes() -> list[Any]:
         pytest.param(["cost", "{vit}"], "is no causal language model", id="no language model"),
         pytest.param(["cost", "{uneven}"], "no olmoe model can be built", id="sizes that do not fit"),
         pytest.param([*cost, "--targets", "atention"], "did you mean attention", id="misspelt target"),
-        pytest.param([*cost, "--targets", "experts.dwon"], "nothing for the target 'experts.dwon'", id="projection"),
+        pytest.param([*cost, "--targets", "experts.dwon"], "no site for the target 'experts.dwon'", id="projection"),
         pytest.param([*cost, "--layers", "four"], "layers='four' is not understood", id="misspelt layers"),
-        pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model lacks", id="layers out of range"),
+        pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model does not have", id="layers out of range"),
         pytest.param([*cost, "--rank", "0"], "rank=0 is not a rank", id="rank of 0"),
         pytest.param([*cost, "--rank", "97"], "rank 97 is above", id="rank above the smaller dimension"),
         pytest.param(

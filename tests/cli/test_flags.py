@@ -157,7 +157,7 @@ def test_targets_are_missed_where_they_were_named_though_they_are_the_default(tm
     assert _run("cost", config, "--method", "lora", "--rank", 2).exit_code == 0
     done = _run("cost", config, "--method", "lora", "--rank", 2, "--targets", targets)
     assert done.exit_code == 2, done.output
-    assert "this model has nothing for the target 'router'" in done.output
+    assert "this model has no site for the target 'router'" in done.output
 
 
 def test_attention_refuses_targets_and_ranks_that_it_would_drop() -> None:

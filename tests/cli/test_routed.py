@@ -111,7 +111,7 @@ def test_one_task_and_uneven_tasks_are_warned_of(tmp_path: Path) -> None:
         (("--method", "lora_smoe", "--keep", "0"), "keep"),
         (("--method", "lora_smoe", "--top-k", "7"), "top_k=7 is above"),
         (("--method", "lora_smoe", "--groups", "layers"), "groups"),
-        (("--method", "uniform", "--budget", "12"), "buys no LoRA expert"),
+        (("--method", "uniform", "--budget", "12"), "too small for one LoRA expert"),
         (("--method", "mola", "--experts", "2-x"), "not understood"),
     ],
 )
