@@ -206,7 +206,7 @@ def test_records_that_are_not_this_studys_are_left_out_and_counted(sums: Path) -
     assert study.summary == whole
     assert "2 records of other data" in _compare("study.toml", "-o", "out").output
     assert CliRunner().invoke(app, ["report", "out", "-o", "report.html"]).exit_code == 0
-    assert "2 records of other data, plans or settings left out" in Path("report.html").read_text()
+    assert "2 records with other data, plans or settings skipped" in Path("report.html").read_text()
 
 
 def test_a_summary_of_other_settings_is_not_shown(sums: Path) -> None:
