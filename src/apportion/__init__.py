@@ -1,4 +1,4 @@
-"""Spend a fine-tuning budget where a model uses it: measure, then apportion."""
+"""Measure where a model routes your data, and place, train and compare LoRA adapters."""
 
 from __future__ import annotations
 

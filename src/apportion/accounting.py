@@ -120,7 +120,7 @@ def _sites_of(config: PreTrainedConfig, *, trust_remote_code: bool) -> Layout:
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ConfigurationError(
-            f"cannot build a {config.model_type} model from this configuration.",
+            f"a model of type {config.model_type} cannot be built from this configuration.",
             found=_first_line(error),
             fix="correct the sizes in the configuration",
         ) from error

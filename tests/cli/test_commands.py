@@ -114,7 +114,7 @@ def test_plan_prints_what_it_costs(run: Run, profile: Path) -> None:
         f"{plan.cost.lora_count_ratio:.2%}",
         f"{plan.cost.lora_percentage_ratio:.2%}",
         f"{plan.cost.adapter_flops_per_token:,.0f}",
-        "the profile's shares",
+        "routing measured in the profile",
         "sites: experts",
         "●",
     ):
@@ -200,7 +200,7 @@ def _mistakes() -> list[Any]:
         pytest.param([*plan, "--hot", "120%"], "out of range", id="hot of 120%"),
         pytest.param([*plan, "--method", "helora"], "did you mean hellora", id="misspelt method"),
         pytest.param([*plan, "--method", "lora", "--hot", "4"], "no option 'hot'", id="option of another method"),
-        pytest.param([*plan, "--rank", "1000"], "rank 1000 is above", id="rank too large"),
+        pytest.param([*plan, "--rank", "1000"], "rank 1000 is too large", id="rank too large"),
         pytest.param(
             ["plan", "none.safetensors", "-o", "plan.json"],
             "the profile none.safetensors does not exist",
@@ -218,7 +218,11 @@ def _mistakes() -> list[Any]:
             "cannot be loaded",
             id="no network",
         ),
-        pytest.param(["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"], "no file", id="no gguf"),
+        pytest.param(
+            ["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"],
+            "none.gguf does not exist",
+            id="no gguf",
+        ),
         pytest.param(
             ["profile", "embedded", "--data", "task:gcd", "--low-memory", "--sensitivity", "-o", "p.safetensors"],
             "--sensitivity needs all weights in memory",
@@ -228,13 +232,13 @@ def _mistakes() -> list[Any]:
         pytest.param(["cost", "{dense}", "--hot", "2"], "is a dense model", id="cost of a dense model"),
         pytest.param(["cost", "{nonsense}"], "does not recognize this architecture", id="unknown model type"),
         pytest.param(["cost", "{vit}"], "is no causal language model", id="no language model"),
-        pytest.param(["cost", "{uneven}"], "no olmoe model can be built", id="sizes that do not fit"),
+        pytest.param(["cost", "{uneven}"], "a model of type olmoe cannot be built", id="sizes that do not fit"),
         pytest.param([*cost, "--targets", "atention"], "did you mean attention", id="misspelt target"),
         pytest.param([*cost, "--targets", "experts.dwon"], "no site for the target 'experts.dwon'", id="projection"),
         pytest.param([*cost, "--layers", "four"], "layers='four' is not understood", id="misspelt layers"),
         pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model does not have", id="layers out of range"),
         pytest.param([*cost, "--rank", "0"], "rank=0 is not a rank", id="rank of 0"),
-        pytest.param([*cost, "--rank", "97"], "rank 97 is above", id="rank above the smaller dimension"),
+        pytest.param([*cost, "--rank", "97"], "rank 97 is too large", id="rank above the smaller dimension"),
         pytest.param(
             ["train", "none.json", "--data", "task:gcd", "-o", "run"], "the plan none.json does not exist", id="no plan"
         ),

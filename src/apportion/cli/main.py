@@ -32,7 +32,7 @@ from apportion.records.options import SparseTraining
 _METHOD_OPTIONS = {name: method.options for name, method in METHODS.items()}
 
 app = typer.Typer(
-    help="Spend a fine-tuning budget where a model uses it: measure, then apportion.",
+    help="Measure where a model routes your data, and place, train and compare LoRA adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -167,12 +167,12 @@ _KINDS: dict[OutputKind, Callable[[Path], bool]] = {
 
 def _try_to_write(folder: Path, name: str) -> None:
     """Check that the folder is writable by creating and removing a file with a similar name."""
-    wanted = _real(folder)
-    present = next(place for place in (wanted, *wanted.parents) if _mode(place))
+    target = _real(folder)
+    existing = next(place for place in (target, *target.parents) if _mode(place))
     probe = None
     try:
-        probe = Path(tempfile.mkdtemp(prefix=".probe.", dir=present))
-        place = probe / wanted.relative_to(present)
+        probe = Path(tempfile.mkdtemp(prefix=".probe.", dir=existing))
+        place = probe / target.relative_to(existing)
         place.mkdir(parents=True, exist_ok=True)
         handle, _ = tempfile.mkstemp(prefix=f".{name}.", dir=place)
         os.close(handle)

@@ -147,8 +147,9 @@ def read_schema(data: Any) -> dict[str, Any]:
         raise PlanError("it is not a plan.", expected="an object", found=f"a {type(data).__name__}")
     version = data.get("schema_version")
     if version not in (1, SCHEMA_VERSION):
-        found = shortened(str(version))
-        raise PlanError(f"it has schema version {found}; this version of apportion reads 1 and {SCHEMA_VERSION}.")
+        raise PlanError(
+            f"it has schema version {shortened(str(version))}; this version of apportion reads 1 and {SCHEMA_VERSION}."
+        )
     try:
         check_depth(data)
         file: _File1 | _File2 = (_File1 if version == 1 else _File2).model_validate(data)

@@ -94,8 +94,8 @@ def _comparisons(summary: Summary) -> Table:
     return _table(
         f"Differences from {summary.reference}",
         f"Paired differences, contender minus reference, with bootstrap intervals. p: permutation test, uncorrected "
-        f"and corrected for all comparisons (level {summary.level:g}). Smallest effect: the smallest difference that this "
-        "design detects with 80 % power.",
+        f"and corrected for all comparisons (level {summary.level:g}). Smallest effect: the smallest difference that "
+        "this design detects with 80 % power.",
         summary.comparisons,
         {
             **({"model": _model} if models else {}),
