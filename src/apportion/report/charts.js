@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const QUANTITIES = { count: "selections", mass: "routing mass", sensitivity: "sensitivity", rank: "planned rank" };
 const METRICS = { exact_match: "exact match", loss: "loss", forgetting: "forgetting" };
-const UNITS = { parameters: "trained parameters", flops: "adapter FLOPs a token" };
+const UNITS = { parameters: "trained parameters", flops: "adapter FLOPs per token" };
 const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"], ["star", "★"]];
 const TITLE = { standoff: 10, font: { size: 13 } };
 const HINT = "Point at the chart, or focus it and press the arrow keys.";
