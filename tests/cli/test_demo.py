@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from apportion import demo
-from apportion.cli.demo import comparison_table, run
+from apportion.cli.demo import Arguments, comparison_table, run
 from apportion.demo import METHODS, DemoSettings, markdown_table, run_demo
 from apportion.errors import OutputExistsError
 from apportion.records.plan import load_plan
@@ -54,7 +54,7 @@ def test_finished_runs_are_not_repeated(folder: Path, monkeypatch: pytest.Monkey
 def test_the_tables_show_every_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apportion.cli.demo.QUICK", TINY)
     console = Console(record=True, width=160, force_terminal=False)
-    result = run(console, output=folder, quick=True)
+    result = run(console, Arguments(output=folder, quick=True))
     text = console.export_text()
     assert len(result["runs"]) == 10
     for word in (*METHODS, *TINY.tasks, "●", "match", "unrelated"):
