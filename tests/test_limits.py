@@ -37,8 +37,11 @@ print(json.dumps([refusal(of, case) for case in cases]))
 """
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"layers": "0-1000000000"}, "ConfigurationError: layers='0-1000000000' asks for layer 2, which this model lacks"),
-    ({"layers": "1000000000-2000000000"}, "asks for layer 1000000000, which this model lacks"),
+    (
+        {"layers": "0-1000000000"},
+        "ConfigurationError: layers='0-1000000000' includes layer 2, which this model does not have",
+    ),
+    ({"layers": "1000000000-2000000000"}, "includes layer 1000000000, which this model does not have"),
     ({"layers": "0-" + "9" * 5000}, "ConfigurationError: layers='0-999"),
     ({"method": "uniform", "budget": 10**15}, "PlanError: an adapter has 32768 LoRA experts"),
     ({"method": "uniform", "budget": "experts=1000000000000"}, "LoRA experts of rank 4"),
@@ -52,10 +55,10 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 PLAIN = {"kind": "low_rank", "rank": 4, "alpha": 8.0}
 PLACEMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"sites": ["{0,1}" * 60]}, "more than 1,000,000 sites, which no model has.\n  place:  placements.0.sites.0\n"),
+    ({"sites": ["{0,1}" * 60]}, "more than 1,000,000 sites, more than any model.\n  place:  placements.0.sites.0\n"),
     ({"sites": ["m", "{0,1,2,3,4,5,6,7,8,9}" * 8]}, "place:  placements.0.sites.1"),
     ({"sites": ["{" + ",".join("a" * 1000) + "}"] * 2000}, "place:  placements.0.sites.1000"),
-    ({"sites": ["a.{0,{1,2}}.b"]}, "a brace has no partner, or stands inside others"),
+    ({"sites": ["a.{0,{1,2}}.b"]}, "braces are unbalanced or nested"),
     ({"shape": {"kind": "low_rank", "rank": 10**9, "alpha": 1e9}}, "has rank 1000000000"),
     (
         {"shape": {"kind": "routed", "expert": PLAIN, "num_experts": 10**9, "top_k": 1}},

@@ -1,4 +1,4 @@
-"""Spend a fine-tuning budget where a model uses it: measure, then apportion."""
+"""Measure where a model routes your data, and place, train and compare LoRA adapters."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first asked for, so that importing the package stays quick."""
+    """Import a public name on first access, so that importing the package is fast."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

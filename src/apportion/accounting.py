@@ -1,4 +1,4 @@
-"""`cost`: what a method would cost on a model, before a weight is downloaded."""
+"""`cost`: the cost of a method on a model, without downloading weights."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def cost(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Cost:
-    """Count what a method's adapters cost on a model.
+    """Count the cost of a method's adapters on a model.
 
-    Without a profile every expert is taken to have the same share of the tokens, and the result's `routing` says
-    ``even``. Parameters are exact either way, except where `hot` is a coverage.
+    Without a profile, even routing is assumed, and the result's `routing` is ``even``. Parameters are exact in both
+    cases, unless `hot` is a coverage.
 
     Args:
-        model_or_config: A model, a configuration, or the name of one as `layout_of` takes it.
-        method: A method's name.
+        model_or_config: A model, a configuration, or a name for `layout_of`.
+        method: Name of the method.
         rank: Rank of every adapter.
-        seed: Seed of methods that draw at random.
-        profile: What was measured on this architecture.
+        seed: Random seed, for methods that sample.
+        profile: Profile of this architecture.
         trust_remote_code: Run Python code that comes with the model.
-        **options: The method's own options.
+        **options: Options of the method.
 
     Returns:
         The cost.
 
     Raises:
-        ConfigurationError: the method, an option or the rank does not fit the model, or the configuration is of no
-            known causal language model, or comes with code that was not to be run.
+        ConfigurationError: the method, an option or the rank does not fit the model, the configuration is not that of
+            a known causal language model, or it needs remote code that is not trusted.
         PlanMismatchError: the profile is of another architecture.
         ProfileError: the method needs a profile, or one with sensitivities.
 
-    Cost: seconds for a configuration that was not looked at before: the model is built on the meta device, without
-        memory for its weights. Its layout is kept for the next time.
+    Cost: seconds for a new configuration: the model is built on the meta device, without memory for its weights. Its
+        layout is cached.
     """
     if isinstance(model_or_config, nn.Module):
         layout = find_sites(model_or_config)
@@ -73,19 +73,17 @@ def layout_of(
     """Find a model's sites from its configuration alone.
 
     Args:
-        config: A configuration, or the name of one: ``embedded``, one of `known_configurations`, a hub id, a folder or
-            a ``config.json``.
-        fingerprint: The architecture that is expected, if any: a layout that was found before is taken only if it has
-            this fingerprint.
-        trust_remote_code: Run Python code that comes with the model. Without it such a model is refused, unless
-            transformers has an implementation of its own.
+        config: A configuration, ``embedded``, one of `known_configurations`, a hub id, a folder or a ``config.json``.
+        fingerprint: Expected fingerprint, if any. A cached layout with another fingerprint is ignored.
+        trust_remote_code: Run Python code that comes with the model. If False, models that need it are refused, unless
+            transformers implements them.
 
     Returns:
         The sites.
 
     Raises:
-        ConfigurationError: the configuration cannot be read, is of no known causal language model, or comes with code
-            that was not to be run.
+        ConfigurationError: the configuration cannot be read, is not that of a known causal language model, or needs
+            remote code that is not trusted.
     """
     if isinstance(config, PreTrainedConfig):
         return _sites_of(config, trust_remote_code=trust_remote_code)
@@ -100,7 +98,7 @@ def layout_of(
 
 def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     """Read a configuration."""
-    # Code that comes with a model is found by its folder alone.
+    # transformers finds remote code only from the model's folder.
     place = Path(path).parent if trust_remote_code and Path(path).name == "config.json" else path
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -110,25 +108,25 @@ def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
         raise ConfigurationError(
             f"the configuration {path} cannot be read.",
             found=_first_line(error),
-            fix="give a config.json of a model type that this version of transformers knows",
+            fix="give a config.json of a model type that this version of transformers supports",
         ) from error
 
 
 def _sites_of(config: PreTrainedConfig, *, trust_remote_code: bool) -> Layout:
-    """Build the model without memory for its weights, and look for sites."""
+    """Build the model on the meta device and find its sites."""
     auto = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ConfigurationError(
-            f"no {config.model_type} model can be built from this configuration.",
+            f"a model of type {config.model_type} cannot be built from this configuration.",
             found=_first_line(error),
-            fix="change its sizes to ones that a model can have",
+            fix="correct the sizes in the configuration",
         ) from error
     return find_sites(model)
 
 
 def _first_line(error: Exception) -> str:
-    """Leave out what other libraries advise after saying what is wrong."""
+    """Return the first line of an error, without the advice that other libraries append."""
     return str(error).strip().partition("\n")[0]

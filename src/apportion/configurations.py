@@ -1,7 +1,7 @@
-"""Configurations that ship with the package, and layouts of models that were looked at before.
+"""Configurations that ship with the package, and cached layouts.
 
-A layout is found by building the model without its weights, which takes PyTorch and seconds. It follows from the
-configuration alone, so it is shipped for the shipped configurations and kept in the user's cache for others.
+Finding a layout means building the model without its weights, which needs PyTorch and takes seconds. A layout depends
+only on the configuration. Layouts of shipped configurations are shipped too; others are kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _SUFFIX = ".json.gz"
 
 @cache
 def known_configurations() -> tuple[str, ...]:
-    """List the models whose configuration ships with the package, by the names that `config_source` takes."""
+    """Return the names of the models whose configuration ships with the package."""
     return tuple(sorted(path.stem for path in _CONFIGS.glob("*.json")))
 
 
 def config_source(name: str | os.PathLike[str]) -> str:
-    """Tell where transformers finds the configuration of a model.
+    """Return the path or hub id of a model's configuration, for transformers.
 
     Args:
         name: ``embedded``, one of `known_configurations`, a hub id, a folder, or a ``config.json``.
@@ -57,14 +57,14 @@ def config_source(name: str | os.PathLike[str]) -> str:
 
 
 def known_layout(name: str | os.PathLike[str], fingerprint: str | None = None) -> Layout | None:
-    """Give the layout of a model, if it is shipped or was found before.
+    """Return the shipped or cached layout of a model.
 
     Args:
-        name: As `config_source` takes it.
-        fingerprint: The architecture that the layout must have, if any.
+        name: A name for `config_source`.
+        fingerprint: Fingerprint that the layout must have, if any.
 
     Returns:
-        The layout; None if it is not known, or is of another architecture.
+        The layout; None if it is unknown or has another fingerprint.
     """
     text = os.fspath(name)
     file = shipped_layout_file(text) if text in (EMBEDDED, *known_configurations()) else _cache_file(text)
@@ -73,24 +73,24 @@ def known_layout(name: str | os.PathLike[str], fingerprint: str | None = None) -
 
 
 def keep_layout(name: str | os.PathLike[str], layout: Layout) -> None:
-    """Keep a layout in the user's cache, so that the next look at its configuration takes no PyTorch.
+    """Store a layout in the user's cache, so that it is found without PyTorch next time.
 
     Args:
-        name: As `config_source` takes it; without a configuration file on this machine nothing is kept.
+        name: A name for `config_source`. If its configuration file is not on this machine, nothing is stored.
         layout: The layout.
     """
     file = _cache_file(name)
     if file is not None:
-        with suppress(OSError, ApportionError):  # the cache is full, read-only or missing: it is only a cache
+        with suppress(OSError, ApportionError):  # a cache that is full, read-only or missing is ignored
             write_layout(layout, file)
 
 
 def write_layout(layout: Layout, path: Path) -> None:
-    """Write a layout as compressed JSON, the same bytes for the same layout.
+    """Write a layout as compressed JSON. Equal layouts give equal bytes.
 
     Args:
         layout: The layout.
-        path: The file.
+        path: Output file.
     """
     text = json.dumps(layout.as_dict(), separators=(",", ":"))
     with whole_file(path) as temporary:
@@ -98,12 +98,12 @@ def write_layout(layout: Layout, path: Path) -> None:
 
 
 def shipped_layout_file(name: str) -> Path:
-    """Name the file of a shipped layout."""
+    """Return the path of a shipped layout."""
     return _LAYOUTS / f"{name}{_SUFFIX}"
 
 
 def _read_layout(path: Path) -> Layout | None:
-    """Read a layout; None if there is none or it is damaged."""
+    """Read a layout; return None if the file is missing or damaged."""
     try:
         with gzip.open(path) as opened:
             text = opened.read(_MAX_LAYOUT_BYTES)
@@ -113,7 +113,7 @@ def _read_layout(path: Path) -> Layout | None:
 
 
 def _cache_file(name: str | os.PathLike[str]) -> Path | None:
-    """Name the file that keeps the layout of a configuration: another one for each content and each version."""
+    """Return the cache file of a configuration, keyed by its contents and the versions of the libraries."""
     config = _config_file(os.fspath(name))
     if config is None:
         return None
@@ -128,13 +128,13 @@ def _cache_file(name: str | os.PathLike[str]) -> Path | None:
 
 
 def _config_file(name: str) -> Path | None:
-    """Find the configuration file of a folder, of a hub id that was downloaded before, or the file itself."""
+    """Return the local configuration file of a folder, a file or a downloaded hub id."""
     path = Path(config_source(name))
     if path.is_dir():
         return path / "config.json"
     if path.is_file():
         return path
     with suppress(HFValidationError, OSError):
-        found = try_to_load_from_cache(name, "config.json")
-        return Path(found) if isinstance(found, str) else None
+        cached = try_to_load_from_cache(name, "config.json")
+        return Path(cached) if isinstance(cached, str) else None
     return None

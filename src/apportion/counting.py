@@ -1,4 +1,4 @@
-"""What placements cost: parameters, bytes and operations, counted here and nowhere else."""
+"""Count the parameters, bytes and operations of placements."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from apportion.records.site import Site
 if TYPE_CHECKING:
     from apportion.records.profile import Profile
 
-_DIGITS = 6  # of a share of entries: 1 - 0.9 is not quite 0.1
+_DIGITS = 6  # rounding of shares of entries: 1 - 0.9 is not exactly 0.1
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of an adapter.
+    """Parameter counts of an adapter.
 
     Args:
-        trained: Numbers that the optimizer moves.
-        drawn: Numbers that are drawn from a seed and never move; checkpoints hold them only on request.
-        indices: Positions of kept entries, where factors are sparse.
+        trained: Trained parameters.
+        drawn: Frozen parameters drawn from a seed. Checkpoints store them only on request.
+        indices: Positions of kept entries, for sparse factors.
     """
 
     trained: int
@@ -33,24 +33,24 @@ class Counts:
     indices: int
 
     def stored(self, *, with_drawn: bool = False) -> int:
-        """Count the numbers in a checkpoint, positions apart.
+        """Count the parameters in a checkpoint, without positions.
 
         Args:
-            with_drawn: Whether it holds what was drawn.
+            with_drawn: Whether the checkpoint stores the frozen parameters.
 
         Returns:
-            The number.
+            Number of parameters.
         """
         return self.trained + (self.drawn if with_drawn else 0)
 
 
 def count(placements: Iterable[Placement], sites: Mapping[str, Site], *, dense: bool = False) -> Counts:
-    """Count the numbers that placements train, draw and keep positions of; a tensor that sites share counts once.
+    """Count the trained and frozen parameters and the positions of placements. Shared tensors count once.
 
     Args:
         placements: The placements.
         sites: The model's sites by name.
-        dense: Count sparse factors whole, as they train while it is sought which entries to keep.
+        dense: Count sparse factors as dense, as in the first training phase, before the mask is known.
 
     Returns:
         The counts.
@@ -72,19 +72,19 @@ def count(placements: Iterable[Placement], sites: Mapping[str, Site], *, dense: 
                 trained += entries
             else:
                 sparse[part.keep_frac] += entries
-    kept = sum(num_kept(entries, frac) for frac, entries in sparse.items())
-    return Counts(trained + kept, drawn, kept)
+    kept_entries = sum(num_kept(entries, frac) for frac, entries in sparse.items())
+    return Counts(trained + kept_entries, drawn, kept_entries)
 
 
 def num_kept(entries: int, keep_frac: float) -> int:
-    """Count the entries that a share keeps, rounded up.
+    """Count the kept entries of a share, rounded up.
 
     Args:
         entries: Entries of all sites with this share.
-        keep_frac: Share that exists.
+        keep_frac: Share of the entries to keep.
 
     Returns:
-        Entries that are kept.
+        Number of kept entries.
 
     Example:
         >>> num_kept(21_004_288, 1 - 0.9)
@@ -94,14 +94,14 @@ def num_kept(entries: int, keep_frac: float) -> int:
 
 
 def flops_per_token(placements: Iterable[Placement], profile: Profile) -> float:
-    """Count the operations that adapters add to the forward pass of one token.
+    """Count the operations per token that adapters add to the forward pass.
 
     Args:
         placements: The adapters.
-        profile: For the sites, and for the routed slots per token that fall on each expert.
+        profile: Profile with the sites and each expert's routed slots per token.
 
     Returns:
-        Two operations per multiply-add, summed over the adapters that a token meets on average.
+        Operations per token, averaged over routing. A multiply-add counts as two.
     """
     total = 0.0
     flops = cache(lambda shape, in_features, out_features: shape.flops(in_features, out_features))

@@ -169,7 +169,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         The table, one row per task and method, with the base model's scores in the task's first row.
     """
     lines = [
-        "| task | method | trainable | of LoRA | adapter FLOPs a token | tokens/s | exact match | unrelated loss |",
+        "| task | method | trainable | of LoRA | adapter FLOPs per token | tokens/s | exact match | unrelated loss |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     seen: set[str] = set()

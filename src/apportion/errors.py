@@ -1,4 +1,4 @@
-"""The exception tree: every user-facing error says what is wrong, where, and what mends it."""
+"""The exception classes. Every user-facing error says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _LENGTH = 60
 
 
 def shortened(text: str, length: int = _LENGTH) -> str:
-    """Give a text, or its beginning where it is too long for a message.
+    """Shorten a text that is too long for a message.
 
     Args:
-        text: What was found, as a user would know it again.
-        length: Characters to show.
+        text: Text to show.
+        length: Maximum number of characters.
 
     Returns:
-        The text, or its beginning and three dots.
+        The text, or its first ``length`` characters and three dots.
     """
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def lay_out(what: str, lines: Mapping[str, Value | None]) -> str:
-    """Lay out a message: what is wrong, then one line per label, with the values aligned.
+    """Format a message: what is wrong, then one line per label, with aligned values.
 
     Args:
         what: The first line.
-        lines: Values by label; those that are None or empty are left out. Of a list, three are shown and the others
+        lines: Values by label. None and empty values are skipped. Of a list, the first three are shown and the others
             counted.
 
     Returns:
@@ -54,7 +54,7 @@ def lay_out(what: str, lines: Mapping[str, Value | None]) -> str:
 
 
 def _text(value: Value) -> str:
-    """Show a value, and of a list at most three."""
+    """Format a value; of a list, the first three entries."""
     if isinstance(value, list | tuple):
         more = len(value) - _SHOWN
         return ", ".join(value[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -62,16 +62,16 @@ def _text(value: Value) -> str:
 
 
 class ApportionError(Exception):
-    """Base of every error that apportion raises on purpose; the command line prints it and exits with code 2.
+    """Base of all errors that apportion raises. The command line prints the error and exits with code 2.
 
-    `str` gives the first line and under it a line per fact, with the values aligned.
+    `str` returns the first line, then one line per fact, with aligned values.
 
     Args:
         what: What is wrong, as a sentence.
-        place: Where, by name.
-        found: What is there.
-        expected: What should be there.
-        fix: What the user can do.
+        place: Where it is wrong, by name.
+        found: The value found.
+        expected: The value expected.
+        fix: How to fix it.
         details: Other facts by label, shown before `fix`.
 
     Example:
@@ -100,59 +100,59 @@ class ApportionError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        """Lay out the message."""
+        """Format the message."""
         facts = {"place": self.place, "expected": self.expected, "found": self.found}
         return lay_out(self.what, facts | self.details | {"fix": self.fix})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the constructor, whose arguments differ between the classes."""
+        """Pickle without calling the constructor: its arguments differ between the classes."""
         return _restore, (type(self), self.args, vars(self).copy())
 
     def within(self, context: str) -> Self:
-        """Say in the first line what was being done.
+        """Prepend a context to the first line.
 
         Args:
-            context: For example a task's name.
+            context: The context, such as a task's name.
 
         Returns:
-            A copy whose first line begins with the context.
+            A copy with the context.
 
         Example:
-            >>> print(ApportionError("a row has no token.", fix="leave it out").within("task 'sums'"))
+            >>> print(ApportionError("a row has no token.", fix="remove the row").within("task 'sums'"))
             task 'sums': a row has no token.
-              fix:  leave it out
+              fix:  remove the row
         """
         return self._changed(what=f"{context}: {self.what}")
 
     def at(self, place: str | os.PathLike[str]) -> Self:
-        """Say where it happened.
+        """Prepend a place to the error's place.
 
         Args:
-            place: The place; of several, the outer one. Nothing changes where it is empty.
+            place: The outer place. If empty, the place does not change.
 
         Returns:
-            A copy with the place, and the error's own place after it.
+            A copy with the new place.
         """
         inner = "" if self.place is None else _text(self.place)
         return self._changed(place=": ".join(part for part in (os.fspath(place), inner) if part))
 
     def adding(self, *, fix: str | None = None, details: Mapping[str, Value] | None = None) -> Self:
-        """Add another way out, and other facts.
+        """Add another fix and more facts.
 
         Args:
-            fix: Shown after the error's own, where it has one.
+            fix: Appended to the error's fix, if any.
             details: Facts by label.
 
         Returns:
             A copy with both.
         """
-        own = "" if self.fix is None else _text(self.fix)
+        own_fix = "" if self.fix is None else _text(self.fix)
         return self._changed(
-            fix=", or ".join(part for part in (own, fix) if part), details=self.details | dict(details or {})
+            fix=", or ".join(part for part in (own_fix, fix) if part), details=self.details | dict(details or {})
         )
 
     def _changed(self, **fields: Any) -> Self:
-        """Copy the error with other fields."""
+        """Return a copy with the given fields replaced."""
         changed = copy.copy(self)
         vars(changed).update(fields)
         changed.args = (changed.what,)
@@ -160,7 +160,7 @@ class ApportionError(Exception):
 
 
 def _restore(kind: type[ApportionError], args: tuple[Any, ...], fields: dict[str, Any]) -> ApportionError:
-    """Make an error again from what pickling kept of it."""
+    """Rebuild a pickled error."""
     error = kind.__new__(kind, *args)
     error.args = args
     vars(error).update(fields)
@@ -168,19 +168,19 @@ def _restore(kind: type[ApportionError], args: tuple[Any, ...], fields: dict[str
 
 
 class ApportionWarning(UserWarning):
-    """Something is allowed, and probably not what was meant."""
+    """Something is allowed but probably not intended."""
 
 
 class ConfigurationError(ApportionError, ValueError):
-    """An argument, an option or a model's configuration is wrong."""
+    """An argument, an option or a model's configuration is invalid."""
 
 
 class ProfileError(ApportionError, ValueError):
-    """A profile is damaged, empty where it must not be, or was made for something else."""
+    """A profile is damaged, lacks required data, or was made for something else."""
 
 
 class PlanError(ApportionError, ValueError):
-    """A plan is damaged or asks for something that cannot be built."""
+    """A plan is damaged or cannot be built."""
 
 
 class PlanMismatchError(PlanError):
@@ -188,7 +188,7 @@ class PlanMismatchError(PlanError):
 
 
 class AdapterError(ApportionError, ValueError):
-    """An adapter's file is damaged, incomplete or was changed, or holds numbers that no model can use."""
+    """An adapter's file is damaged, incomplete or modified, or contains invalid numbers."""
 
 
 class DataError(ApportionError, ValueError):
@@ -196,23 +196,23 @@ class DataError(ApportionError, ValueError):
 
 
 class OutputExistsError(ApportionError, FileExistsError):
-    """An output is already there and would be overwritten."""
+    """An output already exists and would be overwritten."""
 
 
 class OutputPathError(ApportionError, OSError):
-    """Nothing can be written where an output belongs."""
+    """The output path is not writable."""
 
 
 class OutputWriteError(ApportionError, OSError):
-    """An output could not be written although its place was a good one, for example because the disk is full."""
+    """Writing an output failed, for example because the disk is full."""
 
 
 class FolderInUseError(ApportionError, BlockingIOError):
-    """Another process writes to a folder."""
+    """Another process is writing to the folder."""
 
 
 class TrainingError(ApportionError, RuntimeError):
-    """Training cannot go on, for example because the loss is not a number."""
+    """Training cannot continue, for example because the loss is NaN."""
 
 
 class ModelLoadError(ApportionError, OSError):
@@ -225,7 +225,7 @@ class MissingDependencyError(ApportionError, ImportError):
     Args:
         purpose: What the package is needed for.
         package: Its name on PyPI.
-        extra: The extra of apportion that brings it.
+        extra: The extra of apportion that installs it.
     """
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:

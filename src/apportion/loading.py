@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer by the names that every verb takes."""
+"""Load a model and its tokenizer by name."""
 
 from __future__ import annotations
 
@@ -40,22 +40,21 @@ def load_model(
     offload: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a language model, or a model whose language model reads images or sound too, and its tokenizer.
+    """Load a language model, or a multimodal model that contains one, and its tokenizer.
 
     Args:
         name: ``embedded``, a hub id, a folder, or a ``.gguf`` file.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; where not given, float32 without a GPU and the checkpoint's
-            own type with one.
-        offload: A folder; the weights stay on disk, and in this folder where the checkpoint stores them otherwise, and
-            each module reads its own when it runs. For forward passes alone.
-        trust_remote_code: Run Python code that comes with the model. Without it such a model is refused, unless
-            transformers has an implementation of its own.
+        dtype: ``float32``, ``bfloat16`` or ``float16``. Default: float32 on CPU, the checkpoint's dtype on GPU.
+        offload: Keep the weights on disk, and load each module's weights when it runs. Weights that the checkpoint
+            stores in another form are written to this folder. Forward passes only.
+        trust_remote_code: Run Python code that comes with the model. If False, models that need it are refused, unless
+            transformers implements them.
 
     Returns:
-        The model in evaluation mode, on the GPU where there is one, and a tokenizer that pads on the left.
+        The model in evaluation mode, on the GPU if available, and a tokenizer that pads on the left.
 
     Raises:
-        ModelLoadError: there is no such model, it cannot be read, or it comes with code that was not to be run.
+        ModelLoadError: the model does not exist, cannot be read, or needs remote code that is not trusted.
         MissingDependencyError: a GGUF file was given and gguf is not installed.
     """
     text = os.fspath(name)
@@ -63,7 +62,7 @@ def load_model(
     on_gpu = torch.cuda.is_available()
     torch_dtype = DTYPES[dtype] if dtype else ("auto" if on_gpu else torch.float32)
     if offload is not None:
-        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it says that weights are on disk
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns that weights are on disk
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
@@ -79,39 +78,39 @@ def load_model(
         raise ModelLoadError(
             f"the model {text!r} cannot be loaded.",
             found=reason,
-            fix="give embedded, a folder with a model, a .gguf file, or a hub id while the hub can be reached",
+            fix="give embedded, a folder with a model, a .gguf file, or a hub id (needs network access)",
         ) from error
     if extra:
         _forget_gguf(model)
     if not hasattr(model, model.base_model_prefix):
-        model.base_model_prefix = "model"  # Llama 4 says language_model; trainers ask for the model without its head
+        model.base_model_prefix = "model"  # Llama 4 sets language_model; trainers need the model without its head
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if offload is None:
-        model = model.to(PartialState().device if on_gpu else "cpu")  # each of several processes has a GPU of its own
+        model = model.to(PartialState().device if on_gpu else "cpu")  # one GPU per process
     return model.eval(), tokenizer
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Turn a name into what `from_pretrained` takes."""
+    """Return the path and the extra arguments for `from_pretrained`."""
     if name == EMBEDDED:
         return config_source(EMBEDDED), {}
     if name.endswith(".gguf"):
         path = Path(name)
         if not path.is_file():
-            raise ModelLoadError(f"there is no file {name}.", fix="give the path of a .gguf file")
+            raise ModelLoadError(f"the file {name} does not exist.", fix="give the path of a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
     return name, {}
 
 
 def _on_disk(offload: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Say how `from_pretrained` leaves the weights on disk."""
+    """Return the arguments of `from_pretrained` that keep the weights on disk."""
     return {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": os.fspath(offload)}
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Make a model read from GGUF, whose weights are dequantized, an ordinary one that can be saved."""
+    """Remove the quantization settings of a model loaded from GGUF: its weights are dequantized and can be saved."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)

@@ -114,7 +114,7 @@ def test_plan_prints_what_it_costs(run: Run, profile: Path) -> None:
         f"{plan.cost.lora_count_ratio:.2%}",
         f"{plan.cost.lora_percentage_ratio:.2%}",
         f"{plan.cost.adapter_flops_per_token:,.0f}",
-        "the profile's shares",
+        "routing measured in the profile",
         "sites: experts",
         "●",
     ):
@@ -181,7 +181,7 @@ def test_train_refuses_a_folder_in_use_and_resumes(run: Run, adapter: Path) -> N
     command += ["--batch-size", 4, "--lr", "1e-2", "-o", adapter]
     refused = run(*command)
     assert refused.exit_code == 2
-    assert "already has something in it" in refused.stderr
+    assert "is not empty" in refused.stderr
     resumed = run(*command, "--resume", "--json")
     assert json.loads(resumed.stdout)["steps"] == 3
     other = run(*command, "--resume", "--seed", 5)
@@ -195,13 +195,17 @@ def _mistakes() -> list[Any]:
     profile = ["profile", "embedded", "-o", "p.safetensors"]
     cost = ["cost", "embedded", "--hot", "4"]
     return [
-        pytest.param([*plan, "--hot", "0"], "keeps no expert", id="hot of 0"),
+        pytest.param([*plan, "--hot", "0"], "keeps no experts", id="hot of 0"),
         pytest.param([*plan, "--hot", "17"], "more experts than a layer has", id="too many hot"),
         pytest.param([*plan, "--hot", "120%"], "out of range", id="hot of 120%"),
         pytest.param([*plan, "--method", "helora"], "did you mean hellora", id="misspelt method"),
         pytest.param([*plan, "--method", "lora", "--hot", "4"], "no option 'hot'", id="option of another method"),
-        pytest.param([*plan, "--rank", "1000"], "rank 1000 is above", id="rank too large"),
-        pytest.param(["plan", "none.safetensors", "-o", "plan.json"], "there is no profile", id="no profile"),
+        pytest.param([*plan, "--rank", "1000"], "rank 1000 is too large", id="rank too large"),
+        pytest.param(
+            ["plan", "none.safetensors", "-o", "plan.json"],
+            "the profile none.safetensors does not exist",
+            id="no profile",
+        ),
         pytest.param(["plan", "{broken_profile}", "-o", "plan.json"], "truncated", id="truncated profile"),
         pytest.param(["plan", "{dense_profile}", "-o", "plan.json"], "is a dense model", id="dense model"),
         pytest.param([*profile, "--data", "none.jsonl"], "there is no file", id="no data file"),
@@ -214,24 +218,30 @@ def _mistakes() -> list[Any]:
             "cannot be loaded",
             id="no network",
         ),
-        pytest.param(["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"], "no file", id="no gguf"),
+        pytest.param(
+            ["profile", "none.gguf", "--data", "task:gcd", "-o", "p.safetensors"],
+            "none.gguf does not exist",
+            id="no gguf",
+        ),
         pytest.param(
             ["profile", "embedded", "--data", "task:gcd", "--low-memory", "--sensitivity", "-o", "p.safetensors"],
-            "gradients need all weights in memory",
+            "--sensitivity needs all weights in memory",
             id="gradients of weights on disk",
         ),
         pytest.param(["cost", "nobody/nothing"], "cannot be read", id="no configuration"),
         pytest.param(["cost", "{dense}", "--hot", "2"], "is a dense model", id="cost of a dense model"),
         pytest.param(["cost", "{nonsense}"], "does not recognize this architecture", id="unknown model type"),
         pytest.param(["cost", "{vit}"], "is not a causal language model", id="no language model"),
-        pytest.param(["cost", "{uneven}"], "no olmoe model can be built", id="sizes that do not fit"),
+        pytest.param(["cost", "{uneven}"], "a model of type olmoe cannot be built", id="sizes that do not fit"),
         pytest.param([*cost, "--targets", "atention"], "did you mean attention", id="misspelt target"),
-        pytest.param([*cost, "--targets", "experts.dwon"], "nothing for the target 'experts.dwon'", id="projection"),
+        pytest.param([*cost, "--targets", "experts.dwon"], "no site for the target 'experts.dwon'", id="projection"),
         pytest.param([*cost, "--layers", "four"], "layers='four' is not understood", id="misspelt layers"),
-        pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model lacks", id="layers out of range"),
+        pytest.param([*cost, "--layers", "0-99"], "layer 4, which this model does not have", id="layers out of range"),
         pytest.param([*cost, "--rank", "0"], "rank=0 is not a rank", id="rank of 0"),
-        pytest.param([*cost, "--rank", "97"], "rank 97 is above", id="rank above the smaller dimension"),
-        pytest.param(["train", "none.json", "--data", "task:gcd", "-o", "run"], "there is no plan", id="no plan"),
+        pytest.param([*cost, "--rank", "97"], "rank 97 is too large", id="rank above the smaller dimension"),
+        pytest.param(
+            ["train", "none.json", "--data", "task:gcd", "-o", "run"], "the plan none.json does not exist", id="no plan"
+        ),
         pytest.param(["train", "{broken_plan}", "--data", "task:gcd", "-o", "run"], "truncated", id="truncated plan"),
         pytest.param(["train", "{edited_plan}", "--data", "task:gcd", "-o", "run"], "was changed", id="edited plan"),
         pytest.param(

@@ -36,7 +36,7 @@ def test_profile_measures_sensitivity_on_the_rows_that_have_a_label(data: Path, 
     options = ("--max-length", 256, "--batch-size", 1, "-o", path)
     done = _run("profile", "embedded", "--data", data, *options, "--sensitivity")
     assert done.exit_code == 0, done.output
-    assert "rows: 1 of 2 rows have no completion token within 256 tokens and were left out" in _flat(done)
+    assert "rows: 1 of 2 rows have no completion token within 256 tokens and were skipped" in _flat(done)
     profile = load_profile(path)
     assert profile.provenance["sequences"] == {"rows": 1}
     assert profile.provenance["left_out"] == {"rows": 1}
@@ -46,7 +46,7 @@ def test_profile_without_sensitivity_needs_no_completion(data: Path, tmp_path: P
     path = tmp_path / "p.safetensors"
     done = _run("profile", "embedded", "--data", data, "--max-length", 256, "-o", path)
     assert done.exit_code == 0, done.output
-    assert "left out" not in done.output
+    assert "skipped" not in done.output
     assert load_profile(path).provenance["sequences"] == {"rows": 2}
 
 
@@ -61,4 +61,4 @@ def test_profile_refuses_sensitivity_where_no_row_has_a_label(data: Path, tmp_pa
 def test_eval_says_how_many_rows_the_loss_leaves_out(data: Path) -> None:
     done = _run("eval", "embedded", "--data", data, "--max-length", 256)
     assert done.exit_code == 0, done.output
-    assert "rows: 1 of 2 rows have no completion token within 256 tokens; the loss leaves them out" in _flat(done)
+    assert "rows: 1 of 2 rows have no completion token within 256 tokens; the loss skips them" in _flat(done)

@@ -52,7 +52,7 @@ def test_every_option_of_every_method_is_a_flag_with_its_help(command: str, meth
         assert shown.rich_help_panel == "Method options"
         assert shown.default is None
         if flag.default is not None:
-            assert flag.default in shown.show_default or "of others" in shown.show_default
+            assert flag.default in shown.show_default or "for others" in shown.show_default
 
 
 def test_every_option_of_sparse_training_is_a_flag_with_its_help() -> None:
@@ -65,11 +65,11 @@ def test_every_option_of_sparse_training_is_a_flag_with_its_help() -> None:
 
 def test_flags_of_several_methods_name_whose_default_and_help_are_whose() -> None:
     flags = _flags("plan")
-    assert flags["--keep"].show_default == "0.25 of gradient, 0.6 of lora_smoe and random_votes"
-    assert flags["--sparsity"].show_default == "0.9 of lori and hellori, 0 of others"
-    assert flags["--experts"].show_default == "2-4-6-8 of mola, 5 of uniform"
-    assert flags["--max-rank"].show_default == "its smaller side"
-    assert flags["--targets"].show_default.endswith("all of others")
+    assert flags["--keep"].show_default == "0.25 for gradient, 0.6 for lora_smoe and random_votes"
+    assert flags["--sparsity"].show_default == "0.9 for lori and hellori, 0 for others"
+    assert flags["--experts"].show_default == "2-4-6-8 for mola, 5 for uniform"
+    assert flags["--max-rank"].show_default == "smaller side of the matrix"
+    assert flags["--targets"].show_default.endswith("all for others")
     assert "(mola)" in flags["--experts"].help
     assert "(uniform)" in flags["--experts"].help
     assert "(" not in flags["--layers"].help
@@ -157,7 +157,7 @@ def test_targets_are_missed_where_they_were_named_though_they_are_the_default(tm
     assert _run("cost", config, "--method", "lora", "--rank", 2).exit_code == 0
     done = _run("cost", config, "--method", "lora", "--rank", 2, "--targets", targets)
     assert done.exit_code == 2, done.output
-    assert "this model has nothing for the target 'router'" in done.output
+    assert "this model has no site for the target 'router'" in done.output
 
 
 def test_attention_refuses_targets_and_ranks_that_it_would_drop() -> None:

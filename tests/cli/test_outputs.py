@@ -80,47 +80,50 @@ def check_refused(done: Result, message: str) -> None:
 
 REFUSED = {
     "profile onto its data": (["profile", "embedded", "--data", "rows.jsonl", "-o", "rows.jsonl"], "is an input"),
-    "profile onto a text": (["profile", "embedded", *DATA, "-o", "text.txt"], "is there already"),
+    "profile onto a text": (["profile", "embedded", *DATA, "-o", "text.txt"], "already exists"),
     "profile onto a folder": (["profile", "embedded", *DATA, "-o", "adapter"], "is a folder"),
     "profile below a file": (["profile", "embedded", *DATA, "-o", "text.txt/p.safetensors"], "Not a directory"),
     "profile into a model": (["profile", "adapter", *DATA, "-o", "adapter/adapter_config.json"], "is an input"),
     "plan onto its profile": (["plan", "p.safetensors", "-o", "p.safetensors"], "is an input"),
-    "plan onto a text": (["plan", "p.safetensors", "-o", "text.txt"], "is there already"),
+    "plan onto a text": (["plan", "p.safetensors", "-o", "text.txt"], "already exists"),
     "plan below a file": (["plan", "p.safetensors", "-o", "text.txt/plan.json"], "Not a directory"),
     "picture onto its profile": (
         ["plan", "p.safetensors", "-o", "new.json", "--picture", "p.safetensors"],
         "is an input",
     ),
-    "picture onto a text": (["plan", "p.safetensors", "-o", "new.json", "--picture", "text.txt"], "is there already"),
+    "picture onto a text": (["plan", "p.safetensors", "-o", "new.json", "--picture", "text.txt"], "already exists"),
     "picture onto the plan": (["plan", "p.safetensors", "-o", "new", "--picture", "new"], "would both be written"),
     "page onto its plan": (["report", "plan.json", "-o", "plan.json"], "is an input"),
     "page onto the plan's profile": (
         ["report", "plan.json", "--profile", "p.safetensors", "-o", "p.safetensors"],
         "is an input",
     ),
-    "page onto a text": (["report", "plan.json", "-o", "text.txt"], "is there already"),
+    "page onto a text": (["report", "plan.json", "-o", "text.txt"], "already exists"),
     "page of a study onto its data": (
         ["compare", "--data", "rows.jsonl", "--method", "lora", "--budget", "lora:1", "--page", "rows.jsonl"],
         "is an input",
     ),
     "page of a study onto a text": (
         ["compare", *DATA[:2], "--method", "lora", "--budget", "lora:1", "--page", "text.txt"],
-        "is there already",
+        "already exists",
     ),
     "train into a file": (["train", "plan.json", *DATA, "-o", "text.txt"], "is a file"),
     "train below a file": (["train", "plan.json", *DATA, "-o", "text.txt/run"], "Not a directory"),
-    "train into its model": (["train", "plan.json", *DATA, "--model", "adapter", "-o", "adapter/run"], "lies in"),
+    "train into its model": (
+        ["train", "plan.json", *DATA, "--model", "adapter", "-o", "adapter/run"],
+        "is inside an input folder",
+    ),
     "train onto what it is on top of": (
         ["train", "plan.json", *DATA, "--on-top-of", "adapter", "-o", "adapter"],
-        "lies in",
+        "is inside an input folder",
     ),
-    "merge into its adapter": (["merge", "adapter", "-o", "adapter"], "lies in"),
-    "merge inside its adapter": (["merge", "adapter", "-o", "adapter/merged"], "lies in"),
+    "merge into its adapter": (["merge", "adapter", "-o", "adapter"], "is inside an input folder"),
+    "merge inside its adapter": (["merge", "adapter", "-o", "adapter/merged"], "is inside an input folder"),
     "merge into a file": (["merge", "adapter", "-o", "text.txt"], "is a file"),
     "merge below a file": (["merge", "adapter", "-o", "text.txt/merged"], "Not a directory"),
-    "export into its adapter": (["export", "adapter", "-o", "adapter"], "lies in"),
+    "export into its adapter": (["export", "adapter", "-o", "adapter"], "is inside an input folder"),
     "export below a file": (["export", "adapter", "-o", "text.txt/plain"], "Not a directory"),
-    "combine into an adapter": (["combine", "adapter", "adapter", "-o", "adapter/both"], "lies in"),
+    "combine into an adapter": (["combine", "adapter", "adapter", "-o", "adapter/both"], "is inside an input folder"),
     "combine below a file": (["combine", "adapter", "adapter", "-o", "text.txt/both"], "Not a directory"),
     "demo into a file": (["demo", "-o", "text.txt"], "is a file"),
     "demo below a file": (["demo", "-o", "text.txt/demo"], "Not a directory"),
@@ -188,7 +191,7 @@ def test_what_was_measured_outlives_an_output_that_cannot_be_saved(
     assert first.exit_code == 1
     assert "error: p.safetensors was not written" in first.stderr
     assert os.strerror(number) in first.stderr
-    assert "kept:   what was measured, in p.safetensors.partial" in first.stderr
+    assert "kept:   the measurements, in p.safetensors.partial" in first.stderr
     assert "Traceback" not in first.output
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors.partial"]
     assert passes

@@ -46,7 +46,7 @@ def test_plans_show_experts_and_budgets(tmp_path: Path, profile: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "LoRA experts" in done.output
-    assert "budget: 18 of 20 experts, 2 under" in done.output
+    assert "budget: 18 of 20 experts used, 2 left" in done.output
     assert apportion.load_plan(tmp_path / "p.json").num_lora_experts == 18
 
 
@@ -98,7 +98,7 @@ def test_one_task_and_uneven_tasks_are_warned_of(tmp_path: Path) -> None:
         "profile", "embedded", "--data", rows, "--data", "task:gcd", "--samples", 12, "--sensitivity", "-o", path
     )
     assert uneven.exit_code == 0, uneven.output
-    assert "task 'one' has 1 rows and 'gcd' 12" in " ".join(uneven.output.split())
+    assert "task 'one' has 1 rows and 'gcd' has 12" in " ".join(uneven.output.split())
     assert _run("profile", "embedded", "--data", rows, "--sensitivity", "-o", path).exit_code == 0
     planned = _run("plan", path, "--method", "lora_smoe", "--rank", 4, "-o", tmp_path / "p.json")
     assert planned.exit_code == 0, planned.output
@@ -111,7 +111,7 @@ def test_one_task_and_uneven_tasks_are_warned_of(tmp_path: Path) -> None:
         (("--method", "lora_smoe", "--keep", "0"), "keep"),
         (("--method", "lora_smoe", "--top-k", "7"), "top_k=7 is above"),
         (("--method", "lora_smoe", "--groups", "layers"), "groups"),
-        (("--method", "uniform", "--budget", "12"), "buys no LoRA expert"),
+        (("--method", "uniform", "--budget", "12"), "too small for one LoRA expert"),
         (("--method", "mola", "--experts", "2-x"), "not understood"),
     ],
 )

@@ -182,7 +182,7 @@ def test_moe_models_route_their_attention(tokens: Tensor) -> None:
     profile = apportion.profile(model, batches, sensitivity=True)
     plan = apportion.plan(profile, "lora_smoe", rank=4)
     assert plan.cost.sites_by_kind.keys() == {"attention"}
-    with pytest.raises(ConfigurationError, match="is no linear layer's"):
+    with pytest.raises(ConfigurationError, match="is not a linear layer"):
         apportion.plan(profile, "lora_smoe", rank=4, targets="attention,experts")
     hot = apportion.plan(profile, "hellora", hot=2, rank=4, criterion="sensitivity")
     norms = profile.expert_sensitivity()
@@ -200,7 +200,7 @@ def test_moe_models_route_their_attention(tokens: Tensor) -> None:
         ({"budget": "much"}, "budget='much' is not understood"),
         ({"budget": "experts=2"}, "too small"),
         ({"budget": 100, "keep": 0.5}, "both given"),
-        ({"targets": "router"}, "nothing for the target"),
+        ({"targets": "router"}, "no site for the target"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -212,11 +212,11 @@ def test_wrong_numbers_of_experts_are_refused() -> None:
     profile = _profile(_dense_layout(4), 3)
     for method, options, message in (
         ("mola", {"experts": "2-0"}, "not understood"),
-        ("mola", {"experts": "1-2-3-4-5"}, "names 5 parts of 4 layers"),
+        ("mola", {"experts": "1-2-3-4-5"}, "has 5 numbers for 4 layers"),
         ("mola", {"top_k": 9}, "top_k=9 is above"),
         ("uniform", {"experts": 0}, "experts"),
         ("uniform", {"experts": 2, "budget": 900}, "both given"),
-        ("uniform", {"budget": 10}, "buys no LoRA expert"),
+        ("uniform", {"budget": 10}, "too small for one LoRA expert"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             apportion.plan(profile, method, rank=2, **options)

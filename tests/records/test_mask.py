@@ -47,15 +47,15 @@ def _positions(*numbers: int, dtype: torch.dtype = torch.int32) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_positions(-1, 3), "positions of a that are not int32, not rising, or outside 4 x 2"),
-        (_positions(3, 3), "not rising"),
-        (_positions(7, 3), "not rising"),
+        (_positions(-1, 3), "positions of a are not int32, not ascending, or outside 4 x 2"),
+        (_positions(3, 3), "not ascending"),
+        (_positions(7, 3), "not ascending"),
         (_positions(3, 8), "outside 4 x 2"),
         (_positions(0, 3, dtype=torch.int64), "not int32"),
         (_positions(0, 3, dtype=torch.float16), "not int32"),
         (lambda header, kept: kept.update(a=kept["a"][None]), "positions of a"),
-        (lambda header, kept: kept.pop("a"), "'a' has either a shape or positions"),
-        (lambda header, kept: header["shapes"].pop("b"), "'b' has either a shape or positions"),
+        (lambda header, kept: kept.pop("a"), "'a' needs both a shape and positions"),
+        (lambda header, kept: header["shapes"].pop("b"), "'b' needs both a shape and positions"),
         (lambda header, kept: header["shapes"].update(a=[4, 0]), "shapes.a.1: Input should be greater"),
         (lambda header, kept: header["shapes"].update(a=4), r"shapes\.a"),
         (lambda header, kept: header["shapes"].update(a=[4, "2"]), r"shapes\.a\.1"),
@@ -66,7 +66,7 @@ def _positions(*numbers: int, dtype: torch.dtype = torch.int32) -> Change:
 )
 def test_impossible_masks_are_refused_though_hashed_again(saved: Path, change: Change, message: str) -> None:
     rewrite(saved, change)
-    with pytest.raises(PlanError, match=f"(?s)mask.safetensors is no mask, or is damaged.*{message}"):
+    with pytest.raises(PlanError, match=f"(?s)mask.safetensors is not a mask, or is damaged.*{message}"):
         load_mask(saved)
 
 
@@ -78,5 +78,5 @@ def test_a_possible_change_that_was_hashed_again_is_read(saved: Path) -> None:
 @pytest.mark.parametrize("header", ["5", "null", "[]", "{", "[" * 100_000, "9" * 5000])
 def test_a_header_that_is_none_is_refused(saved: Path, header: str) -> None:
     save_file({"a": torch.zeros(1)}, saved, {"apportion_mask": header})
-    with pytest.raises(PlanError, match="is no mask, or is damaged"):
+    with pytest.raises(PlanError, match="is not a mask, or is damaged"):
         load_mask(saved)

@@ -85,16 +85,16 @@ def test_options_that_exclude_each_other_are_refused_at_a_default_s_value_too(
     [
         (HotOptions, {"hott": 4}, ["there is no option 'hott'", "options:  criterion, hot"]),
         (HotOptions, {"hot": "x"}, ["hot='x' is not understood", "25%"]),
-        (HotOptions, {"criterion": "norm"}, ["the option criterion='norm' is wrong", "'count'"]),
-        (MethodOptions, {"sparsity": 1}, ["the option sparsity=1 is wrong", "less than 1"]),
+        (HotOptions, {"criterion": "norm"}, ["the option criterion='norm' is invalid", "'count'"]),
+        (MethodOptions, {"sparsity": 1}, ["the option sparsity=1 is invalid", "less than 1"]),
         (MethodOptions, {"layers": "7-4"}, ["layers='7-4' is not understood"]),
-        (MethodOptions, {"ranks": {"head": 4}}, ["no kind 'head'", "attention"]),
-        (MethodOptions, {"ranks": {"router": 0}}, ["rank=0 of router"]),
+        (MethodOptions, {"ranks": {"head": 4}}, ["'head', which is not a kind", "attention"]),
+        (MethodOptions, {"ranks": {"router": 0}}, ["rank=0 for router"]),
         (MethodOptions, {"targets": "atention"}, ["did you mean attention?"]),
-        (METHODS["marginal"].options, {"rank_decay": float("inf")}, ["rank_decay=inf is wrong"]),
-        (SparseTraining, {"dense_steps": 1}, ["the first step warms up"]),
-        (SparseTraining, {"dense_lr": float("nan")}, ["dense_lr=nan trains nothing"]),
-        (SparseTraining, {"mask_granularity": "expert"}, ["mask_granularity='expert' is wrong", "'projection'"]),
+        (METHODS["marginal"].options, {"rank_decay": float("inf")}, ["rank_decay=inf is invalid"]),
+        (SparseTraining, {"dense_steps": 1}, ["the first step is warm-up"]),
+        (SparseTraining, {"dense_lr": float("nan")}, ["dense_lr=nan is not a positive number"]),
+        (SparseTraining, {"mask_granularity": "expert"}, ["mask_granularity='expert' is invalid", "'projection'"]),
     ],
 )
 def test_wrong_options_are_configuration_errors(
@@ -110,7 +110,7 @@ def test_options_by_name_say_whose_they_are() -> None:
     assert read_options(HotOptions, {"hot": "25%"}, "method hellora") == HotOptions(hot="25%")
     with pytest.raises(ConfigurationError, match="method lora has no option 'hot'"):
         read_options(MethodOptions, {"hot": 4}, "method lora")
-    with pytest.raises(ConfigurationError, match=r"keep=0 is wrong(.|\n)*place:  method lora_smoe"):
+    with pytest.raises(ConfigurationError, match=r"keep=0 is invalid(.|\n)*place:  method lora_smoe"):
         read_options(VoteOptions, {"keep": 0}, "method lora_smoe")
 
 

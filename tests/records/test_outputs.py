@@ -52,7 +52,9 @@ def test_a_file_may_replace_one_of_its_kind_alone(files: Path, kind: OutputKind)
         if other == kind:
             check_output(files / name, kind)
         else:
-            with pytest.raises(OutputExistsError, match=f"is there already, and is no {kind} that this one could"):
+            with pytest.raises(
+                OutputExistsError, match=f"already exists and is another kind of file.\n  expected:  {kind}"
+            ):
                 check_output(files / name, kind)
             check_output(files / name, kind, force=True)
     assert names_in(files) == before
@@ -64,7 +66,7 @@ def test_a_file_may_replace_one_of_its_kind_alone(files: Path, kind: OutputKind)
 )
 def test_a_file_of_no_kind_is_not_replaced(tmp_path: Path, kind: OutputKind, text: str) -> None:
     (tmp_path / "file").write_text(text)
-    with pytest.raises(OutputExistsError, match="is there already"):
+    with pytest.raises(OutputExistsError, match="already exists"):
         check_output(tmp_path / "file", kind)
 
 
@@ -86,7 +88,7 @@ def test_an_input_is_never_replaced(files: Path, force: bool, link: str) -> None
         output.symlink_to(source)
     else:
         os.link(source, output)
-    with pytest.raises(OutputExistsError, match="is an input, and would be replaced by the profile"):
+    with pytest.raises(OutputExistsError, match="is an input, and would be overwritten by the profile"):
         check_output(output, "profile", inputs=("task:aiw", source), force=force)
 
 
@@ -101,7 +103,7 @@ def test_a_folder_that_is_read_keeps_what_is_not_replaced_by_its_like(files: Pat
 def test_folders_and_devices_are_no_files(tmp_path: Path, force: bool) -> None:
     with pytest.raises(OutputExistsError, match="is a folder; a file was expected"):
         check_output(tmp_path, "plan", force=force)
-    with pytest.raises(OutputExistsError, match="no regular file"):
+    with pytest.raises(OutputExistsError, match="not a regular file"):
         check_output("/dev/null", "plan", force=force)
 
 
@@ -112,7 +114,7 @@ def test_folders_and_devices_are_no_files(tmp_path: Path, force: bool) -> None:
 )
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str, reason: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputPathError, match=f"nothing can be written to(.|\n)*{reason}"):
+    with pytest.raises(OutputPathError, match=f"is not writable(.|\n)*{reason}"):
         check_output(tmp_path / place, "plan")
     assert names_in(tmp_path) == {"file"}
 
@@ -151,14 +153,14 @@ def test_an_output_folder_lies_in_nothing_that_is_read(tmp_path: Path, monkeypat
     Path("model").mkdir()
     Path("link").symlink_to("model")
     for output in ("model", "model/merged", "link", "link/merged", "new/../model"):
-        with pytest.raises(OutputExistsError, match="lies in a folder that is read"):
+        with pytest.raises(OutputExistsError, match="is inside an input folder"):
             check_output_folder(output, inputs=("embedded", "model"))
     assert check_output_folder("models", inputs=("model", "task:aiw")) == Path("models")
 
 
 def test_an_output_folder_is_empty_unless_it_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputExistsError, match="already has something in it"):
+    with pytest.raises(OutputExistsError, match="is not empty"):
         check_output_folder(tmp_path)
     check_output_folder(tmp_path, may_hold=True)
     for may_hold in (False, True):

@@ -40,7 +40,7 @@ def test_a_truncated_plan_is_refused(plan: Plan, tmp_path: Path, cut: int) -> No
     path = tmp_path / "plan.json"
     plan.save(path)
     path.write_text(path.read_text()[:cut])
-    with pytest.raises(PlanError, match="truncated or no JSON"):
+    with pytest.raises(PlanError, match="truncated or not JSON"):
         apportion.load_plan(path)
 
 
@@ -62,10 +62,10 @@ def test_an_edited_plan_is_refused(plan: Plan, tmp_path: Path, change: dict[str,
 
 
 def test_a_missing_or_foreign_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="there is no plan"):
+    with pytest.raises(PlanError, match=r"the plan .* does not exist"):
         apportion.load_plan(tmp_path / "none.json")
     (tmp_path / "list.json").write_text("[1, 2]")
-    with pytest.raises(PlanError, match="it holds a list"):
+    with pytest.raises(PlanError, match="expected an object, found a list"):
         apportion.load_plan(tmp_path / "list.json")
 
 
@@ -99,7 +99,7 @@ def test_names_are_counted_before_they_are_made(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["a.{b", "a}.b", "a.{b,{c,d}}", "{{a}}"])
 def test_braces_that_do_not_match_are_refused(pattern: str) -> None:
-    with pytest.raises(PlanError, match="no partner"):
+    with pytest.raises(PlanError, match="unbalanced or nested"):
         num_expanded(pattern)
 
 
@@ -123,7 +123,7 @@ INF, NAN = float("inf"), float("nan")
         ({"num_experts": 0}, "cannot use 1 of them"),
         ({"num_experts": 1}, "has 1 LoRA experts of rank 4"),
         ({"num_experts": 65_536}, "has 65536 LoRA experts of rank 4"),
-        ({"kind": "cubic"}, "there is no shape 'cubic'"),
+        ({"kind": "cubic"}, "unknown shape 'cubic'"),
         ({"colour": "red"}, "colour of shape 'low_rank'"),
         ({"rank": "many"}, "rank of shape 'low_rank'"),
     ],
@@ -163,7 +163,7 @@ def test_numbers_that_no_adapter_can_have_are_refused_though_resealed(
 def test_an_impossible_cost_is_refused_though_resealed(plan: Plan, changes: dict[str, object], place: str) -> None:
     data = {name: value for name, value in plan.as_dict().items() if name != "seal"}
     data["cost"] = data["cost"] | changes
-    with pytest.raises(PlanError, match=rf"its cost is impossible\.\n  place:  cost\.{place}\n"):
+    with pytest.raises(PlanError, match=rf"its cost is invalid\.\n  place:  cost\.{place}\n"):
         Plan.from_dict(data | {"seal": seal(data)})
 
 
@@ -177,12 +177,12 @@ def test_a_cost_without_a_figure_is_refused_though_resealed(plan: Plan) -> None:
 def test_a_site_that_is_named_twice_is_refused_though_resealed(plan: Plan) -> None:
     data = {name: value for name, value in plan.as_dict().items() if name != "seal"}
     data["placements"] = data["placements"] * 2
-    with pytest.raises(PlanError, match="names a site 2 times"):
+    with pytest.raises(PlanError, match="lists a site 2 times"):
         Plan.from_dict(data | {"seal": seal(data)})
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"a":' * 100 + "1" + "}" * 100, '{"model": "\\ud800"}'])
 def test_text_that_python_cannot_read_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(PlanError, match=r"plan\.json is truncated or no JSON"):
+    with pytest.raises(PlanError, match=r"plan\.json is truncated or not JSON"):
         apportion.load_plan(tmp_path / "plan.json")

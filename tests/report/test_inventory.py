@@ -124,4 +124,4 @@ def test_the_command_prints_a_table_or_json() -> None:
 def test_the_command_refuses_with_one_message(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["show", str(tmp_path)])
     assert refused.exit_code == 2
-    assert "nothing that apportion wrote" in refused.stderr
+    assert "was not written by apportion" in refused.stderr

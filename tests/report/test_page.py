@@ -135,7 +135,7 @@ def test_an_unsummarised_study_has_runs_and_no_verdict(tmp_path: Path) -> None:
     (tmp_path / "study" / "summary.json").unlink()
     written = write_report(tmp_path / "study", tmp_path / "r.html")
     assert "scores" not in written.sections
-    assert "There is no verdict yet" in (tmp_path / "r.html").read_text()
+    assert "No verdict yet" in (tmp_path / "r.html").read_text()
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
@@ -200,11 +200,11 @@ def test_commands_make_the_same_files_again(tmp_path: Path, monkeypatch: pytest.
     ("arguments", "message"),
     [
         (["none"], "none does not exist"),
-        (["."], "is the folder of neither a study nor a finished demonstration"),
-        (["notes.txt"], "is neither a folder, a .safetensors file nor a .json file"),
-        (["none.json"], "there is no plan"),
-        (["p.safetensors", "--profile", "p.safetensors"], "is no plan"),
-        (["plan.json", "--profile", "other.safetensors"], "belong to different models"),
+        (["."], "is neither a study's folder nor that of a finished demonstration"),
+        (["notes.txt"], "is not a folder, a .safetensors file or a .json file"),
+        (["none.json"], "the plan none.json does not exist"),
+        (["p.safetensors", "--profile", "p.safetensors"], "is not a plan"),
+        (["plan.json", "--profile", "other.safetensors"], "are for different models"),
         (["p.safetensors", "-o", "."], "is a folder; a file was expected"),
         (["broken"], "is damaged"),
         (["empty"], "results.json is damaged"),

@@ -182,12 +182,12 @@ def test_rows_that_a_study_does_not_read_may_change(sums: Path, monkeypatch: pyt
 def test_a_process_of_the_pool_refuses_rows_that_were_edited_meanwhile(
     sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from apportion.study import pool
+    from apportion.study.executors import processes
 
     settings = load_study("out").settings
     _write_rows(sums / "test.jsonl", 50)
     with pytest.raises(apportion.ApportionError, match="held-out rows of task 'sums'"):
-        pool._child_bench("out", settings.model_dump_json(), Sitting(), "model")
+        processes._child_bench("out", settings.model_dump_json(), Sitting(), "model")
 
 
 def test_records_that_are_not_this_studys_are_left_out_and_counted(sums: Path) -> None:
@@ -206,7 +206,7 @@ def test_records_that_are_not_this_studys_are_left_out_and_counted(sums: Path) -
     assert study.summary == whole
     assert "2 records of other data" in _compare("study.toml", "-o", "out").output
     assert CliRunner().invoke(app, ["report", "out", "-o", "report.html"]).exit_code == 0
-    assert "2 records of other data, plans or settings left out" in Path("report.html").read_text()
+    assert "2 records with other data, plans or settings skipped" in Path("report.html").read_text()
 
 
 def test_a_summary_of_other_settings_is_not_shown(sums: Path) -> None:

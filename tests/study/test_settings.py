@@ -101,10 +101,10 @@ def test_the_command_line_refuses_what_it_cannot_run(study_file: Path, finished:
     assert "there is no study file" in _output(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("name = ")
     assert "is not TOML" in _output(tmp_path / "bad.toml")
-    assert "--data and --method and --budget is missing" in _output()
+    assert "--data and --method and --budget must be given" in _output()
     assert "holds no study" in _output(tmp_path)
     assert "both given" in _output(study_file, "--data", "task:aiw")
-    assert "only summarised, and seeds was given" in _output(finished, "--seeds", 3)
+    assert "seeds cannot be used with" in _output(finished, "--seeds", 3)
 
 
 def test_another_studys_folder_is_not_touched(study_file: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The command line: parses, calls the API, prints."""
+"""The command line: parse arguments, call the API, print results."""

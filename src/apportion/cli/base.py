@@ -1,4 +1,4 @@
-"""The base model of an adapter that a command is given."""
+"""The base model of an adapter given to a command."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from apportion.peft.load import read_adapter_plan
 
 
 def base_of(adapter: Path, model: str | None) -> str:
-    """Tell which model an adapter is for.
+    """Return the name of an adapter's base model.
 
     Args:
         adapter: The adapter's folder.
-        model: What the user gave, if anything.
+        model: Name given by the user, if any.
 
     Returns:
-        A name that `load_model` takes.
+        A name for `load_model`.
 
     Raises:
-        ConfigurationError: nothing says, or there is no adapter in the folder.
+        ConfigurationError: the base model is unknown, or the folder has no adapter.
     """
     name = model or read_adapter_plan(adapter).base_model
     if name is None:
-        raise ConfigurationError(f"the adapter in {adapter} does not say which model it is for.", fix="give --model")
+        raise ConfigurationError(f"the adapter in {adapter} does not name its base model.", fix="give --model")
     return name

@@ -20,7 +20,7 @@ from apportion.training.phase import save_adapter
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     adapters: list[Path]
     output: Path
@@ -34,7 +34,7 @@ class Arguments:
 def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Load the adapters onto one model, combine them, and save the result."""
     quiet()
-    shares = _weights(args.weights, len(args.adapters))
+    weights = _parse_weights(args.weights, len(args.adapters))
     _check_same_base(args.adapters)
     name = base_of(args.adapters[0], args.model)
     check_output_folder(args.output, inputs=(*args.adapters, name))
@@ -43,17 +43,17 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     peft_model = load(loaded, args.adapters[0], adapter_name=names[0])
     for path, adapter in zip(args.adapters[1:], names[1:], strict=True):
         peft_model.load_adapter(path, adapter)
-    peft_model.add_weighted_adapter(names, shares, "default", combination_type=args.how)
+    peft_model.add_weighted_adapter(names, weights, "default", combination_type=args.how)
     for adapter in names:
         peft_model.delete_adapter(adapter)
     save_adapter(peft_model, args.output)
     count = sum(parameter.numel() for key, parameter in peft_model.named_parameters() if ".default." in key)
     console.print(f"{len(args.adapters)} adapters combined by {args.how}: {count:,} parameters -> {args.output}")
-    return {"adapter": str(args.output), "parameters": count, "weights": shares, "how": args.how}
+    return {"adapter": str(args.output), "parameters": count, "weights": weights, "how": args.how}
 
 
-def _weights(text: str | None, count: int) -> list[float]:
-    """Read the weights; equal ones that add up to 1 where none were given."""
+def _parse_weights(text: str | None, count: int) -> list[float]:
+    """Parse the weights; by default they are equal and sum to 1."""
     if text is None:
         return [1 / count] * count
     try:
@@ -61,14 +61,14 @@ def _weights(text: str | None, count: int) -> list[float]:
     except ValueError as error:
         raise ConfigurationError(f"weights={text!r} is not understood.", fix="give numbers: 0.5,0.5") from error
     if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
-        raise ConfigurationError(f"weights={text!r} are not {count} finite numbers.", fix="give one an adapter")
+        raise ConfigurationError(f"weights={text!r} are not {count} finite numbers.", fix="give one weight per adapter")
     return weights
 
 
 def _check_same_base(adapters: list[Path]) -> None:
-    """Refuse adapters of several models, before a model is loaded."""
+    """Refuse adapters of different models, before a model is loaded."""
     if len(adapters) < 2:
-        raise ConfigurationError("one adapter is nothing to combine.", fix="give two or more")
+        raise ConfigurationError("only one adapter was given.", fix="give two or more adapters to combine")
     plans = {path: read_adapter_plan(path) for path in adapters}
     first = plans[adapters[0]]
     for path, plan in plans.items():
@@ -76,6 +76,6 @@ def _check_same_base(adapters: list[Path]) -> None:
             raise PlanMismatchError(f"the adapters in {adapters[0]} and {path} are for different models.")
         if read_adapter_config(path).on_top_of:
             raise ConfigurationError(
-                f"the adapter in {path} was trained on top of another one, so it fits no other base.",
+                f"the adapter in {path} was trained on top of another adapter, so it cannot be combined.",
                 fix="merge it instead",
             )

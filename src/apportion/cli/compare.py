@@ -30,7 +30,7 @@ from apportion.study.sitting import Sitting
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     study: Path | None
     output: Path | None
@@ -42,22 +42,22 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Run a study, or summarise the folder of one, and show what it says."""
+    """Run a study or summarise a study's folder, and show the summary."""
     quiet()
     _check_page(
         args.page, [*([args.study] if args.study else []), *named_sources(args.data or []).values()], force=args.force
     )
     if args.study is not None and args.study.is_dir():
-        told = [
+        unused = [
             *args.options,
             *(["data"] if args.data else []),
             *(["output"] if args.output else []),
             *(["dry_run"] if args.sitting["dry_run"] else []),
         ]
-        if told:
+        if unused:
             raise ConfigurationError(
-                f"{args.study} is a study's folder, whose runs are only summarised, and {told[0]} was given.",
-                fix="give the study's .toml file, or leave that out",
+                f"{unused[0]} cannot be used with {args.study}: a study's folder is only summarised.",
+                fix=f"give the study's .toml file, or drop {unused[0]}",
             )
         summary: Summary | None = write_summary(args.study, say=lambda text: console.print(text, soft_wrap=True))
         folder = args.study
@@ -80,7 +80,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
 
 
 def _check_page(page: Path | None, inputs: list[Path | str], *, force: bool) -> None:
-    """Make sure that the page, and what `write_page` puts beside it, replace nothing else."""
+    """Check that the page and the files that `write_page` puts next to it overwrite no other files."""
     if page is None:
         return
     check_output(page, "study page", inputs=inputs, force=force)
@@ -90,10 +90,10 @@ def _check_page(page: Path | None, inputs: list[Path | str], *, force: bool) -> 
 
 
 def cells_table(summary: Summary) -> Table:
-    """Lay out every contender, task and budget.
+    """Return the scores of every contender, task and budget.
 
     Args:
-        summary: What a study says.
+        summary: Summary of a study.
 
     Returns:
         The table.
@@ -109,29 +109,29 @@ def cells_table(summary: Summary) -> Table:
     return table
 
 
-def _interval(found: Interval | None) -> str:
-    """Write an estimate with its interval."""
-    return "" if found is None else f"{found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})"
+def _interval(interval: Interval | None) -> str:
+    """Format an estimate with its interval."""
+    return "" if interval is None else f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _settings(study: Path | None, data: list[str] | None, options: dict[str, Any]) -> StudySettings:
-    """Read the study file with what replaces its settings, or make a study of options alone."""
+    """Load the study file with its overrides, or make a study from options only."""
     if study is not None:
         if data:
-            raise ConfigurationError("a study file and --data were both given.", fix="name the data in the file")
+            raise ConfigurationError("a study file and --data were both given.", fix="name the data in the study file")
         return load_settings(study, options)
     missing = [name for name, given in (("--data", data), ("--method", "contenders" in options),
                                         ("--budget", "budgets" in options)) if not given]  # fmt: skip
     if missing:
         raise ConfigurationError(
-            f"there is no study file, and {' and '.join(missing)} is missing.",
+            f"without a study file, {' and '.join(missing)} must be given.",
             fix="give a STUDY.toml, or --data, --method and --budget",
         )
     return check_settings({"name": "comparison", "tasks": named_sources(data or [])}, options)
 
 
 def _commands(study: Path | None, data: list[str] | None, options: dict[str, Any], folder: Path) -> tuple[str, ...]:
-    """Give what to type to get the same again."""
+    """Return the commands that run the same study again."""
     words = ["apportion", "compare", *([str(study)] if study else [])]
     words += [word for source in data or [] for word in ("--data", source)]
     names = {"models": "model", "contenders": "method", "budgets": "budget", "training.steps": "steps"}
@@ -143,7 +143,7 @@ def _commands(study: Path | None, data: list[str] | None, options: dict[str, Any
 
 
 def _say(console: Console, status: Any, text: str) -> None:
-    """Show what is being done: on a terminal runs beside a spinner, elsewhere every line."""
+    """Show progress: runs next to a spinner on a terminal, every line otherwise."""
     status.update(text)
     if not console.is_terminal or not text.startswith(("run ", "trial ")):
         console.print(text, soft_wrap=True)

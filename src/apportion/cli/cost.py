@@ -17,7 +17,7 @@ from apportion.records.site import Layout
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     model: str
     method: str
@@ -29,7 +29,7 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Count and show."""
+    """Count the cost and show it."""
     measured = load_profile(args.profile) if args.profile else None
     settings = check_settings(args.rank, None, args.seed)
     counted = cost_on(_layout(args, measured), args.method, settings, args.options, measured)
@@ -38,12 +38,12 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
 
 
 def _layout(args: Arguments, measured: Profile | None) -> Layout:
-    """Give the model's sites: from the package or the cache if they are there, otherwise by building the model."""
+    """Return the model's sites: from the package or the cache if known, otherwise by building the model."""
     fingerprint = None if measured is None else measured.fingerprint
     layout = None if args.trust_remote_code else known_layout(args.model, fingerprint)
     if layout is not None:
         return layout
-    from apportion.accounting import layout_of  # takes PyTorch
+    from apportion.accounting import layout_of  # imports PyTorch
     from apportion.cli.quiet import quiet
 
     quiet()

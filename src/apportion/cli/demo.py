@@ -20,7 +20,7 @@ from apportion.records.plan import load_plan
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     output: Path
     quick: bool
@@ -38,22 +38,22 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     console.print(comparison_table(result))
     console.print(f"settings, figures and versions -> {args.output / DEMO_RESULTS_FILE}")
     if args.quick:
-        console.print("this was --quick: too little training to tell the methods apart")
+        console.print("--quick trains too little to compare the methods")
     return result.as_dict()
 
 
 def comparison_table(result: DemoResult) -> Table:
-    """Lay out every run under the model that it started from.
+    """Return a table of all runs, grouped by task.
 
     Args:
         result: The demonstration's result.
 
     Returns:
-        For each task, one row for the base model and one a method.
+        For each task, one row for the base model and one row per method.
     """
     caption = (
-        "of LoRA: share of its trainable parameters; FLOPs: of the adapters, a token; match: exact match on held-out "
-        "rows; unrelated: loss on another task, before and after, as a measure of forgetting"
+        "of LoRA: trainable parameters relative to LoRA; FLOPs: adapter FLOPs per token; match: exact match on "
+        "held-out rows; unrelated: loss on another task, before and after training, to measure forgetting"
     )
     table = Table(
         title="five placements, same data, steps and seed",
@@ -88,7 +88,7 @@ def comparison_table(result: DemoResult) -> Table:
 
 
 def _say(console: Console, status: Any, text: str) -> None:
-    """Show what is being done: a spinner on a terminal, a line elsewhere."""
+    """Show progress: a spinner on a terminal, a line otherwise."""
     status.update(text)
     if not console.is_terminal:
         console.print(text)

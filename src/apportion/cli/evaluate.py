@@ -18,7 +18,7 @@ from apportion.peft.load import load
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     model: str
     data: list[str]
@@ -32,7 +32,7 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Score and show; one data set's figures by themselves, several data sets' with their mean."""
+    """Score the model and show a table; with several data sets, also their mean."""
     quiet()
     sources = named_sources(args.data)
     rows = {
@@ -46,14 +46,14 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     table = Table("task", title=f"{args.model}{f' with {args.adapter}' if args.adapter else ''}", title_justify="left")
     for heading in ("samples", "loss", "perplexity", "exact match", "rows cut"):
         table.add_column(heading, justify="right")
-    for task, own in result.tasks.items():
-        match = "" if own.exact_match is None else f"{own.exact_match:.4f}"
-        table.add_row(task, f"{own.samples:,}", f"{own.loss:.4f}", f"{own.perplexity:.4f}", match, f"{own.truncated:,}")
+    for task, one in result.tasks.items():
+        match = "" if one.exact_match is None else f"{one.exact_match:.4f}"
+        table.add_row(task, f"{one.samples:,}", f"{one.loss:.4f}", f"{one.perplexity:.4f}", match, f"{one.truncated:,}")
     notes = [
-        f"{task}: {own.left_out} of {own.samples} rows have no completion token within {args.max_length} tokens; "
-        "the loss leaves them out"
-        for task, own in result.tasks.items()
-        if own.left_out
+        f"{task}: {one.left_out} of {one.samples} rows have no completion token within {args.max_length} tokens; "
+        "the loss skips them"
+        for task, one in result.tasks.items()
+        if one.left_out
     ]
     if len(result.tasks) == 1:
         console.print(table, *notes, sep="\n", markup=False)

@@ -14,7 +14,7 @@ from apportion.formats.export import FORMATS, export
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     adapter: Path
     output: Path

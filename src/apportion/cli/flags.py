@@ -1,4 +1,4 @@
-"""Flags that commands make from option models: one flag per option, whatever the number of models that have it."""
+"""Command-line flags built from option models. Models that share an option share its flag."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import typer
 
 from apportion.records.options import OptionFlag, Options
 
-_FEW = 3  # owners of a default that are named one by one
+_MAX_NAMED = 3  # owners of the most common default that are listed by name
 
 
 def option_flags(models: Mapping[str, type[Options]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's ``**options`` by the flags of option models.
 
-    The command is called with the options that were given, as the models take them, and with no others: a flag that
-    was given with its default's value counts as given. Which model has which option is for the work to check.
+    The command receives only the options that were given. A flag given with its default value counts as given. The
+    caller must check that the chosen model has the option.
 
     Args:
-        models: Option models by the name of what they belong to, for help where models differ.
+        models: Option models by owner, such as a method's name. The owners appear in the help if models differ.
 
     Returns:
         A decorator for Typer commands that end in ``**options``.
     """
-    flags = _united({owner: model.flags() for owner, model in models.items()})
+    flags = _by_name({owner: model.flags() for owner, model in models.items()})
     panel = next(iter(models.values())).panel
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
-        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters = [*own, *(_parameter(name, uses, len(models), panel) for name, uses in flags.items())]
+        declared = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters = [*declared, *(_parameter(name, uses, len(models), panel) for name, uses in flags.items())]
 
         @functools.wraps(command)
         def with_options(**arguments: Any) -> None:
             values = {name: arguments.pop(name) for name in flags}
-            command(**arguments, **_gathered(flags, values))
+            command(**arguments, **_given_options(flags, values))
 
         with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         with_options.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -46,13 +46,13 @@ def option_flags(models: Mapping[str, type[Options]]) -> Callable[[Callable[...,
     return decorate
 
 
-def _united(flags: Mapping[str, Iterable[OptionFlag]]) -> dict[str, dict[str, OptionFlag]]:
-    """Gather flags by name, each by owner; those that every owner has come last."""
-    united: dict[str, dict[str, OptionFlag]] = {}
-    for owner, owned in flags.items():
-        for flag in owned:
-            united.setdefault(flag.name, {})[owner] = flag
-    return dict(sorted(united.items(), key=lambda item: len(item[1]) == len(flags)))
+def _by_name(flags: Mapping[str, Iterable[OptionFlag]]) -> dict[str, dict[str, OptionFlag]]:
+    """Group flags by name, then by owner; flags that all owners share come last."""
+    by_name: dict[str, dict[str, OptionFlag]] = {}
+    for owner, owner_flags in flags.items():
+        for flag in owner_flags:
+            by_name.setdefault(flag.name, {})[owner] = flag
+    return dict(sorted(by_name.items(), key=lambda item: len(item[1]) == len(flags)))
 
 
 def _parameter(name: str, uses: Mapping[str, OptionFlag], num_owners: int, panel: str) -> inspect.Parameter:
@@ -66,7 +66,7 @@ def _parameter(name: str, uses: Mapping[str, OptionFlag], num_owners: int, panel
 
 
 def _help_of(uses: Mapping[str, OptionFlag], num_owners: int) -> str:
-    """Join the help of a flag's owners, who are named where not all of them have it."""
+    """Join the help texts of a flag's owners; name the owners unless all have the flag with the same text."""
     owners: dict[str, list[str]] = {}
     for owner, flag in uses.items():
         owners.setdefault(flag.help, []).append(owner)
@@ -76,7 +76,7 @@ def _help_of(uses: Mapping[str, OptionFlag], num_owners: int) -> str:
 
 
 def _default_of(defaults: Mapping[str, str | None]) -> str:
-    """Write a flag's defaults, and whose they are where owners differ."""
+    """Format a flag's defaults; name the owners if they differ."""
     owners: dict[str, list[str]] = {}
     for owner, default in defaults.items():
         if default is not None:
@@ -84,21 +84,21 @@ def _default_of(defaults: Mapping[str, str | None]) -> str:
     if len(owners) < 2:
         return next(iter(owners), "")
     most_common = max(owners, key=lambda default: len(owners[default]))
-    if len(owners[most_common]) > _FEW:
+    if len(owners[most_common]) > _MAX_NAMED:
         owners[most_common] = ["others"]
         owners = {default: names for default, names in owners.items() if default != most_common} | {
             most_common: owners[most_common]
         }
-    return ", ".join(f"{default} of {_listed(names)}" for default, names in owners.items())
+    return ", ".join(f"{default} for {_join_names(names)}" for default, names in owners.items())
 
 
-def _listed(names: list[str]) -> str:
-    """Write names as a list in a sentence."""
+def _join_names(names: list[str]) -> str:
+    """Join names with commas and "and"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _gathered(flags: Mapping[str, Mapping[str, OptionFlag]], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the values of flags into options: those that were given, with the flags of one option put together."""
+def _given_options(flags: Mapping[str, Mapping[str, OptionFlag]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the flags that were given; flags of one mapping option are merged."""
     options: dict[str, Any] = {}
     for name, uses in flags.items():
         flag = next(iter(uses.values()))

@@ -15,14 +15,14 @@ from apportion.records.site_name import SiteName
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     file: Path
     other: Path | None
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Show the kept share of every projection type, and the overlap with another mask."""
+    """Show the kept share of each projection type, and the overlap with another mask."""
     mask = load_mask(args.file)
     kinds: dict[str, list[int]] = {}
     for site, (rows, columns) in mask.shapes.items():
@@ -45,7 +45,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     if args.other:
         facts["overlap"] = mask.overlap(load_mask(args.other))
         console.print(
-            f"{facts['overlap']['shared_frac']:.1%} of its entries are kept by {args.other} too "
+            f"{facts['overlap']['shared_frac']:.1%} of its kept entries are also kept by {args.other} "
             f"({facts['overlap']['by_chance']:.1%} by chance); Jaccard {facts['overlap']['jaccard']:.3f}"
         )
     return facts

@@ -19,7 +19,7 @@ from apportion.records.outputs import check_output_folder
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     adapter: Path
     output: Path
@@ -29,7 +29,7 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Merge and save; the output folder appears whole."""
+    """Merge and save. The output folder is written atomically."""
     quiet()
     name = base_of(args.adapter, args.model)
     check_output_folder(args.output, inputs=(args.adapter, name), renamed=True)

@@ -13,7 +13,7 @@ from apportion.methods.registry import METHODS
 
 @dataclass(frozen=True)
 class Arguments:
-    """Nothing: the command has no options but --json."""
+    """Arguments of the command: none besides --json."""
 
 
 def run(console: Console, _args: Arguments) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def run(console: Console, _args: Arguments) -> dict[str, Any]:
         }
         for method in METHODS.values()
     }
-    table = Table("method", "what", "options", "source")
+    table = Table("method", "summary", "options", "source")
     for name, facts in listed.items():
         options = ", ".join(f"{option}={default}" for option, default in facts["options"].items())
         table.add_row(name, facts["summary"], options, facts["source"])
@@ -36,5 +36,5 @@ def run(console: Console, _args: Arguments) -> dict[str, Any]:
 
 
 def _default(value: Any) -> Any:
-    """Write a default as the user would."""
+    """Format a default as typed on the command line."""
     return ",".join(value) if isinstance(value, tuple) else value

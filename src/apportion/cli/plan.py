@@ -18,7 +18,7 @@ from apportion.records.profile import load_profile
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     profile: Path
     output: Path
@@ -32,11 +32,13 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Make a plan from a profile, save it and show it."""
+    """Make a plan from a profile, save it and show its cost."""
     check_output(args.output, "plan", inputs=(args.profile,), force=args.force)
     if args.picture:
         if args.picture.resolve() == args.output.resolve():
-            raise ConfigurationError(f"plan and picture would both be written to {args.output}.", fix="give two files")
+            raise ConfigurationError(
+                f"the plan and the picture would both be written to {args.output}.", fix="give two different files"
+            )
         check_output(args.picture, "picture", inputs=(args.profile,), force=args.force)
     measured = load_profile(args.profile)
     made = plan(measured, args.method, rank=args.rank, alpha=args.alpha, seed=args.seed, **args.options)
@@ -51,7 +53,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     if made.options.get("budget"):
         taken, allowed = spent(made.options["budget"], made.placements, measured)
         unit = made.options["budget"].partition("=")[0]
-        console.print(f"budget: {taken:,} of {allowed:,} {unit}, {allowed - taken:,} under")
+        console.print(f"budget: {taken:,} of {allowed:,} {unit} used, {allowed - taken:,} left")
     if made.cost.sites_by_kind.get("experts"):
         console.print(heat_map(measured, made))
         if args.picture:

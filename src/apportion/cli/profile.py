@@ -27,12 +27,12 @@ from apportion.records.files import write_error
 from apportion.records.outputs import check_output
 from apportion.records.profile import Profile
 
-_UNEVEN = 10
+_MAX_SIZE_RATIO = 10
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     model: str
     data: list[str]
@@ -48,14 +48,14 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Read the data, run the model over them, save and show the profile."""
+    """Read the data, run the model on it, save the profile and show it."""
     quiet()
     if args.procedure and not args.sensitivity:
-        raise ConfigurationError("a procedure was given, and no sensitivity asked for.", fix="add --sensitivity")
+        raise ConfigurationError("--sensitivity-procedure needs --sensitivity.", fix="add --sensitivity")
     if args.loading.low_memory and args.sensitivity:
         raise ConfigurationError(
-            "gradients need all weights in memory, and --low-memory leaves them on disk.",
-            fix="leave out --sensitivity or --low-memory",
+            "--sensitivity needs all weights in memory, but --low-memory keeps them on disk.",
+            fix="drop --sensitivity or --low-memory",
         )
     sources = named_sources(args.data)
     check_output(args.output, "profile", inputs=(args.model, *sources.values()), force=args.force)
@@ -79,7 +79,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
         }
         rows |= {name: part.rows for name, part in usable.items()}
         left_out = {name: part.left_out for name, part in usable.items()}
-        _warn_of_sizes({name: len(part) for name, part in rows.items()}, sensitive=args.sensitivity)
+        _warn_of_uneven_sizes({name: len(part) for name, part in rows.items()}, sensitive=args.sensitivity)
         encoded = {name: [encode(row, tokenizer, args.max_length) for row in part] for name, part in rows.items()}
         truncated = {name: sum(row.truncated for row in part) for name, part in encoded.items()}
         pad_id = int(tokenizer.pad_token_id or 0)
@@ -101,7 +101,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
         for name, count in truncated.items()
     }
     notes = [f"{name}: {text}" for name, text in cut.items() if truncated[name]]
-    notes += [f"{n}: {p.left_out_message(args.max_length)} and were left out" for n, p in usable.items() if p.left_out]
+    notes += [f"{n}: {p.left_out_message(args.max_length)} and were skipped" for n, p in usable.items() if p.left_out]
     _show(console, measured, notes)
     console.print(f"{_tokens(measured)} of {measured.layout.describe()} -> {args.output}")
     return {
@@ -116,7 +116,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
 
 
 def _show(console: Console, measured: Profile, notes: list[str]) -> None:
-    """Show what was cut or left out, and what was measured."""
+    """Show the notes on truncated and skipped rows, and the measurements."""
     for note in notes:
         console.print(note, markup=False)
     if measured.layout.is_moe:
@@ -127,44 +127,44 @@ def _show(console: Console, measured: Profile, notes: list[str]) -> None:
 
 
 def _save(measured: Profile, output: Path, partial: str) -> None:
-    """Save the profile, and only then remove the totals that it was made from."""
+    """Save the profile, then remove the partial totals."""
     try:
         measured.save(output)
     except OSError as error:
         if not own_partial(partial).is_file():
             raise
         reason = error if isinstance(error, OutputWriteError) else write_error(output, error)
-        kept = f"what was measured, in {partial}: the same command goes on from it"
+        kept = f"the measurements, in {partial}; run the same command again to continue from them"
         raise reason.adding(details={"kept": kept}) from error
     remove_partial(partial)
 
 
 def _weights_on_disk(output: Path) -> TemporaryDirectory[str]:
-    """Make a folder beside the output for weights that the checkpoint stores in another form."""
+    """Create a folder next to the output for weights that the checkpoint stores in another form."""
     output.parent.mkdir(parents=True, exist_ok=True)
     return TemporaryDirectory(dir=output.parent, prefix=".weights-")
 
 
 def _with_labels(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:
-    """Leave out the rows that have no gradient."""
+    """Drop rows without a labelled token, which have no gradient."""
     try:
         return trainable_rows(rows, tokenizer, max_length)
     except DataError as error:
         raise error.within(f"task {task!r}") from error
 
 
-def _warn_of_sizes(sizes: dict[str, int], *, sensitive: bool) -> None:
-    """Say when one task's gradients rest on far fewer rows than another's."""
+def _warn_of_uneven_sizes(sizes: dict[str, int], *, sensitive: bool) -> None:
+    """Warn if one task has far fewer rows than another."""
     small, large = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
-    if sensitive and sizes[large] >= _UNEVEN * sizes[small]:
+    if sensitive and sizes[large] >= _MAX_SIZE_RATIO * sizes[small]:
         warnings.warn(
-            f"task {small!r} has {sizes[small]} rows and {large!r} {sizes[large]}: each task's votes count the same, "
-            "but those of the small one rest on less.",
+            f"task {small!r} has {sizes[small]} rows and {large!r} has {sizes[large]}: all tasks have equal weight, "
+            "but the sensitivity of the small one is measured on less data.",
             ApportionWarning,
             stacklevel=2,
         )
 
 
 def _tokens(measured: Profile) -> str:
-    """Say how much was counted."""
+    """Format the number of tokens of each task."""
     return ", ".join(f"{task}: {count:,} tokens" for task, count in measured.tokens.items())

@@ -1,4 +1,4 @@
-"""Keep other libraries' chatter out of a command's output."""
+"""Silence progress bars and warnings of other libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apportion.errors import ApportionWarning
 
 
 def quiet() -> None:
-    """Silence progress bars and warnings of the libraries below; our own bars and errors stay."""
+    """Silence progress bars and warnings of transformers and datasets. Apportion's own stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Tables and pictures for the terminal."""
+"""Tables and heat maps for the terminal."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from apportion.records.site import Layout
 from apportion.records.tensors import arrays_of
 
 _ROUTING = {
-    "profile": "the profile's shares of routed tokens",
-    "even": "even routing (give --profile for the true shares)",
+    "profile": "routing measured in the profile",
+    "even": "assumes even routing (give --profile for measured routing)",
     "none": "no routed experts",
 }
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-_CELLS_A_LINE = 64
+_CELLS_PER_LINE = 64
 _COLD_RGB, _HOT_RGB = (28, 40, 72), (255, 176, 64)
 
 
 def cost_table(cost: Cost, title: str) -> Table:
-    """Lay a cost out as a table.
+    """Return a cost as a table.
 
     Args:
         cost: The cost.
-        title: The table's heading.
+        title: Title of the table.
 
     Returns:
         The table.
@@ -51,23 +51,23 @@ def cost_table(cost: Cost, title: str) -> Table:
     table.add_row(
         "trainable parameters",
         f"{cost.trainable_parameters:,}",
-        f"{cost.trainable_frac:.3%} of all, adapters counted in",
+        f"{cost.trainable_frac:.3%} of all, including adapters",
     )
     table.add_row("stored parameters", f"{cost.stored_parameters:,}", "")
     table.add_row("base parameters", f"{cost.base_parameters:,}", "")
     table.add_row(
-        "share of LoRA, by count",
+        "relative to LoRA, by count",
         f"{cost.lora_count_ratio:.2%}",
         f"of {cost.lora_parameters:,} for LoRA on all targets",
     )
     table.add_row(
-        "share of LoRA, by percentage of total",
+        "relative to LoRA, by percentage of total",
         f"{cost.lora_percentage_ratio:.2%}",
-        "ratio of the two percentages, as papers print it",
+        "ratio of the two percentages, as reported in papers",
     )
     table.add_section()
-    table.add_row("adapter FLOPs a token", f"{cost.adapter_flops_per_token:,.0f}", _ROUTING[cost.routing])
-    table.add_row("share of LoRA's FLOPs", f"{cost.lora_flops_ratio:.2%}", "")
+    table.add_row("adapter FLOPs per token", f"{cost.adapter_flops_per_token:,.0f}", _ROUTING[cost.routing])
+    table.add_row("FLOPs relative to LoRA", f"{cost.lora_flops_ratio:.2%}", "")
     table.add_row("checkpoint", readable_bytes(cost.checkpoint_bytes), "float32")
     table.add_row("gradients", readable_bytes(cost.gradient_bytes), "float32")
     table.add_row("optimizer state", readable_bytes(cost.optimizer_bytes), "AdamW, two float32 moments")
@@ -75,13 +75,13 @@ def cost_table(cost: Cost, title: str) -> Table:
 
 
 def sensitivity_table(profile: Profile) -> Table:
-    """Show which kinds of matrices each task's gradients need: shares of the summed squared norms.
+    """Return each projection type's share of each task's squared gradient norm.
 
     Args:
         profile: A profile with sensitivities.
 
     Returns:
-        One row a projection type, one column a task.
+        One row per projection type, one column per task.
     """
     table = Table(title="sensitivity: share of the squared gradient norm", title_justify="left", box=None)
     table.add_column("matrices")
@@ -101,14 +101,14 @@ def sensitivity_table(profile: Profile) -> Table:
 
 
 def lora_expert_map(plan: Plan, layout: Layout) -> Table:
-    """Show how many LoRA experts each matrix gets: one row a layer, one column a projection type.
+    """Return the number of LoRA experts of each matrix: one row per layer, one column per projection type.
 
     Args:
         plan: The plan.
         layout: The model's sites.
 
     Returns:
-        The table; a dot stands for no adapter.
+        The table. A dot means no adapter.
     """
     sites = [site for site in layout.sites() if site.kind != "experts" and site.storage == "linear"]
     columns = list(dict.fromkeys(f"{site.kind}.{site.projection}" for site in sites))
@@ -128,10 +128,10 @@ def lora_expert_map(plan: Plan, layout: Layout) -> Table:
 
 
 def rank_table(plan: Plan, layout: Layout) -> Table:
-    """Show what a plan spends on which matrices: one row a projection type.
+    """Return the ranks and parameters of a plan, one row per projection type.
 
     Args:
-        plan: The plan, of several ranks.
+        plan: A plan with several ranks.
         layout: The model's sites.
 
     Returns:
@@ -156,16 +156,16 @@ def rank_table(plan: Plan, layout: Layout) -> Table:
 
 
 def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None) -> Table:
-    """Draw layers by experts, coloured by their share of the layer's routed slots, with the planned experts marked.
+    """Return a heat map of layers by experts, coloured by routed slots. Planned experts are marked.
 
     Args:
         profile: The profile.
-        plan: Marks its experts with a dot.
-        task: The task to show; all together where not given.
+        plan: Plan whose experts are marked with a dot.
+        task: Task to show; None for the sum over tasks.
 
     Returns:
-        One row a layer: the colour runs from none to the layer's hottest expert, and the last column says which share
-        of the slots the planned experts take.
+        One row per layer. Colours are relative to the layer's hottest expert. The last column is the share of the
+        slots that the planned experts take.
     """
     counts = arrays_of(profile.counts)[task] if task else profile.counts_LE
     planned: Mapping[str, list[int]] = plan.experts_by_layer() if plan else {}
@@ -173,30 +173,30 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     table.add_column("experts, from 0", no_wrap=True)
-    table.add_column("planned take" if plan else "", justify="right")
+    table.add_column("planned share" if plan else "", justify="right")
     for block, row in zip(profile.layout.blocks, counts.tolist(), strict=True):
-        own = row[: block.num_experts]
-        total, hottest = max(sum(own), 1), max(*own, 1)
+        expert_counts = row[: block.num_experts]
+        total, hottest = max(sum(expert_counts), 1), max(*expert_counts, 1)
         marked = planned.get(block.name, [])
-        wide = len(own) <= _CELLS_A_LINE // 2
+        wide = len(expert_counts) <= _CELLS_PER_LINE // 2
         cells = Text()
-        for expert, count in enumerate(own):
+        for expert, count in enumerate(expert_counts):
             mark = ("●" if expert in marked else " ") + (" " if wide else "")
             cells.append(mark, style=f"bold white on {_colour(count / hottest)}")
-            if (expert + 1) % _CELLS_A_LINE == 0 and expert + 1 < len(own):
+            if (expert + 1) % _CELLS_PER_LINE == 0 and expert + 1 < len(expert_counts):
                 cells.append("\n")
-        share = f"{sum(own[expert] for expert in marked) / total:.0%}" if plan else ""
+        share = f"{sum(expert_counts[expert] for expert in marked) / total:.0%}" if plan else ""
         table.add_row(str(block.layer), cells, share)
     return table
 
 
 def draw(table: Table, title: str, path: Path) -> None:
-    """Write a table as an SVG picture.
+    """Write a table as an SVG image.
 
     Args:
-        table: What to draw.
-        title: The picture's heading.
-        path: The file.
+        table: Table to draw.
+        title: Title of the image.
+        path: Output file.
     """
     console = Console(record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80)
     console.print(table)
@@ -204,13 +204,13 @@ def draw(table: Table, title: str, path: Path) -> None:
 
 
 def readable_bytes(count: float) -> str:
-    """Write a number of bytes with a fitting unit.
+    """Format a number of bytes with a suitable unit.
 
     Args:
-        count: The bytes.
+        count: Number of bytes.
 
     Returns:
-        Such as ``1.5 MB``.
+        Text such as ``1.5 MB``.
 
     Example:
         >>> readable_bytes(1_500_000)
@@ -224,6 +224,6 @@ def readable_bytes(count: float) -> str:
 
 
 def _colour(frac: float) -> str:
-    """Mix cold and hot."""
+    """Interpolate between the cold and the hot colour."""
     parts = (round(cold + (hot - cold) * frac) for cold, hot in zip(_COLD_RGB, _HOT_RGB, strict=True))
     return "#" + "".join(f"{part:02x}" for part in parts)

@@ -14,7 +14,7 @@ from apportion.report.page import write_report
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     path: Path
     output: Path
@@ -23,8 +23,8 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     written = write_report(args.path, args.output, args.profile, force=args.force)
     size = readable_bytes(written.bytes)
-    console.print(f"{written.kind} {args.path} -> {args.output} ({size}; open it in a browser, no network is needed)")
+    console.print(f"{written.kind} {args.path} -> {args.output} ({size}; open it in a browser, works offline)")
     return asdict(written)

@@ -1,4 +1,4 @@
-"""Run a command's module, and turn what goes wrong into one message and an exit code."""
+"""Run a command's module, and turn errors into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from apportion.errors import ApportionError, ApportionWarning, OutputWriteError,
 from apportion.records.files import is_full
 from apportion.signals import Terminated, raising_terminated
 
-# Libraries that say at import, to everyone who has them installed, which of their optional kernels are missing.
-_CHATTER = ("bitsandbytes", "torchao", "torch.utils._pytree")
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+# Loggers that report missing optional kernels at import.
+_NOISY_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+_NOT_PERMITTED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Keep the options that the user gave.
+    """Return the options that the user gave.
 
     Args:
-        **options: Options, None where they were not given.
+        **options: Options; None if not given.
 
     Returns:
-        The others.
+        The options that are not None.
     """
     return {name: value for name, value in options.items() if value is not None}
 
 
 def run(command: str, *, as_json: bool, **arguments: Any) -> None:
-    """Load a command's module, run it, and turn what goes wrong into one message and an exit code.
+    """Import a command's module, run it, and turn errors into one message and an exit code.
 
     Args:
-        command: The command's name, which is its module's.
-        as_json: Print what it returns as one JSON object on standard output, and everything else on standard error.
-        **arguments: The fields of its module's `Arguments`.
+        command: Name of the command's module.
+        as_json: Print the result as one JSON object on standard output, and everything else on standard error.
+        **arguments: Fields of the module's `Arguments`.
 
     Raises:
-        Exit: with the code, after the message.
+        Exit: the command failed; the message has been printed.
     """
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun, only rank 0 prints
     console = Console(stderr=as_json, highlight=False, quiet=not first)
-    for name in _CHATTER:
+    for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
@@ -63,30 +63,30 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
         _fail("terminated.", ended.exit_code)
     except Exception as error:
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        if isinstance(error, OSError) and error.errno in _REFUSED:
-            fix = "choose another place, or change what may be written there"
+        if isinstance(error, OSError) and error.errno in _NOT_PERMITTED:
+            fix = "choose another location, or change its permissions"
             _fail(lay_out(f"{place}{error.strerror}.", {"fix": fix}), 1)
         if is_full(error):
-            _fail(lay_out(f"{place}the disk is full.", {"fix": "make room, then run it again"}), 1)
+            _fail(lay_out(f"{place}the disk is full.", {"fix": "free disk space, then run the command again"}), 1)
         raise
     if as_json and first:
         sys.stdout.write(json.dumps(result) + "\n")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Print our own warnings as messages, and others as Python does."""
+    """Print apportion's warnings as messages, and others in Python's format."""
     if issubclass(category, ApportionWarning):
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_plain(str(message))}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_escape(str(message))}")
     else:
         sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
 
 
 def _fail(message: str, code: int) -> NoReturn:
     """Print one message on standard error and exit."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(message)}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(message)}")
     raise typer.Exit(code)
 
 
-def _plain(text: str) -> str:
-    """Keep Rich from reading brackets as markup."""
+def _escape(text: str) -> str:
+    """Escape brackets, which Rich would read as markup."""
     return text.replace("[", r"\[")

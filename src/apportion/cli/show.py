@@ -20,20 +20,20 @@ _HASH_DIGITS = 12  # shown; --json gives all of them
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     path: Path
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Say what a path is and what it holds."""
+    """Show what a path is and what it contains."""
     item = identify(args.path)
     facts = {name: value for name, value in item.facts.items() if value not in (None, [], {}, "")}
     table = Table(title=escape(f"{args.path}: {item.kind}"), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(readable_bytes(value) if name == "bytes" else _words(value)))
+        table.add_row(name, escape(readable_bytes(value) if name == "bytes" else _format(value)))
     console.print(table)
     if item.plan is not None:
         console.print(cost_table(item.plan.cost, "cost"))
@@ -45,12 +45,12 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     return {"path": str(args.path), "kind": item.kind, **facts}
 
 
-def _words(value: Any) -> str:
-    """Write a fact as a user would."""
+def _format(value: Any) -> str:
+    """Format a value for display."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(part)}" for name, part in value.items() if part not in (None, {}, []))
+        return ", ".join(f"{name} {_format(part)}" for name, part in value.items() if part not in (None, {}, []))
     if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value))
+        return ", ".join(map(_format, value))
     if isinstance(value, str) and _HASH.fullmatch(value):
         return value[:_HASH_DIGITS]
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -27,7 +27,7 @@ from apportion.training.sft import train
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command was given, by the names of its options."""
+    """Arguments of the command."""
 
     plan: Path
     data: list[str]
@@ -43,14 +43,14 @@ class Arguments:
 
 
 def run(console: Console, args: Arguments) -> dict[str, Any]:
-    """Train, save and say what was done."""
+    """Train, save the adapter and print a summary."""
     quiet()
     chosen = load_plan(args.plan)
     checked = TrainSettings(**args.settings, bf16=args.loading.dtype == "bfloat16")
     checked.check()
     name = args.model or chosen.base_model
     if name is None:
-        raise ConfigurationError("the plan does not say which model it is for.", fix="give --model")
+        raise ConfigurationError("the plan does not name its model.", fix="give --model")
     inputs: list[str | Path] = [name, *([args.on_top_of] if args.on_top_of else [])]
     on_first(lambda: require_unlocked(args.output))
     on_first(lambda: check_output_folder(args.output, inputs=inputs, may_hold=args.resume))
@@ -78,7 +78,9 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     if result.truncated:
         console.print(f"{result.truncated} rows were longer than {checked.max_length} tokens and were cut")
     if result.interrupted:
-        console.print(f"stopped at step {result.steps} with a checkpoint; go on with the same command and --resume")
+        console.print(
+            f"stopped at step {result.steps} with a checkpoint; run the same command with --resume to continue"
+        )
         end_by(result.signal)
     console.print(
         f"{result.steps} steps, mean loss {result.loss:.4f}, {result.tokens_per_s:,.0f} tokens per second "

@@ -1,1 +1,1 @@
-"""Profile in, placements out: one file a method, and the table that names them all."""
+"""Planning methods, which turn a profile into placements: one file per method, and their registry."""

@@ -1,4 +1,4 @@
-"""What every planning method is made of."""
+"""Base classes of planning methods."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from apportion.records.placement import Placement
 from apportion.records.shapes import lora_shape
 from apportion.records.site import Site
 
-if TYPE_CHECKING:  # the table of methods is read where no tensor is needed
+if TYPE_CHECKING:  # the registry is imported without tensors
     from apportion.records.profile import Profile
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """How large every adapter is, and the seed of methods that draw at random."""
+    """Rank and scale of the adapters, and the random seed."""
 
     rank: int
     alpha: float
@@ -27,22 +27,22 @@ class AdapterSettings:
     sparsity: float = 0.0
 
     def at(self, sites: Iterable[Site]) -> list[Placement]:
-        """Place one plain LoRA on each site, of its kind's rank, all at the same scale alpha / rank."""
+        """Place one LoRA on each site, with the rank of its kind and the same scale alpha / rank everywhere."""
         return [self.place(site) for site in sites]
 
     def place(self, site: Site, num_experts: int = 1, top_k: int = 1) -> Placement:
-        """Place LoRA experts on a site, of its kind's rank, at the plan's scale alpha / rank.
+        """Place LoRA experts on a site, with the rank of its kind and the plan's scale alpha / rank.
 
         Args:
             site: The site.
-            num_experts: LoRA experts.
-            top_k: LoRA experts that a token uses; all where the site has fewer.
+            num_experts: Number of LoRA experts.
+            top_k: LoRA experts used per token; all if the site has fewer.
 
         Returns:
             The placement.
 
         Raises:
-            PlanError: no adapter can have these numbers.
+            PlanError: the number of LoRA experts is out of range.
         """
         rank = self.ranks.get(site.kind, self.rank)
         alpha = self.alpha * rank / self.rank
@@ -59,13 +59,12 @@ class Method:
     """One planning method.
 
     Args:
-        name: What the user types.
-        summary: One line.
+        name: Name, as given by the user.
+        summary: One-line summary.
         source: Paper or repository.
-        options: Its options with their defaults.
-        place: The rule: profile, options and settings in, placements out. It reads no model.
-        reads_tasks: Whether the plan's size depends on the profile's tasks or gradients, so that nothing can stand for
-            one.
+        options: Option model, with defaults.
+        place: Function from profile, options and settings to placements. It does not read the model.
+        reads_tasks: Whether the plan's size depends on the profile's tasks or gradients, so that costs need a profile.
     """
 
     name: str

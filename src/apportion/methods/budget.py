@@ -1,4 +1,4 @@
-"""Budgets: a number of parameters, of operations or of LoRA experts that a plan may spend."""
+"""Budgets: limits on the parameters, operations or LoRA experts of a plan."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from apportion.records.placement import Placement
 if TYPE_CHECKING:
     from apportion.records.profile import Profile
 
-_DIGITS = 3  # of a sum of operations: the order of adding up must not cost a whole one
+_DIGITS = 3  # rounding of sums of operations, which depend on the order of summation
 
 
 def spending(unit: str, placements: Iterable[Placement], profile: Profile) -> float:
-    """Count what placements take, in a budget's unit.
+    """Count the cost of placements in a budget's unit.
 
     Args:
         unit: ``parameters``, ``flops`` or ``experts``.
-        placements: What is planned.
-        profile: For the model's sites and the experts' shares of tokens.
+        placements: The placements.
+        profile: Profile with the model's sites and routing.
 
     Returns:
-        The number; whole but for ``flops``.
+        The cost. An integer, except for ``flops``.
     """
     if unit == "experts":
         return sum(placement.num_experts for placement in placements)
@@ -36,26 +36,26 @@ def spending(unit: str, placements: Iterable[Placement], profile: Profile) -> fl
 
 
 def spent(budget: str, placements: Iterable[Placement], profile: Profile) -> tuple[int, int]:
-    """Compare placements with a budget.
+    """Compare the cost of placements with a budget.
 
     Args:
-        budget: As `parse_budget` gives it.
-        placements: What is planned.
-        profile: For the model's sites and the experts' shares of tokens.
+        budget: A budget, as returned by `parse_budget`.
+        placements: The placements.
+        profile: Profile with the model's sites and routing.
 
     Returns:
-        What the placements take, rounded up, and what there is, in the budget's unit.
+        The cost, rounded up, and the budget, both in the budget's unit.
     """
     unit, _, number = budget.partition("=")
     return math.ceil(round(spending(unit, placements, profile), _DIGITS)), int(number)
 
 
 def check_top_k(options: RoutedOptions, largest: int) -> None:
-    """Refuse a `top_k` that was given and that no site can have.
+    """Check that a given `top_k` is not above the number of LoRA experts of every site.
 
     Args:
         options: The method's options.
-        largest: LoRA experts of the site that has the largest number of them.
+        largest: Largest number of LoRA experts of a site.
 
     Raises:
         ConfigurationError: `top_k` was given and is larger.

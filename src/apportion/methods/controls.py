@@ -1,4 +1,4 @@
-"""Controls: `random` and `cold` experts, at the same number a layer as `hellora` would keep."""
+"""Controls: `random` and `cold`, which adapt as many experts per layer as `hellora`, chosen differently."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 def place_random(profile: Profile, options: HotOptions, settings: AdapterSettings) -> list[Placement]:
-    """Draw as many experts of each layer as `hellora` would keep, whatever their heat.
+    """Choose as many experts per layer as `hellora` would keep, at random.
 
     Args:
-        profile: For the number of experts a layer, where `hot` is a coverage.
-        options: As for `hellora`.
-        settings: Rank, scale and the seed of the draw.
+        profile: Profile of the model. Its counts are used only if `hot` is a coverage.
+        options: The same options as `hellora`.
+        settings: Rank, scale and random seed.
 
     Returns:
-        One plain LoRA a site.
+        One LoRA per site.
 
     Raises:
         ConfigurationError: the model is dense, or `hot` does not fit it.
         ProfileError: a layer has no routed token.
 
     Source: the usual control of placement studies; HELLoRA, arXiv:2605.18795.
-    Differs: each layer has a draw of its own, which other layers do not change.
+    Differs: each layer is sampled independently.
     """
     rows = rows_of_blocks(profile, heat(profile, options.criterion))
     chosen = [
@@ -48,15 +48,15 @@ def place_random(profile: Profile, options: HotOptions, settings: AdapterSetting
 
 
 def place_cold(profile: Profile, options: HotOptions, settings: AdapterSettings) -> list[Placement]:
-    """Keep the least routed experts of each layer, as many as `hellora` would keep.
+    """Choose the least routed experts of each layer, as many as `hellora` would keep.
 
     Args:
         profile: Counts and mass on the target data.
-        options: As for `hellora`.
+        options: The same options as `hellora`.
         settings: Rank and scale.
 
     Returns:
-        One plain LoRA a site.
+        One LoRA per site.
 
     Raises:
         ConfigurationError: the model is dense, or `hot` does not fit it.
@@ -72,14 +72,14 @@ def place_cold(profile: Profile, options: HotOptions, settings: AdapterSettings)
 
 RANDOM = Method(
     name="random",
-    summary="control: as hellora, with experts drawn at random",
+    summary="control: hellora with random experts",
     source="control at hellora's budget",
     options=HotOptions,
     place=place_random,
 )
 COLD = Method(
     name="cold",
-    summary="control: as hellora, with the least routed experts",
+    summary="control: hellora with the least routed experts",
     source="control at hellora's budget",
     options=HotOptions,
     place=place_cold,

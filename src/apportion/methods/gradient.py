@@ -1,4 +1,4 @@
-"""`gradient`: the single matrices, of any kind and layer, that the tasks' gradients need most."""
+"""`gradient`: adapt the matrices with the largest gradients, of any kind and layer."""
 
 from __future__ import annotations
 
@@ -18,53 +18,52 @@ if TYPE_CHECKING:
 
 
 def place_gradient(profile: Profile, options: GradientOptions, settings: AdapterSettings) -> list[Placement]:
-    """Adapt the matrices with the largest gradients, ranked over all kinds, projections and layers at once.
+    """Adapt the matrices with the largest gradients, ranked over the whole model.
 
-    Every task counts the same: its norms are taken as shares of their sum. Ties go to the earlier matrix. A budget is
-    spent down the ranking; a matrix that does not fit any more is passed over.
+    Tasks have equal weight: each task's norms are divided by their sum. Ties go to the earlier matrix. With a budget,
+    matrices are taken in order of rank, and those that no longer fit are skipped.
 
     Args:
         profile: Sensitivities of every task.
-        options: The share or the budget, and what is compared.
+        options: The share or the budget, and the quantity to rank by.
         settings: Rank and scale of every adapter.
 
     Returns:
-        One plain LoRA a matrix.
+        One LoRA per matrix.
 
     Raises:
-        ConfigurationError: the budget buys nothing, or a target was asked for whose gradient is not measured.
+        ConfigurationError: the budget is too small, or the gradient of a given target was not measured.
         ProfileError: sensitivity was not measured.
 
     Source: LoRA-SMoE, arXiv:2505.06272, for the quantity; ranking single matrices over the whole model is ours.
-    Differs: no votes and no groups; a norm a parameter is an addition.
+    Differs: no votes and no groups; norms per parameter are an addition.
     """
     shares = sensitivity_shares(profile, options)
     sizes = {site: site.in_features * site.out_features if options.per == "parameter" else 1 for site in shares}
     ranked = sorted(shares, key=lambda site: -shares[site] / sizes[site])
     if options.budget is None:
-        kept = ranked[: math.ceil(round(options.keep * len(ranked), 9))]
+        chosen = set(ranked[: math.ceil(round(options.keep * len(ranked), 9))])
     else:
-        kept = _affordable(options.budget, ranked, profile, settings)
-    chosen = set(kept)
+        chosen = set(_affordable(options.budget, ranked, profile, settings))
     return [settings.place(site) for site in shares if site in chosen]
 
 
 def sensitivity_shares(profile: Profile, options: MethodOptions) -> dict[Site, float]:
-    """Give the share of the tasks' squared gradient norms that falls on each targeted matrix.
+    """Return each targeted matrix's share of the squared gradient norms.
 
-    Every task counts the same, whatever the number of its rows or the size of its loss: its norms are divided by their
-    sum over the whole model, and the tasks' shares are averaged.
+    Tasks have equal weight, whatever their number of rows or loss: each task's norms are divided by their sum over the
+    whole model, and the shares are averaged over tasks.
 
     Args:
         profile: Sensitivities of every task.
-        options: For the targets. A bare weight (most routers) has no measured gradient: it is left out, unless it was
-            asked for by name.
+        options: Options with the targets. Bare weights (most routers) have no measured gradient. They are skipped by
+            default and refused if given as targets.
 
     Returns:
-        Shares of matrices with a gradient, in the layout's order.
+        Shares of the matrices with a nonzero gradient, in the layout's order.
 
     Raises:
-        ConfigurationError: a target was asked for whose gradient is not measured.
+        ConfigurationError: the gradient of a given target was not measured.
         ProfileError: sensitivity was not measured, or no targeted matrix has a gradient.
     """
     tasks = profile.measured_sensitivity().values()
@@ -77,35 +76,35 @@ def sensitivity_shares(profile: Profile, options: MethodOptions) -> dict[Site, f
             shares[site] = sum(parts) / len(totals)
         elif by_name:
             raise ConfigurationError(
-                f"the sensitivity of {site.name} is not measured: it is no linear layer.",
+                f"the sensitivity of {site.name} is not measured: it is not a linear layer.",
                 details={"model": profile.layout.describe()},
-                fix=f"leave {site.kind} out of the targets",
+                fix=f"remove {site.kind} from the targets",
             )
     shares = {site: share for site, share in shares.items() if share > 0}
     if not shares:
         raise ProfileError(
-            "no targeted matrix has a gradient in this profile.", fix="choose other targets, or profile other data"
+            "no targeted matrix has a gradient in this profile.", fix="choose other targets, or profile on other data"
         )
     return shares
 
 
 def _affordable(budget: str, ranked: list[Site], profile: Profile, settings: AdapterSettings) -> list[Site]:
-    """Go down the ranking and take each matrix that still fits."""
+    """Take the matrices that fit the budget, in order of rank."""
     unit = budget.partition("=")[0]
     left = float(spent(budget, [], profile)[1])
-    kept, least = [], math.inf
+    chosen, cheapest = [], math.inf
     for site in ranked:
         price = spending(unit, [settings.place(site)], profile)
-        least = min(least, price)
+        cheapest = min(cheapest, price)
         if price <= left:
-            kept.append(site)
+            chosen.append(site)
             left -= price
-    if not kept:
+    if not chosen:
         raise ConfigurationError(
-            f"the budget {budget} is too small: the cheapest matrix takes {least:,.10g}.",
-            fix="give more, a lower rank, or other targets",
+            f"the budget {budget} is too small: the cheapest matrix costs {cheapest:,.10g}.",
+            fix="give a larger budget, a lower rank, or other targets",
         )
-    return kept
+    return chosen
 
 
 GRADIENT = Method(

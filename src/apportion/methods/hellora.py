@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def place_hellora(profile: Profile, options: HotOptions, settings: AdapterSettings) -> list[Placement]:
-    """Keep the most routed experts of each layer; adapt everything else that is targeted whole.
+    """Adapt the most routed experts of each layer, and all other targeted sites.
 
     Args:
-        profile: Counts and mass on the target data; several tasks are summed.
-        options: How many experts, and what makes one hot.
+        profile: Counts and mass on the target data; tasks are summed.
+        options: Number of experts and ranking criterion.
         settings: Rank and scale.
 
     Returns:
-        One plain LoRA a site.
+        One LoRA per site.
 
     Raises:
         ConfigurationError: the model is dense, or `hot` does not fit it.

@@ -1,4 +1,4 @@
-"""How many experts a layer keeps, and which: the rules that `hellora` and its controls share."""
+"""How many experts a layer keeps, and which: shared by `hellora` and its controls."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def heat(profile: Profile, criterion: Criterion) -> Array:
-    """Give the quantity that experts are ranked by, and check that every layer has some.
+    """Return the quantity that experts are ranked by.
 
     Args:
-        profile: The profile; several tasks are summed.
-        criterion: As `HotOptions` has it.
+        profile: The profile; tasks are summed.
+        criterion: Ranking criterion, as in `HotOptions`.
 
     Returns:
         Float64, shape (L, E); columns past a layer's number of experts are zero.
@@ -37,7 +37,7 @@ def heat(profile: Profile, criterion: Criterion) -> Array:
     """
     if not profile.layout.is_moe:
         raise ConfigurationError(
-            f"{profile.layout.model_class} is a dense model: it has no routed experts to choose from.",
+            f"{profile.layout.model_class} is a dense model: it has no routed experts.",
             fix="use --method lora or --method attention",
         )
     heats: dict[Criterion, Callable[[], Array]] = {
@@ -50,25 +50,25 @@ def heat(profile: Profile, criterion: Criterion) -> Array:
     for block, row in zip(profile.layout.blocks, heat_LE, strict=True):
         if float(row.sum()) <= 0:
             raise ProfileError(
-                f"layer {block.layer} has no routed token in this profile, so none of its experts is hot.",
+                f"layer {block.layer} has no routed token in this profile, so its experts cannot be ranked.",
                 place=block.name,
-                fix="profile again, on more data",
+                fix="profile again on more data",
             )
     return heat_LE
 
 
 def experts_kept(heat_E: Array, hot: int | str) -> int:
-    """Tell how many experts one layer keeps.
+    """Return how many experts a layer keeps.
 
     Args:
-        heat_E: The layer's heat, shape (E,), its own experts alone.
-        hot: As `HotOptions` has it. A percentage is rounded up.
+        heat_E: The layer's heat, shape (E,), without padding.
+        hot: Number, percentage or coverage, as in `HotOptions`. Percentages are rounded up.
 
     Returns:
         At least 1.
 
     Raises:
-        ConfigurationError: the layer has fewer experts than asked for.
+        ConfigurationError: the layer has fewer experts than `hot`.
     """
     num_experts = len(heat_E)
     if isinstance(hot, int):
@@ -93,7 +93,7 @@ def hottest(heat_E: Array, k: int) -> list[int]:
         k: Experts to keep.
 
     Returns:
-        Expert ids in rising order.
+        Expert ids in ascending order.
 
     Example:
         >>> hottest(np.array([3.0, 9.0, 3.0, 1.0]), 2)
@@ -110,17 +110,17 @@ def coldest(heat_E: Array, k: int) -> list[int]:
         k: Experts to keep.
 
     Returns:
-        Expert ids in rising order.
+        Expert ids in ascending order.
     """
     ids: list[int] = np.argsort(heat_E, kind="stable")[:k].tolist()
     return sorted(ids)
 
 
 def drawn(num_experts: int, k: int, seed: str) -> list[int]:
-    """Draw k experts of a layer at random, the same for the same seed.
+    """Sample k experts of a layer, deterministically for a seed.
 
     Args:
-        num_experts: Experts to draw from.
+        num_experts: Experts to sample from.
         k: Experts to keep.
         seed: Any text.
 
@@ -131,35 +131,36 @@ def drawn(num_experts: int, k: int, seed: str) -> list[int]:
 
 
 def sites_with_experts(profile: Profile, options: HotOptions, chosen: list[list[int]]) -> list[Site]:
-    """Give the targeted sites with, of the routed experts, only the chosen ones.
+    """Return the targeted sites, without the routed experts that were not chosen.
 
     Args:
         profile: The profile.
-        options: For their targets.
-        chosen: Expert ids of every block.
+        options: Options with the targets.
+        chosen: Chosen expert ids of every block.
 
     Returns:
         The sites, in the layout's order.
 
     Raises:
-        ConfigurationError: the targets leave out the routed experts.
+        ConfigurationError: the targets do not include the routed experts.
     """
     sites = targeted_sites(options, profile.layout)
     if not any(site.kind == "experts" for site in sites):
         narrowed = f"targets {','.join(options.targets)}" + (f" and layers {options.layers}" if options.layers else "")
         raise ConfigurationError(
-            f"{narrowed} leave out the routed experts, which this method chooses among.",
+            f"{narrowed} do not include the routed experts that this method chooses from.",
             fix="add experts to the targets, or use --method lora",
         )
-    kept = {(block.layer, expert) for block, ids in zip(profile.layout.blocks, chosen, strict=True) for expert in ids}
-    return [site for site in sites if site.kind != "experts" or (site.layer, site.expert) in kept]
+    blocks = zip(profile.layout.blocks, chosen, strict=True)
+    expert_ids = {(block.layer, expert) for block, ids in blocks for expert in ids}
+    return [site for site in sites if site.kind != "experts" or (site.layer, site.expert) in expert_ids]
 
 
 def rows_of_blocks(profile: Profile, heat_LE: Array) -> list[Array]:
-    """Cut every row to the layer's own number of experts."""
+    """Remove the padding beyond each layer's number of experts."""
     return [row[: block.num_experts] for block, row in zip(profile.layout.blocks, heat_LE, strict=True)]
 
 
 def layer_seed(seed: int, layer: int) -> str:
-    """Make a layer's own seed, so that one layer's draw does not depend on another's."""
+    """Return the seed of a layer, so that layers are sampled independently."""
     return f"{seed}/{layer}"

@@ -1,4 +1,4 @@
-"""Baselines: LoRA on everything that is targeted, and LoRA on attention alone."""
+"""Baselines: LoRA on all targets, and LoRA on attention only."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def place_lora(profile: Profile, options: MethodOptions, settings: AdapterSettin
     """Adapt every targeted site: attention, router, all experts, shared experts, dense MLPs.
 
     Args:
-        profile: For its layout alone.
+        profile: Only its layout is used.
         options: Targets.
         settings: Rank and scale.
 
     Returns:
-        One plain LoRA a site.
+        One LoRA per site.
 
     Raises:
-        ConfigurationError: the model has nothing for a target.
+        ConfigurationError: the model has no site for a target.
 
     Source: LoRA, arXiv:2106.09685.
     Differs: nothing.
@@ -38,39 +38,39 @@ def place_attention(profile: Profile, options: MethodOptions, settings: AdapterS
     """Adapt the attention matrices among the targets.
 
     Args:
-        profile: For its layout alone.
+        profile: Only its layout is used.
         options: Targets.
         settings: Rank and scale.
 
     Returns:
-        One plain LoRA a site.
+        One LoRA per site.
 
     Raises:
-        ConfigurationError: the model has nothing for a target, or a target or a rank of another kind was given.
+        ConfigurationError: the model has no site for a target, or a target or a rank of another kind was given.
 
-    Source: LoRA, arXiv:2106.09685, which adapts attention alone.
-    Differs: all attention matrices, not the query's and the value's alone.
+    Source: LoRA, arXiv:2106.09685, which adapts only attention.
+    Differs: all attention matrices, not only query and value.
     """
     targets = options.targets if "targets" in options.given else ()
     other = next((name for name in (*targets, *options.ranks) if name.partition(".")[0] != "attention"), None)
     if other:
         raise ConfigurationError(
-            f"the method attention adapts attention alone, and {other} was given a place or a rank.",
-            fix=f"leave {other} out, or use --method lora",
+            f"the method attention adapts only attention, but {other} was given a target or a rank.",
+            fix=f"remove {other}, or use --method lora",
         )
     return settings.at(site for site in targeted_sites(options, profile.layout) if site.kind == "attention")
 
 
 LORA = Method(
     name="lora",
-    summary="LoRA on attention, router and every expert: the baseline",
+    summary="baseline: LoRA on attention, router and every expert",
     source="LoRA, arXiv:2106.09685",
     options=MethodOptions,
     place=place_lora,
 )
 ATTENTION = Method(
     name="attention",
-    summary="LoRA on attention alone: the floor",
+    summary="baseline: LoRA on attention only",
     source="LoRA, arXiv:2106.09685",
     options=MethodOptions,
     place=place_attention,

@@ -1,4 +1,4 @@
-"""LoRA-SMoE: every task votes for the matrices that its gradients need; votes become LoRA experts."""
+"""LoRA-SMoE: each task votes for the matrices with its largest gradients; votes become LoRA experts."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ Norms = Mapping[str, Mapping[str, float]]
 
 
 def place_lora_smoe(profile: Profile, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
-    """Give a matrix as many LoRA experts as tasks vote for it, and none where no task does.
+    """Give each matrix as many LoRA experts as tasks vote for it.
 
-    In every group each task votes for the `keep` share of matrices with the largest squared gradient norm, so every
-    task spends the same, however large its data or its gradients; ties go to the earlier matrix.
+    In each group, each task votes for the `keep` share of matrices with the largest squared gradient norm. All tasks
+    have the same number of votes, whatever the size of their data or gradients. Ties go to the earlier matrix.
 
     Args:
         profile: Sensitivities of every task.
-        options: The share, or the budget that it follows from; the groups; experts a token.
-        settings: Rank and scale of every LoRA expert.
+        options: The share, or the budget that determines it; the groups; LoRA experts per token.
+        settings: Rank and scale of each LoRA expert.
 
     Returns:
-        One placement a matrix with votes.
+        One placement per matrix with votes.
 
     Raises:
-        ConfigurationError: the budget is too small, or a target was asked for whose gradient is not measured.
+        ConfigurationError: the budget is too small, or the gradient of a target was not measured.
         ProfileError: sensitivity was not measured.
 
     Source: LoRA-SMoE, arXiv:2505.06272, allocation, as in the released code.
-    Differs: ties are ordered; `keep` of 1 keeps all; the release keeps matrices strictly above the percentile.
+    Differs: ties are ordered; `keep` of 1 keeps all, while the release keeps matrices strictly above the percentile.
     """
     norms = profile.measured_sensitivity()
     if len(norms) == 1:
         warnings.warn(
-            f"the profile has one task, {profile.tasks[0]!r}: every matrix gets one vote or none, so this places plain "
-            "LoRA. Profile several tasks for LoRA experts.",
+            f"the profile has one task, {profile.tasks[0]!r}: every matrix gets at most one vote, so this places plain "
+            "LoRA. Profile several tasks to get LoRA experts.",
             ApportionWarning,
             stacklevel=2,
         )
@@ -56,18 +56,18 @@ def place_lora_smoe(profile: Profile, options: VoteOptions, settings: AdapterSet
 
 
 def place_random_votes(profile: Profile, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
-    """Have as many tasks vote for as many matrices as `lora_smoe` would, drawn at random.
+    """Place LoRA experts like `lora_smoe`, with random votes.
 
     Args:
-        profile: For its tasks' number and its layout alone.
-        options: As for `lora_smoe`.
-        settings: Rank, scale and the seed of the draw.
+        profile: Only its number of tasks and its layout are used.
+        options: The same options as `lora_smoe`.
+        settings: Rank, scale and random seed.
 
     Returns:
-        One placement a matrix with votes.
+        One placement per matrix with votes.
 
     Raises:
-        ConfigurationError: the budget is too small, or a target was asked for whose gradient is not measured.
+        ConfigurationError: the budget is too small.
 
     Source: control for LoRA-SMoE, arXiv:2505.06272.
     Differs: nothing.
@@ -80,17 +80,17 @@ def place_random_votes(profile: Profile, options: VoteOptions, settings: Adapter
 
 
 def num_kept(keep: float, num_matrices: int) -> int:
-    """Tell how many matrices of a group a task votes for.
+    """Return how many matrices of a group a task votes for.
 
-    They are those strictly above the group's (1 - keep) percentile with linear interpolation, as the released code has
-    it: ceil(keep · (matrices - 1)), at least one. A `keep` of 1 keeps all.
+    As in the released code, these are the matrices strictly above the group's (1 - keep) percentile with linear
+    interpolation: ceil(keep · (matrices - 1)), at least one. A `keep` of 1 keeps all.
 
     Args:
         keep: The share.
         num_matrices: Matrices in the group.
 
     Returns:
-        At least 1.
+        Number of matrices, at least 1.
 
     Example:
         >>> num_kept(0.6, 144) * 8
@@ -104,7 +104,7 @@ def count_votes(norms: Norms, groups: Sequence[Sequence[Site]], keep: float) -> 
 
     Args:
         norms: Squared gradient norm of each matrix, by task.
-        groups: The matrices that are ranked together.
+        groups: Groups of matrices that are ranked together.
         keep: Share of each group that a task votes for.
 
     Returns:
@@ -119,7 +119,7 @@ def count_votes(norms: Norms, groups: Sequence[Sequence[Site]], keep: float) -> 
 
 
 def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings: AdapterSettings) -> list[Placement]:
-    """Turn votes into placements, at the share that is asked for or that the budget allows."""
+    """Turn votes into placements, at the given share or the largest share that fits the budget."""
     check_top_k(options, len(norms))
     sites = _votable(profile, targeted_sites(options, profile.layout), norms)
     groups = _grouped(sites, options.groups)
@@ -130,7 +130,7 @@ def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings:
 
     if options.budget is None:
         return placed(options.keep)
-    # The shares at which some group's number changes; what is spent rises with the share.
+    # The shares at which the number of votes of some group changes. The cost grows with the share.
     sizes = {len(group) for group in groups}
     shares = sorted({(count - 0.5) / (size - 1) for size in sizes for count in range(1, size)} | {1.0})
     low, high = 0, len(shares)
@@ -139,10 +139,10 @@ def _place_votes(profile: Profile, norms: Norms, options: VoteOptions, settings:
         taken, allowed = spent(options.budget, placed(shares[middle]), profile)
         low, high = (middle + 1, high) if taken <= allowed else (low, middle)
     if low == 0:
-        least, allowed = spent(options.budget, placed(shares[0]), profile)
+        cheapest, allowed = spent(options.budget, placed(shares[0]), profile)
         raise ConfigurationError(
-            f"the budget {options.budget} is too small: one matrix a task and group takes {least}.",
-            fix="give more, a lower rank, or fewer targets",
+            f"the budget {options.budget} is too small: one matrix per task and group costs {cheapest}.",
+            fix="give a larger budget, a lower rank, or fewer targets",
         )
     return placed(shares[low - 1])
 
@@ -153,26 +153,26 @@ def _votable(profile: Profile, sites: Sequence[Site], norms: Norms) -> list[Site
     for site in sites:
         if site.name not in first:
             raise ConfigurationError(
-                f"the sensitivity of {site.name} is not measured: it is no linear layer.",
+                f"the sensitivity of {site.name} is not measured: it is not a linear layer.",
                 details={"model": profile.layout.describe()},
-                fix=f"leave {site.kind} out of the targets",
+                fix=f"remove {site.kind} from the targets",
             )
     return list(sites)
 
 
 def _grouped(sites: Sequence[Site], groups: Groups) -> list[list[Site]]:
-    """Gather the matrices that are ranked together."""
-    found: dict[str, list[Site]] = {}
+    """Group the matrices that are ranked together."""
+    by_group: dict[str, list[Site]] = {}
     for site in sites:
         half = "attention" if site.kind == "attention" else "mlp"
         key = {"all": "", "attention/mlp": half, "type": f"{half}.{site.projection}"}[groups]
-        found.setdefault(key, []).append(site)
-    return list(found.values())
+        by_group.setdefault(key, []).append(site)
+    return list(by_group.values())
 
 
 LORA_SMOE = Method(
     name="lora_smoe",
-    summary="as many routed LoRA experts a matrix as tasks vote for it by gradient sensitivity",
+    summary="routed LoRA experts: one per matrix and task that votes for it, by gradient sensitivity",
     source="LoRA-SMoE, arXiv:2505.06272",
     options=VoteOptions,
     place=place_lora_smoe,
@@ -180,7 +180,7 @@ LORA_SMOE = Method(
 )
 RANDOM_VOTES = Method(
     name="random_votes",
-    summary="control: as lora_smoe, with votes drawn at random",
+    summary="control: lora_smoe with random votes",
     source="control at lora_smoe's budget",
     options=VoteOptions,
     place=place_random_votes,

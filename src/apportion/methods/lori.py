@@ -1,4 +1,4 @@
-"""LoRI: a frozen A and a sparse B; on LoRA's sites, or on HELLoRA's."""
+"""LoRI: a frozen A and a sparse B, on the sites of LoRA or HELLoRA."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from apportion.records.options import HelloriOptions, LoriOptions
 
 LORI = Method(
     name="lori",
-    summary="as lora, with a frozen A and a B of which 10 % is trained",
+    summary="lora with a frozen A and a sparse B (10 % trained)",
     source="LoRI, arXiv:2504.07448",
     options=LoriOptions,
     place=place_lora,
 )
 HELLORI = Method(
     name="hellori",
-    summary="as hellora, with a frozen A and a B of which 10 % is trained",
+    summary="hellora with a frozen A and a sparse B (10 % trained)",
     source="HELLoRA, arXiv:2605.18795, and LoRI, arXiv:2504.07448",
     options=HelloriOptions,
     place=place_hellora,

@@ -1,4 +1,4 @@
-"""`marginal`: a budget spent rank by rank where the estimated benefit per unit of cost is highest."""
+"""`marginal`: spend a budget one rank at a time, at the highest estimated gain per unit of cost."""
 
 from __future__ import annotations
 
@@ -21,65 +21,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one matrix offers: the gain of its first rank, the price of every rank, and how many there are."""
+    """One matrix that ranks can be bought for.
+
+    Args:
+        value: Estimated gain of the first rank.
+        price: Cost of each rank.
+        max_rank: Largest rank.
+    """
 
     value: float
     price: float
-    most: int
+    max_rank: int
 
 
 def place_marginal(profile: Profile, options: MarginalOptions, settings: AdapterSettings) -> list[Placement]:
-    """Buy one rank of one matrix at a time, each time the one with the largest estimated gain per unit of cost.
+    """Repeatedly buy one rank of the matrix with the largest estimated gain per unit of cost.
 
-    Experts, projections, attention, shared experts and layers compete with each other, and ranks with places. The
-    estimated gain of a matrix's i-th rank is share ** sensitivity_power · i ** -rank_decay, with the share of the
-    tasks' squared gradient norms that falls on the matrix. It falls with i, so that buying greedily is optimal up to
-    what the last rank leaves over; buying goes on until nothing fits. Ties go to the earlier matrix.
+    All targeted matrices compete with each other. The estimated gain of a matrix's i-th rank is
+    share ** sensitivity_power · i ** -rank_decay, where share is the matrix's share of the tasks' squared gradient
+    norms. The gain falls with i, so greedy buying is optimal up to the unspent rest of the budget. It stops when
+    nothing fits. Ties go to the earlier matrix.
 
-    The scale alpha / rank is the plan's at every matrix, whatever its rank there: the estimate adds up ranks that learn
-    at the same pace, and alpha over the matrix's own rank would slow down those of the matrices that were given most.
+    The scale alpha / rank is the same for every matrix, whatever its rank. The estimate assumes that all ranks learn at
+    the same pace; alpha divided by the matrix's rank would slow down matrices of high rank.
 
     Args:
-        profile: Sensitivities of every task; counts too, where operations are counted.
-        options: The budget, and the estimate's exponents.
-        settings: The scale; the rank means nothing but the scale.
+        profile: Sensitivities of every task; also counts, for budgets in operations.
+        options: The budget, and the exponents of the estimate.
+        settings: Alpha and rank; only their ratio, the scale, is used.
 
     Returns:
-        One plain LoRA a matrix, of ranks of their own.
+        One LoRA per matrix, with different ranks.
 
     Raises:
-        ConfigurationError: no budget was given or it buys nothing, ranks of kinds were given, or a target was asked for
-            whose gradient is not measured.
+        ConfigurationError: no budget was given or it is too small, ranks by kind were given, or the gradient of a given
+            target was not measured.
         ProfileError: sensitivity was not measured.
 
     Source: greedy marginal allocation for separable concave gains (Fox, 1966); sensitivity as LoRA-SMoE,
         arXiv:2505.06272.
-    Differs: the estimate is ours, and was calibrated on measurements.
+    Differs: the estimate is ours, calibrated on measurements.
     """
     if options.budget is None:
         raise ConfigurationError(
-            "marginal spends a budget, and none was given.",
-            fix="give --budget: parameters (5000000) or operations a token (flops=80000)",
+            "the method marginal needs a budget.",
+            fix="give --budget: parameters (5000000) or operations per token (flops=80000)",
         )
     if options.ranks:
         raise ConfigurationError(
-            f"a rank was given for {next(iter(options.ranks))}, and marginal chooses ranks itself.",
-            fix="leave it out; --max-rank bounds them all",
+            f"a rank was given for {next(iter(options.ranks))}, but marginal chooses ranks itself.",
+            fix="drop it, or limit all ranks with --max-rank",
         )
     shares = sensitivity_shares(profile, options)
     unit = options.budget.partition("=")[0]
     single = replace(settings, rank=1, alpha=settings.alpha / settings.rank)
     offers = []
     for site, share in shares.items():
-        most = min(site.in_features, site.out_features)
+        max_rank = min(site.in_features, site.out_features)
         price = spending(unit, [single.place(site)], profile)
-        offers.append(Offer(share**options.sensitivity_power, price, min(most, options.max_rank or most)))
+        offers.append(Offer(share**options.sensitivity_power, price, min(max_rank, options.max_rank or max_rank)))
     ranks = buy_ranks(offers, spent(options.budget, [], profile)[1], options.rank_decay)
     if not any(ranks):
         raise ConfigurationError(
-            f"the budget {options.budget} is too small: the cheapest rank takes "
+            f"the budget {options.budget} is too small: the cheapest rank costs "
             f"{min(offer.price for offer in offers):,.10g}.",
-            fix="give more, or other targets",
+            fix="give a larger budget, or other targets",
         )
     return [
         Placement(site.name, lora_shape(rank, single.alpha * rank, sparsity=single.sparsity))
@@ -92,12 +98,12 @@ def buy_ranks(offers: Sequence[Offer], budget: float, rank_decay: float) -> list
     """Spend a budget on the ranks with the largest gain per unit of cost.
 
     Args:
-        offers: What can be bought; what costs nothing is not.
-        budget: The most that may be spent.
-        rank_decay: The i-th rank of an offer gains i ** -rank_decay of the first.
+        offers: The matrices. Those with a price of 0 are skipped.
+        budget: Maximum total cost.
+        rank_decay: The i-th rank gains i ** -rank_decay times the first.
 
     Returns:
-        The rank bought of each offer.
+        The rank of each matrix.
 
     Example:
         >>> buy_ranks([Offer(2.0, 1.0, 8), Offer(1.0, 1.0, 8)], 5.0, 0.5)
@@ -113,7 +119,7 @@ def buy_ranks(offers: Sequence[Offer], budget: float, rank_decay: float) -> list
             continue
         budget -= offer.price
         ranks[place] += 1
-        if ranks[place] < offer.most:
+        if ranks[place] < offer.max_rank:
             gain = offer.value * (ranks[place] + 1) ** -rank_decay
             heapq.heappush(heap, (-gain / offer.price, place))
     return ranks
@@ -121,7 +127,7 @@ def buy_ranks(offers: Sequence[Offer], budget: float, rank_decay: float) -> list
 
 MARGINAL = Method(
     name="marginal",
-    summary="a budget spent rank by rank where the estimated gain per unit of cost is highest",
+    summary="spend a budget one rank at a time, at the highest estimated gain per unit of cost",
     source="greedy marginal gain on a measured estimate",
     options=MarginalOptions,
     place=place_marginal,

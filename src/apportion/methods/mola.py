@@ -1,4 +1,4 @@
-"""Numbers of LoRA experts that look at no data: by depth (`mola`), or the same everywhere (`uniform`)."""
+"""Numbers of LoRA experts that do not depend on data: by depth (`mola`) or the same everywhere (`uniform`)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 def place_mola(profile: Profile, options: MolaOptions, settings: AdapterSettings) -> list[Placement]:
-    """Give every matrix the number of LoRA experts of its part of the layers.
+    """Give each matrix the number of LoRA experts of its part of the layers.
 
     Args:
-        profile: For its layout alone.
-        options: The numbers; experts a token.
-        settings: Rank and scale of every LoRA expert.
+        profile: Only its layout is used.
+        options: The numbers; LoRA experts per token.
+        settings: Rank and scale of each LoRA expert.
 
     Returns:
-        One placement a matrix.
+        One placement per matrix.
 
     Raises:
         ConfigurationError: there are more numbers than layers.
 
     Source: MoLA, arXiv:2402.08562.
-    Differs: layers that the numbers do not divide are split as evenly as can be, earlier parts first.
+    Differs: if the layers cannot be split equally, they are split as evenly as possible, earlier parts first.
     """
     numbers = [int(number) for number in options.experts.split("-")]
     check_top_k(options, max(numbers))
@@ -41,29 +41,29 @@ def place_mola(profile: Profile, options: MolaOptions, settings: AdapterSettings
     layers = sorted({site.layer for site in sites})
     if len(numbers) > len(layers):
         raise ConfigurationError(
-            f"experts={options.experts} names {len(numbers)} parts of {len(layers)} layers.", fix="give fewer numbers"
+            f"experts={options.experts} has {len(numbers)} numbers for {len(layers)} layers.", fix="give fewer numbers"
         )
     number_of = {layer: numbers[place * len(numbers) // len(layers)] for place, layer in enumerate(layers)}
     return [settings.place(site, number_of[site.layer], options.top_k) for site in sites]
 
 
 def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSettings) -> list[Placement]:
-    """Give every matrix the same number of LoRA experts, or with a budget one more or less.
+    """Give each matrix the same number of LoRA experts. With a budget, numbers differ by at most one.
 
     Args:
-        profile: For its layout alone.
-        options: The number, or the budget; experts a token.
-        settings: Rank and scale of every LoRA expert.
+        profile: Only its layout is used.
+        options: The number, or the budget; LoRA experts per token.
+        settings: Rank and scale of each LoRA expert.
 
     Returns:
-        One placement a matrix; where the budget is smaller than that, on matrices at even distances.
+        One placement per matrix. If the budget does not suffice for all, evenly spaced matrices get one.
 
     Raises:
-        ConfigurationError: the budget buys no LoRA expert.
-        PlanError: the number or the budget is for more LoRA experts than a matrix can have.
+        ConfigurationError: the budget is too small for one LoRA expert.
+        PlanError: a matrix would get more LoRA experts than it can have.
 
     Source: the usual baseline of LoRA-SMoE, arXiv:2505.06272.
-    Differs: what a budget leaves over is spread at even distances.
+    Differs: the remainder of a budget is spread evenly.
     """
     sites = targeted_sites(options, profile.layout)
     if options.budget is None:
@@ -81,14 +81,14 @@ def place_uniform(profile: Profile, options: UniformOptions, settings: AdapterSe
 
 
 def spread(total: int, places: int) -> list[int]:
-    """Share a number out over places, the remainder at even distances.
+    """Split a number evenly over places, with the remainder at even distances.
 
     Args:
-        total: What is shared out.
-        places: Places.
+        total: Number to split.
+        places: Number of places.
 
     Returns:
-        One number a place, which add up to the total and differ by at most one.
+        One number per place. They sum to the total and differ by at most one.
 
     Example:
         >>> spread(7, 4)
@@ -98,7 +98,7 @@ def spread(total: int, places: int) -> list[int]:
 
 
 def _most_that_fits(budget: str, sites: Sequence[Site], profile: Profile, settings: AdapterSettings) -> int:
-    """Find the number of LoRA experts over all sites that takes most of the budget and not more."""
+    """Return the number of LoRA experts over all sites that uses the most of the budget without exceeding it."""
     unit, _, allowed = budget.partition("=")
     if unit == "experts":
         return int(allowed)
@@ -107,16 +107,18 @@ def _most_that_fits(budget: str, sites: Sequence[Site], profile: Profile, settin
         pairs = zip(sites, spread(total, len(sites)), strict=True)
         return spent(budget, [settings.place(site, number) for site, number in pairs if number], profile)[0]
 
-    beyond = 1  # rounds over all sites, doubled until they do not fit, or until no matrix can have as many experts
-    while taken(beyond * len(sites)) <= int(allowed):
-        beyond *= 2
-    # Whole rounds that fit; then what of one more round does.
-    rounds = bisect.bisect_right(range(1, beyond), int(allowed), key=lambda number: taken(number * len(sites)))
-    fitting = [total for total in range(rounds * len(sites), (rounds + 1) * len(sites)) if taken(total) <= int(allowed)]
-    most = max(fitting, key=taken, default=0)
-    if most == 0:
-        raise ConfigurationError(f"the budget {budget} buys no LoRA expert.", fix="give more, or a lower rank")
-    return most
+    upper = 1  # LoRA experts per site, doubled until they exceed the budget or the maximum per matrix
+    while taken(upper * len(sites)) <= int(allowed):
+        upper *= 2
+    # The number per site that fits, then the remainder.
+    per_site = bisect.bisect_right(range(1, upper), int(allowed), key=lambda number: taken(number * len(sites)))
+    totals = range(per_site * len(sites), (per_site + 1) * len(sites))
+    best = max((total for total in totals if taken(total) <= int(allowed)), key=taken, default=0)
+    if best == 0:
+        raise ConfigurationError(
+            f"the budget {budget} is too small for one LoRA expert.", fix="give a larger budget, or a lower rank"
+        )
+    return best
 
 
 MOLA = Method(

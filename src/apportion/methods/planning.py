@@ -1,4 +1,4 @@
-"""`plan`: a profile and a method in, a checked plan with its exact cost out."""
+"""`plan`: make a plan with its exact cost from a profile and a method."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def plan(
     seed: int = 0,
     **options: Any,
 ) -> Plan:
-    """Decide which sites get which adapter, from a profile alone: no model, no weights, no GPU.
+    """Choose which sites get which adapter, from a profile. Needs no model, weights or GPU.
 
     Args:
-        profile: What was measured.
-        method: A method's name; `apportion methods` lists them.
-        rank: Rank of every adapter; on a site that is narrower than this, an error.
-        alpha: Scale numerator; twice the rank where not given. The rank is the full rank of every adapted expert, not
-            divided by the number of experts.
-        seed: Seed of methods that draw at random.
-        **options: The method's own options.
+        profile: The profile.
+        method: Name of the method; `apportion methods` lists all.
+        rank: Rank of every adapter; must not exceed the smaller side of a site. Each adapted expert gets the full rank;
+            it is not divided by the number of experts.
+        alpha: Scale numerator; default: twice the rank.
+        seed: Random seed, for methods that sample.
+        **options: Options of the method.
 
     Returns:
         The plan, with its exact cost.
 
     Raises:
-        ConfigurationError: the method, an option, the rank or alpha is wrong, or does not fit the model.
-        ProfileError: the profile lacks what the method needs.
-        PlanError: the method places nothing, or more LoRA experts than a matrix can have.
+        ConfigurationError: the method, an option, the rank or alpha is invalid, or does not fit the model.
+        ProfileError: the profile lacks data that the method needs.
+        PlanError: the method places no adapter, or more LoRA experts than a matrix can have.
 
     Example:
         >>> import apportion
@@ -65,47 +65,48 @@ def plan(
 
 
 def replan(profile: Profile, made: Plan) -> Plan:
-    """Make a plan as another one was made, from the same profile or another one.
+    """Make a plan with the settings of another plan, from the same or another profile.
 
-    A plan's options are complete with defaults, so that `plan` would take all of them as given.
+    Use this instead of ``plan(profile, made.method, **made.options)``: a plan stores all options including defaults,
+    and `plan` would treat them all as given.
 
     Args:
-        profile: What was measured.
-        made: The plan whose method, options, rank, scale and seed are taken.
+        profile: The profile.
+        made: The plan that provides the method, options, rank, scale and seed.
 
     Returns:
         The plan.
 
     Raises:
         ConfigurationError: an option does not fit the profile's model.
-        ProfileError: the profile lacks what the method needs.
-        PlanError: the method places nothing.
+        ProfileError: the profile lacks data that the method needs.
+        PlanError: the method places no adapter.
     """
     options = find_method(made.method).options.differing(made.options)
     return build_plan(profile, made.method, check_settings(made.rank, made.alpha, made.seed), options)
 
 
 def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings:
-    """Refuse ranks and scales that no adapter can have.
+    """Check rank and alpha.
 
     Args:
         rank: Rank of every adapter.
-        alpha: Scale numerator; twice the rank where it is None.
-        seed: Seed of methods that draw at random.
+        alpha: Scale numerator; None for twice the rank.
+        seed: Random seed, for methods that sample.
 
     Returns:
-        All three.
+        The settings.
 
     Raises:
-        ConfigurationError: the rank is no whole number of at least 1, or above what any matrix has; alpha is not above
-            0, not finite, or so large or small that float32 cannot hold alpha / rank.
+        ConfigurationError: the rank is not an integer in range, or alpha is not positive and finite, or float32 cannot
+            hold alpha / rank.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_WIDTH:
-        raise ConfigurationError(f"rank={rank!r} is not a rank.", fix=f"give a whole number from 1 to {MAX_WIDTH}")
+        raise ConfigurationError(f"rank={rank!r} is not a rank.", fix=f"give an integer from 1 to {MAX_WIDTH}")
     if alpha is None:
         return AdapterSettings(rank, 2.0 * rank, seed)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise ConfigurationError(f"alpha={alpha!r} gives no scale.", fix="give a number above 0")
+        raise ConfigurationError(f"alpha={alpha!r} is not a positive number.", fix="give a number above 0")
     if not SMALLEST_SCALE * rank <= alpha <= LARGEST_SCALE * rank:
         raise ConfigurationError(
             f"alpha={alpha!r} gives a scale alpha / rank that float32 cannot hold.",
@@ -117,21 +118,21 @@ def check_settings(rank: int, alpha: float | None, seed: int) -> AdapterSettings
 def build_plan(
     profile: Profile, name: str, settings: AdapterSettings, options: dict[str, Any], routing: RoutingSource = "profile"
 ) -> Plan:
-    """Make a plan, saying where the shares of routed tokens come from.
+    """Make a plan from a measured or an assumed profile.
 
     Args:
-        profile: What was measured, or stands for it.
-        name: The method's name.
-        settings: Rank, scale and seed, as `check_settings` gives them.
-        options: The method's own options.
-        routing: Where the profile's counts come from.
+        profile: The profile.
+        name: Name of the method.
+        settings: Rank, scale and seed, as returned by `check_settings`.
+        options: Options of the method.
+        routing: Source of the profile's counts.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigurationError: the method, an option or the rank is wrong, or does not fit the model.
-        PlanError: the method places nothing.
+        ConfigurationError: the method, an option or the rank is invalid, or does not fit the model.
+        PlanError: the method places no adapter.
     """
     chosen = find_method(name)
     checked = read_options(chosen.options, options, f"method {name}")
@@ -160,15 +161,14 @@ def build_plan(
 def cost_on(
     layout: Layout, method: str, settings: AdapterSettings, options: dict[str, Any], profile: Profile | None = None
 ) -> Cost:
-    """Count what a method's adapters cost on a model.
+    """Count the cost of a method's adapters on a model.
 
     Args:
         layout: The model's sites.
-        method: The method's name.
-        settings: Rank, scale and seed, as `check_settings` gives them.
-        options: The method's own options.
-        profile: What was measured on this architecture; without it every expert is taken to have the same share of
-            the tokens.
+        method: Name of the method.
+        settings: Rank, scale and seed, as returned by `check_settings`.
+        options: Options of the method.
+        profile: Profile of this architecture; without it, even routing is assumed.
 
     Returns:
         The cost.
@@ -186,21 +186,22 @@ def cost_on(
         )
     if profile is None and find_method(method).reads_tasks:
         raise ProfileError(
-            f"what {method} costs depends on the tasks.",
-            fix="give a profile, for all of these methods but random_votes one made with --sensitivity",
+            f"the cost of {method} depends on the tasks.",
+            fix="give a profile" + ("" if method == "random_votes" else " made with --sensitivity"),
         )
     measured = even_profile(layout) if profile is None else profile
     return build_plan(measured, method, settings, options, "even" if profile is None else "profile").cost
 
 
 def even_profile(layout: Layout) -> Profile:
-    """Make a profile in which every expert of a layer takes the same share, for costs before anything is measured.
+    """Return a profile with even routing, to count costs without a measured profile.
 
     Args:
         layout: The model's sites.
 
     Returns:
-        A profile of as many tokens as every layer's experts divide, each routed to the layer's top-k.
+        A profile in which all experts of a layer have equal counts. Its number of tokens is the least common multiple
+        of the layers' numbers of experts.
     """
     sizes = [block.num_experts for block in layout.blocks]
     tokens = math.lcm(*sizes) if sizes else 1
@@ -213,13 +214,13 @@ def even_profile(layout: Layout) -> Profile:
 def count_cost(
     profile: Profile, placements: Iterable[Placement], everything: Iterable[Placement], routing: RoutingSource
 ) -> Cost:
-    """Count what placements cost, beside LoRA on everything targeted.
+    """Count the cost of placements, and of LoRA on all targets for reference.
 
     Args:
-        profile: For the sites and for the routed slots a token of each expert.
+        profile: Profile with the sites and each expert's routed slots per token.
         placements: The plan's adapters.
-        everything: The same settings on every targeted site.
-        routing: Where the profile's counts come from.
+        everything: LoRA with the same settings on every targeted site.
+        routing: Source of the profile's counts.
 
     Returns:
         The cost.
@@ -242,24 +243,24 @@ def count_cost(
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:
-    """Refuse routed LoRA where a weight is no linear layer's own, and a rank above a site's smaller side.
+    """Refuse routed LoRA on sites other than linear layers, and ranks above a site's smaller side.
 
-    A router is exempt: it has as few rows as the layer has experts, and the published accounting of Mixtral gives its
-    eight rows rank 32 like every other matrix.
+    Routers are exempt from the rank check: they have as few rows as experts, and the published accounting of Mixtral
+    uses rank 32 for its router of eight rows.
     """
     for placement in placements:
         site = layout.by_name[placement.site]
         if placement.is_routed and site.storage != "linear":
             raise ConfigurationError(
-                f"{placement.num_experts} LoRA experts cannot stand on {site.name}: its weight is no linear layer's.",
-                fix=f"leave {site.kind} out of the targets",
+                f"{placement.num_experts} LoRA experts cannot be placed on {site.name}: it is not a linear layer.",
+                fix=f"remove {site.kind} from the targets",
             )
         if site.kind != "router" and placement.rank > min(site.in_features, site.out_features):
             raise ConfigurationError(
-                f"rank {placement.rank} is above what {site.name} can have.",
+                f"rank {placement.rank} is too large for {site.name}.",
                 found=f"a matrix of {site.out_features} x {site.in_features}",
                 fix=(
-                    f"give a rank of at most {min(site.in_features, site.out_features)}, or leave {site.kind} out of "
+                    f"give a rank of at most {min(site.in_features, site.out_features)}, or remove {site.kind} from "
                     "the targets"
                 ),
             )

@@ -1,4 +1,4 @@
-"""The table of methods."""
+"""The registry of methods."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def find_method(name: str) -> Method:
-    """Look a method up.
+    """Return a method by name.
 
     Args:
-        name: As in `METHODS`.
+        name: A key of `METHODS`.
 
     Returns:
         The method.
 
     Raises:
-        ConfigurationError: there is none of that name.
+        ConfigurationError: the name is unknown.
     """
     if name in METHODS:
         return METHODS[name]

@@ -1,4 +1,4 @@
-"""`targets`: which kinds of sites, or which single projections, a method may use."""
+"""`targets`: the kinds of sites, or single projections, that a method may adapt."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from apportion.records.site import Layout, Site
 
 
 def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
-    """Read decoder layers from a text.
+    """Parse decoder layers, and check that the model has them.
 
     Args:
         value: Such as ``4-15`` or ``0,2,4-7``; None for all.
-        layout: The model's sites, for the layers that there are.
+        layout: The model's sites.
 
     Returns:
         The layers, or None for all.
 
     Raises:
-        ConfigurationError: the text is no list of layers, or the model lacks one of them.
+        ConfigurationError: the text is not a list of layers, or the model does not have a layer.
     """
     if value is None:
         return None
     known = {site.layer for site in layout.others} | {block.layer for block in layout.blocks}
     layers: set[int] = set()
     for first, last in layer_ranges(value):
-        # Comparing as it goes, this ends at the first layer that the model lacks, however far the range goes on.
-        lacking = next((layer for layer in range(first, last + 1) if layer not in known), None)
-        if lacking is not None:
+        # The generator stops at the first missing layer, so that a huge range is not expanded.
+        missing = next((layer for layer in range(first, last + 1) if layer not in known), None)
+        if missing is not None:
             raise ConfigurationError(
-                f"layers={value!r} asks for layer {lacking}, which this model lacks.",
+                f"layers={value!r} includes layer {missing}, which this model does not have.",
                 found=f"layers {min(known)} to {max(known)}",
             )
         layers.update(range(first, last + 1))
@@ -38,7 +38,7 @@ def parse_layers(value: str | None, layout: Layout) -> set[int] | None:
 
 
 def targeted_sites(options: MethodOptions, layout: Layout) -> list[Site]:
-    """Give the sites that a method's targets and layers leave, in the layout's order.
+    """Return the sites that match a method's targets and layers, in the layout's order.
 
     Args:
         options: The method's options.
@@ -48,16 +48,17 @@ def targeted_sites(options: MethodOptions, layout: Layout) -> list[Site]:
         The sites.
 
     Raises:
-        ConfigurationError: the model has nothing for a target, a layer or a kind with a rank of its own.
+        ConfigurationError: no site matches a given target or a kind with a given rank, or the model does not have a
+            layer.
     """
     layers = parse_layers(options.layers, layout)
     sites = select_sites(layout, options.targets, layers, by_name="targets" in options.given)
     for kind in options.ranks:
         if not any(site.kind == kind for site in sites):
             raise ConfigurationError(
-                f"a rank was given for {kind}, and no {kind} is adapted.",
+                f"a rank was given for {kind}, but no site of this kind is adapted.",
                 details={"model": layout.describe()},
-                fix=f"leave the rank out, or add {kind} to the targets",
+                fix=f"drop the rank, or add {kind} to the targets",
             )
     return sites
 
@@ -65,20 +66,19 @@ def targeted_sites(options: MethodOptions, layout: Layout) -> list[Site]:
 def select_sites(
     layout: Layout, targets: tuple[str, ...], layers: set[int] | None = None, *, by_name: bool = True
 ) -> list[Site]:
-    """Give the sites that the targets name, in the layout's order.
+    """Return the sites that match the targets, in the layout's order.
 
     Args:
         layout: The model's sites.
         targets: Kinds, or single projections of kinds.
-        layers: As `parse_layers` returns them.
-        by_name: Whether somebody asked for these targets; of a method's own ones, kinds that the model lacks are left
-            out.
+        layers: Layers, as returned by `parse_layers`.
+        by_name: Whether the user gave the targets. If False, targets that match no site are skipped.
 
     Returns:
         The sites.
 
     Raises:
-        ConfigurationError: the model has no site for a target that was asked for by name.
+        ConfigurationError: a target given by the user matches no site.
     """
     chosen = [
         site
@@ -92,7 +92,7 @@ def select_sites(
         if missing:
             known = sorted({f"{site.kind}.{site.projection}" for site in layout.sites()})
             raise ConfigurationError(
-                f"this model has nothing for the target {missing[0]!r}{' in these layers' if layers else ''}.",
+                f"this model has no site for the target {missing[0]!r}{' in these layers' if layers else ''}.",
                 details={"model": layout.describe()},
                 fix=f"choose among {', '.join(known)}, or a whole kind",
             )

@@ -1,4 +1,4 @@
-"""Arrays in safetensors files: read whole, with a digest that tells a damaged file from a good one."""
+"""Arrays in safetensors files, with a digest to detect damage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
         Its metadata, and its arrays by name.
 
     Raises:
-        ArrayFileError: the file cannot be read, or holds a type that NumPy lacks.
+        ArrayFileError: the file cannot be read, or has a dtype that NumPy does not support.
     """
     try:
         with safe_open(path, framework="np") as opened:
@@ -41,26 +41,26 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
 
 
 def as_array(values: Any) -> Array:
-    """Give the NumPy array of a tensor, on whatever device, or of anything that NumPy reads.
+    """Convert a tensor on any device, or any array-like, to a NumPy array.
 
     Args:
         values: A tensor, an array or numbers.
 
     Returns:
-        The array; it shares the memory of a tensor on the CPU.
+        The array. It shares memory with a CPU tensor.
     """
     return values.numpy(force=True) if hasattr(values, "numpy") else np.asarray(values)
 
 
 def digest(header: dict[str, Any], arrays: Mapping[str, Array]) -> str:
-    """Hash a header and each array's name, type, shape and bytes.
+    """Hash a header and each array's name, dtype, shape and bytes.
 
     Args:
         header: Plain data.
         arrays: Arrays by name.
 
     Returns:
-        SHA-256.
+        SHA-256, in hex.
     """
     total = hashlib.sha256(seal(header).encode())
     for name in sorted(arrays):

@@ -1,4 +1,4 @@
-"""Site names written short: siblings share one line, ``a.{0,3}.{gate,up}``."""
+"""Site names in short form with braces: ``a.{0,3}.{gate,up}``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _CHOICES = re.compile(r"\{([^{}]*)\}")
 
 
 def fold_braces(names: Iterable[str]) -> list[str]:
-    """Write names short: siblings that differ in their last part, then in the number before it, share a line.
+    """Fold names into patterns. Names that differ only in their last part, or in the number before it, are merged.
 
     Args:
         names: Site names.
 
     Returns:
-        Patterns that `expand_braces` turns into the same names.
+        Patterns that `expand_braces` expands to the same names.
 
     Example:
         >>> fold_braces(["m.0.up", "m.0.down", "m.3.up", "m.3.down", "n.q"])
@@ -43,7 +43,7 @@ def fold_braces(names: Iterable[str]) -> list[str]:
 
 
 def num_expanded(pattern: str) -> int:
-    """Count the names that a pattern stands for, without making them.
+    """Count the names that a pattern expands to, without expanding it.
 
     Args:
         pattern: A name with braces.
@@ -52,22 +52,22 @@ def num_expanded(pattern: str) -> int:
         The number of names.
 
     Raises:
-        PlanError: a brace has no partner, or stands inside others.
+        PlanError: braces are unbalanced or nested.
 
     Example:
         >>> num_expanded("m.{0,3}.{up,down}")
         4
     """
     if re.search(r"[{}]", _CHOICES.sub("", pattern)):
-        raise PlanError("a brace has no partner, or stands inside others")
+        raise PlanError("braces are unbalanced or nested")
     return math.prod(choices.count(",") + 1 for choices in _CHOICES.findall(pattern))
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Undo `fold_braces` for one line.
+    """Expand one pattern of `fold_braces`.
 
     Args:
-        pattern: A name with braces. `num_expanded` says how many names it stands for.
+        pattern: A name with braces. Check its size with `num_expanded` first.
 
     Returns:
         The names.
@@ -76,7 +76,7 @@ def expand_braces(pattern: str) -> list[str]:
         >>> expand_braces("m.{0,3}.{up,down}")
         ['m.0.up', 'm.0.down', 'm.3.up', 'm.3.down']
     """
-    parts = _CHOICES.split(pattern)  # fixed text and choices take turns
+    parts = _CHOICES.split(pattern)  # fixed text and choices alternate
     return [
         "".join(chosen)
         for chosen in itertools.product(*(part.split(",") if place % 2 else [part] for place, part in enumerate(parts)))

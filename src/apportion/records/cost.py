@@ -1,4 +1,4 @@
-"""What a plan costs, counted from the planned sites."""
+"""The cost of a plan, counted from its sites."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RoutingSource = Literal["profile", "even", "none"]
 
 _ADAPTER_BYTES = 4  # adapters are trained and stored in float32
 _INDEX_BYTES = 4
-_ADAM_BYTES = 8  # AdamW keeps two float32 moments a parameter
+_ADAM_BYTES = 8  # AdamW keeps two float32 moments per parameter
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,18 @@ class Cost:
     """Exact counts for one plan on one model.
 
     Args:
-        trainable_parameters: Numbers that the optimizer moves.
-        stored_parameters: Numbers in the adapter's checkpoint, unless it is to hold the frozen ones too.
-        base_parameters: Parameters of the model itself.
-        adapter_flops_per_token: Floating-point operations that the adapters add to the forward pass of one token: two
-            a multiply-add, an expert's weighted by the routed slots a token that fall on it.
-        lora_parameters: Trainable parameters of LoRA of the same rank on every targetable matrix of the model.
-        lora_flops_per_token: The same for its operations.
-        routing: Where the share of tokens an expert comes from: a ``profile``, ``even`` routing, or ``none`` for a
-            model without experts.
+        trainable_parameters: Trainable parameters of the adapters.
+        stored_parameters: Adapter parameters in the checkpoint, without frozen ones.
+        base_parameters: Parameters of the base model.
+        adapter_flops_per_token: Floating-point operations that the adapters add to the forward pass per token. A
+            multiply-add counts as two. Experts are weighted by their routed slots per token.
+        lora_parameters: Trainable parameters of LoRA of the same rank on every targeted matrix.
+        lora_flops_per_token: Operations per token of the same LoRA.
+        routing: Source of the routing: ``profile``, ``even`` routing, or ``none`` for a model without experts.
         sites_by_kind: Number of planned sites of each kind.
-        stored_indices: Positions of kept entries in the checkpoint, where factors are sparse.
-        frozen_parameters: Numbers that are drawn from a seed and never move; a checkpoint holds them only on request.
-            None where an earlier version counted the plan without them.
+        stored_indices: Number of stored positions of kept entries, for sparse factors.
+        frozen_parameters: Frozen parameters drawn from a seed. A checkpoint stores them only on request. None for plans
+            of an earlier version, which did not count them.
     """
 
     trainable_parameters: Count
@@ -51,12 +50,12 @@ class Cost:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the adapter's trained tensors on disk, in float32."""
+        """Bytes of the trained tensors on disk, in float32."""
         return self.stored_parameters * _ADAPTER_BYTES
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the kept entries' positions on disk, in int32, where factors are sparse."""
+        """Bytes of the positions of kept entries on disk, in int32."""
         return self.stored_indices * _INDEX_BYTES
 
     @property
@@ -71,30 +70,29 @@ class Cost:
 
     @property
     def lora_count_ratio(self) -> float:
-        """Trainable parameters over those of LoRA on everything."""
+        """Trainable parameters divided by those of LoRA on all targets."""
         return self.trainable_parameters / self.lora_parameters if self.lora_parameters else 0.0
 
     @property
     def lora_percentage_ratio(self) -> float:
-        """The same ratio between the two percentages of the total, adapters counted in: the figure papers print."""
+        """Ratio of the two percentages of all parameters, including adapters, as reported in papers."""
         if not self.lora_parameters:
             return 0.0
-        own = self.trainable_parameters / (self.base_parameters + self.trainable_parameters)
-        lora = self.lora_parameters / (self.base_parameters + self.lora_parameters)
-        return own / lora
+        lora_frac = self.lora_parameters / (self.base_parameters + self.lora_parameters)
+        return self.trainable_frac / lora_frac
 
     @property
     def trainable_frac(self) -> float:
-        """Trainable parameters over all parameters, adapters counted in."""
+        """Trainable parameters divided by all parameters, including adapters."""
         return self.trainable_parameters / (self.base_parameters + self.trainable_parameters)
 
     @property
     def lora_flops_ratio(self) -> float:
-        """Adapter operations over those of LoRA on everything."""
+        """Adapter operations divided by those of LoRA on all targets."""
         return self.adapter_flops_per_token / self.lora_flops_per_token if self.lora_flops_per_token else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Give every figure, counted and derived, under its own name."""
+        """Return all counted and derived figures by name."""
         derived = (
             "checkpoint_bytes index_bytes gradient_bytes optimizer_bytes "
             "lora_count_ratio lora_percentage_ratio trainable_frac lora_flops_ratio"
@@ -103,7 +101,7 @@ class Cost:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Cost:
-        """Rebuild a cost from `as_dict`, leaving out what is derived.
+        """Rebuild a cost from `as_dict`, ignoring derived figures.
 
         Args:
             data: Plain data.
@@ -112,21 +110,21 @@ class Cost:
             The cost.
 
         Raises:
-            PlanError: a counted figure is missing, of another type, negative or not finite.
+            PlanError: a counted figure is missing, of the wrong type, negative or not finite.
         """
         counted = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         try:
             return _validator().validate_python(counted)
         except ValidationError as error:
             place, problem = first_problem(error)
-            raise PlanError("its cost is impossible.", place=f"cost.{place}", found=str(problem)) from error
+            raise PlanError("its cost is invalid.", place=f"cost.{place}", found=str(problem)) from error
 
     def __str__(self) -> str:
-        """Say the headline figure."""
+        """Return the number of trainable parameters as text."""
         return f"{self.trainable_parameters:,} trainable parameters"
 
 
 @cache
 def _validator() -> TypeAdapter[Cost]:
-    """Prepare the check of a cost's figures."""
+    """Return the cached validator of a cost."""
     return TypeAdapter(Cost)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and seals that tell a damaged file from a good one."""
+"""Atomic writes, and seals to detect damaged files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from apportion.records.locks import LOCK_FILES
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Hand out a temporary path beside `path`; it takes the name only when the block ends without an error.
+    """Write a file atomically: yield a temporary path, renamed to `path` if the block raises no error.
 
     Args:
-        path: Where the finished file belongs. Its folder is made when missing.
+        path: Path of the finished file. Missing parent folders are created.
 
     Yields:
         The temporary path to write to.
 
     Raises:
-        OutputWriteError: the system refused, for example because the disk is full; the file is as it was.
+        OutputWriteError: writing failed, for example because the disk is full. The old file is unchanged.
     """
     target = Path(path)
     temporary = None
@@ -52,11 +52,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_error(path: str | os.PathLike[str], error: Exception) -> OutputWriteError:
-    """Say that a file was not written.
+    """Return the error for a file that could not be written.
 
     Args:
         path: The file.
-        error: What the system, or safetensors for it, said.
+        error: The error of the system or of safetensors.
 
     Returns:
         The error to raise.
@@ -66,18 +66,18 @@ def write_error(path: str | os.PathLike[str], error: Exception) -> OutputWriteEr
     return OutputWriteError(
         f"{os.fspath(path)} was not written{': the disk is full' if full else ''}.",
         found=reason,
-        fix="make room, then run it again" if full else "choose another place for the output",
+        fix="free disk space, then run the command again" if full else "choose another location for the output",
     )
 
 
 def is_full(error: Exception) -> bool:
-    """Tell whether an error means that a disk is full, or a quota used up; safetensors wraps the system's error."""
+    """Return whether an error means that the disk or quota is full; safetensors wraps the system's error."""
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's contents are on the disk, so that a power failure cannot take them.
+    """Flush a file to disk, so that a power failure does not lose it.
 
     Args:
         path: The file.
@@ -90,7 +90,7 @@ def sync(path: Path) -> None:
 
 
 def use_default_mode(path: Path) -> None:
-    """Give a file the permissions that a newly made one has; temporary files and safetensors are for the owner alone.
+    """Set the default permissions of a new file. Temporary files and safetensors files are readable by the owner only.
 
     Args:
         path: The file.
@@ -101,19 +101,19 @@ def use_default_mode(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def seal(data: dict[str, Any]) -> str:
-    """Give the SHA-256 of plain data in canonical JSON."""
+    """Return the SHA-256 of plain data in canonical JSON."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def require_empty(folder: str | os.PathLike[str]) -> Path:
-    """Make sure that nothing would be overwritten.
+    """Check that an output folder is missing or empty.
 
     Args:
         folder: An output folder, which may be missing.
@@ -122,7 +122,7 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
         The folder as a path.
 
     Raises:
-        OutputExistsError: the folder is a file or has something in it.
+        OutputExistsError: the path is a file or a folder that is not empty.
     """
     path = Path(folder)
     if path.is_file():
@@ -130,8 +130,8 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
     names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
     if names:
         raise OutputExistsError(
-            f"the output folder {path} already has something in it.",
+            f"the output folder {path} is not empty.",
             found=names,
-            fix="choose another folder or empty this one (a training run goes on with --resume)",
+            fix="choose another folder or empty this one (to continue a training run, use --resume)",
         )
     return path

@@ -1,4 +1,4 @@
-"""JSON that others may have written: whatever is wrong with it becomes one error, and nothing in it is too deep."""
+"""Read JSON from untrusted files: every problem raises one error type, and nesting is limited."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 1 << 28  # the largest record of this package, the plan of a huge model, has some megabytes
-MAX_JSON_DEPTH = 64  # of lists and objects inside each other; records have less than ten
+MAX_JSON_BYTES = 1 << 28  # the largest records, plans of huge models, take a few megabytes
+MAX_JSON_DEPTH = 64  # nesting of lists and objects; records need less than ten
 
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
-    """A text is no JSON, or JSON that nothing here writes."""
+    """The text is not JSON, or not JSON that this package writes."""
 
 
 def parse_json(text: str) -> Any:
@@ -26,10 +26,10 @@ def parse_json(text: str) -> Any:
         text: The text, without a byte order mark.
 
     Returns:
-        What it holds.
+        The parsed data.
 
     Raises:
-        JsonError: it is no JSON, has a number of too many digits, or lists and objects are nested too deep.
+        JsonError: the text is not JSON, a number has too many digits, or lists and objects are nested too deeply.
     """
     try:
         data = json.loads(text)
@@ -38,14 +38,14 @@ def parse_json(text: str) -> Any:
     except RecursionError as error:
         raise JsonError(_too_deep()) from error
     except ValueError as error:
-        raise JsonError("a whole number has too many digits") from error
+        raise JsonError("an integer has too many digits") from error
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         check_depth(data)
     return data
 
 
 def parse_record(text: str | bytes) -> dict[str, Any]:
-    """Parse the JSON of one of this package's own files: an object, in UTF-8.
+    """Parse the JSON of one of this package's files: an object, in UTF-8.
 
     Args:
         text: The text.
@@ -54,7 +54,7 @@ def parse_record(text: str | bytes) -> dict[str, Any]:
         The object.
 
     Raises:
-        JsonError: it is something else, or holds text that UTF-8 cannot write.
+        JsonError: the text is not a JSON object in UTF-8, or contains an unpaired surrogate.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -62,31 +62,31 @@ def parse_record(text: str | bytes) -> dict[str, Any]:
         raise JsonError(f"byte {error.start} is not UTF-8 ({error.reason})") from error
     data = parse_json(decoded)
     if not isinstance(data, dict):
-        raise JsonError(f"it holds a {type(data).__name__}, not an object")
-    if _HALF_CHARACTER.search(decoded):  # two halves are one character
+        raise JsonError(f"expected an object, found a {type(data).__name__}")
+    if _SURROGATE.search(decoded):  # a pair is one valid character
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise JsonError("it holds half a character") from error
+            raise JsonError("the text contains an unpaired surrogate") from error
     return data
 
 
 def read_json(path: Path, refusal: Callable[[str], Exception]) -> dict[str, Any]:
-    """Read one of this package's own JSON files.
+    """Read one of this package's JSON files.
 
     Args:
         path: The file.
-        refusal: Makes the error to raise from what is wrong.
+        refusal: Makes the error to raise from a description of the problem.
 
     Returns:
-        The object in it.
+        The object in the file.
 
     Raises:
-        Exception: as `refusal` made it: the file cannot be read, or its JSON is refused by `parse_record`.
+        Exception: made by `refusal` if the file cannot be read or `parse_record` refuses it.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise JsonError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+            raise JsonError(f"the file has more than {MAX_JSON_BYTES:,} bytes")
         return parse_record(path.read_bytes())
     except OSError as error:
         raise refusal(error.strerror or str(error)) from error
@@ -95,30 +95,30 @@ def read_json(path: Path, refusal: Callable[[str], Exception]) -> dict[str, Any]
 
 
 def require_finite(data: Any) -> None:
-    """Refuse numbers that JSON does not have and Python's reader takes.
+    """Refuse infinity and NaN, which Python's JSON parser accepts.
 
     Args:
         data: Plain data.
 
     Raises:
-        JsonError: a number is infinite, or none.
+        JsonError: a number is infinite or NaN.
     """
     waiting = [data]
     while waiting:
         value = waiting.pop()
         if isinstance(value, float) and not math.isfinite(value):
-            raise JsonError(f"it holds the number {value}")
+            raise JsonError(f"the number {value} is not finite")
         waiting.extend(_children(value))
 
 
 def check_depth(data: Any) -> None:
-    """Refuse lists and objects that are nested too deep.
+    """Refuse lists and objects that are nested too deeply.
 
     Args:
         data: Plain data.
 
     Raises:
-        JsonError: there are more than `MAX_JSON_DEPTH`.
+        JsonError: the nesting exceeds `MAX_JSON_DEPTH`.
     """
     level = [data]
     for _ in range(MAX_JSON_DEPTH):
@@ -129,7 +129,7 @@ def check_depth(data: Any) -> None:
 
 
 def _children(value: Any) -> list[Any]:
-    """Give what stands directly in a list or an object."""
+    """Return the direct children of a list or an object."""
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []

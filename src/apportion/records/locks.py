@@ -1,4 +1,4 @@
-"""Folders that one process at a time may write to."""
+"""Locks, so that only one process at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LOCK_FILES = (LOCK_FILE, _OWNER_FILE)
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for this process while the block runs.
+    """Lock a folder for this process while the block runs.
 
-    The operating system releases the lock when the process ends, however it ends; on file systems without such locks a
-    file stands for it, which a killed process leaves behind. The folder is created when missing, and a folder that was
-    created here is removed again if nothing was written to it.
+    The operating system releases the lock when the process ends. On file systems without locks, a lock file is used
+    instead, which a killed process leaves behind. A missing folder is created, and removed again if nothing was written
+    to it.
 
     Args:
         folder: The folder.
@@ -34,8 +34,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         Nothing.
 
     Raises:
-        FolderInUseError: another process holds the folder; the message names it and its host.
-        OutputExistsError: there is a file in place of the folder.
+        FolderInUseError: another process holds the lock; the message names the process and its host.
+        OutputExistsError: the path is a file.
     """
     path = Path(folder)
     if path.is_file():
@@ -50,7 +50,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise FolderInUseError(
             f"{path} is in use by another process.",
             found=_describe_owner(owner),
-            fix=f"wait until it has ended, choose another folder, or remove {LOCK_FILE} there if it is gone",
+            fix=f"wait for it to end, choose another folder, or delete {LOCK_FILE} there if the process is gone",
         ) from error
     try:
         owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
@@ -61,17 +61,17 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         lock.release()
         if is_new:
             with suppress(OSError):
-                path.rmdir()  # fails, as it should, where something was written
+                path.rmdir()  # fails if something was written, as intended
 
 
 def require_unlocked(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder that another process holds, before much is read or loaded.
+    """Raise early if another process holds a folder.
 
     Args:
         folder: The folder, which may be missing.
 
     Raises:
-        FolderInUseError: another process holds it.
+        FolderInUseError: another process holds the folder.
     """
     if Path(folder, LOCK_FILE).is_file():
         with locked(folder):
@@ -79,9 +79,9 @@ def require_unlocked(folder: str | os.PathLike[str]) -> None:
 
 
 def _describe_owner(path: Path) -> str:
-    """Name the process that holds a folder, as far as it has said so."""
+    """Describe the process that holds a folder, if known."""
     try:
         owner = parse_record(path.read_bytes())
         return f"process {owner['pid']} on host {owner['host']}"
     except (OSError, ValueError, KeyError):
-        return "a process that has just started"
+        return "an unknown process"

@@ -1,4 +1,4 @@
-"""`Mask`: which entries of every B a sparse adapter trains, and its file."""
+"""`Mask`: the trained entries of each B of a sparse adapter, and its file."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Mask:
     """The kept entries of every B of a sparse plan.
 
     Args:
-        indices: For each site, positions in its B of shape (out, rank) laid out row by row: rising, int32. Tensors or
-            NumPy arrays are taken; tensors are given.
+        indices: For each site, positions in its flattened B of shape (out, rank): int32, ascending. Accepts tensors or
+            NumPy arrays, returns tensors.
         shapes: For each site, the shape of its B: (out, LoRA experts times rank).
-        a_checksum: Checksum of the frozen A that the mask was made with; None where it fits any.
-        provenance: How it was made.
+        a_checksum: Checksum of the frozen A that the mask was made with; None if the mask fits any A.
+        provenance: How the mask was made.
     """
 
     indices: Mapping[str, Tensor]
@@ -50,7 +50,7 @@ class Mask:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Hold tensors as arrays, so that showing a mask takes no PyTorch."""
+        """Store tensors as arrays, so that showing a mask does not import PyTorch."""
         object.__setattr__(self, "indices", Tensors(self.indices))
 
     @property
@@ -61,7 +61,7 @@ class Mask:
     @property
     def kept_by_site(self) -> dict[str, int]:
         """Kept entries of each site."""
-        return {site: len(kept) for site, kept in arrays_of(self.indices).items()}
+        return {site: len(positions) for site, positions in arrays_of(self.indices).items()}
 
     @property
     def num_entries(self) -> int:
@@ -74,7 +74,7 @@ class Mask:
         return _digest(self._header(), arrays_of(self.indices))
 
     def _header(self) -> dict[str, Any]:
-        """Give everything but the entries as plain data."""
+        """Return everything except the positions as plain data."""
         return {
             "schema_version": SCHEMA_VERSION,
             "shapes": self.shapes,
@@ -83,14 +83,14 @@ class Mask:
         }
 
     def overlap(self, other: Mask) -> dict[str, float]:
-        """Compare with another mask on the sites that both have.
+        """Compare with another mask on the sites of both.
 
         Args:
             other: The other mask.
 
         Returns:
-            ``shared_frac``, the share of this mask's kept entries there that the other keeps too; ``jaccard``; and
-            ``by_chance``, the share that two random masks of these sizes would have.
+            ``sites``, the number of compared sites; ``shared_frac``, the share of this mask's kept entries that the
+            other also keeps; ``jaccard``; and ``by_chance``, the expected ``shared_frac`` of random masks.
         """
         sites = [site for site in self.indices if self.shapes[site] == other.shapes.get(site)]
         mine, theirs = arrays_of(self.indices), arrays_of(other.indices)
@@ -106,27 +106,27 @@ class Mask:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mask as one safetensors file, whole or not at all."""
+        """Write the mask to a safetensors file, atomically."""
         with whole_file(path) as temporary:
             metadata = {_HEADER: json.dumps(self._header() | {"digest": self.digest}), "format": "pt"}
             save_file(arrays_of(self.indices), temporary, metadata=metadata)
 
 
 def load_mask(path: str | os.PathLike[str]) -> Mask:
-    """Read a mask and check that it is whole.
+    """Load a mask and verify its digest.
 
     Args:
-        path: A file that `Mask.save` wrote.
+        path: A file written by `Mask.save`.
 
     Returns:
         The mask.
 
     Raises:
-        PlanError: the file is missing, is no mask, is of another schema, was damaged, or holds impossible positions.
+        PlanError: the file is missing, is not a mask, has another schema, is damaged, or has invalid positions.
     """
     file = Path(path)
     if not file.is_file():
-        raise PlanError(f"there is no mask {file}.", fix="give the mask.safetensors that training wrote")
+        raise PlanError(f"the mask {file} does not exist.", fix="give the mask.safetensors written by training")
     try:
         metadata, indices = read_arrays(file)
         if _HEADER not in metadata:
@@ -134,19 +134,26 @@ def load_mask(path: str | os.PathLike[str]) -> Mask:
         header = parse_record(metadata[_HEADER])
         version = header.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise PlanError(f"the mask {file} has schema version {shortened(ascii(version))}, not {SCHEMA_VERSION}.")
+            raise PlanError(
+                f"the mask {file} has an unsupported schema version.",
+                expected=str(SCHEMA_VERSION),
+                found=shortened(ascii(version)),
+            )
         if header.pop("digest", None) != _digest(header, indices):
-            raise PlanError(f"the mask {file} was changed after it was written.", fix="extract it again")
+            raise PlanError(
+                f"the mask {file} was changed after it was written: its contents do not match its digest.",
+                fix="extract it again",
+            )
         return _from_header(header, indices)
     except ValueError as error:
         if isinstance(error, PlanError):
             raise
-        raise PlanError(f"{file} is no mask, or is damaged.", found=str(error), fix="extract it again") from error
+        raise PlanError(f"{file} is not a mask, or is damaged.", found=str(error), fix="extract it again") from error
 
 
 @validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class _Header:
-    """A mask's header, field by field."""
+    """Schema of a mask's header."""
 
     schema_version: int
     shapes: dict[str, tuple[Size, Size]]
@@ -156,42 +163,43 @@ class _Header:
 
 @cache
 def _validator() -> TypeAdapter[_Header]:
-    """Prepare the check of a header's fields."""
+    """Return the cached validator of a header."""
     return TypeAdapter(_Header)
 
 
 def _from_header(header: dict[str, Any], indices: Mapping[str, Array]) -> Mask:
-    """Put a mask together, raising ValueError where its parts are not those of one."""
+    """Build a mask; raises ValueError if its parts are invalid."""
     try:
         checked = _validator().validate_python(header)
     except ValidationError as error:
         raise ValueError(describe_problem(error)) from error
     if differing := set(checked.shapes) ^ set(indices):
-        raise ValueError(f"{min(differing)!a} has either a shape or positions, not both")
+        raise ValueError(f"{min(differing)!a} needs both a shape and positions, and has only one of them")
     for site, (rows, columns) in checked.shapes.items():
         if not _are_positions(indices[site], rows * columns):
-            raise ValueError(f"positions of {site} that are not int32, not rising, or outside {rows} x {columns}")
+            raise ValueError(f"positions of {site} are not int32, not ascending, or outside {rows} x {columns}")
     ordered = {site: indices[site] for site in checked.shapes}
     return Mask(Tensors(ordered), checked.shapes, checked.a_checksum, checked.provenance)
 
 
-def _are_positions(kept: Array, num_entries: int) -> bool:
-    """Tell whether kept entries rise within their matrix."""
-    if kept.dtype != np.int32 or kept.ndim != 1:
+def _are_positions(positions: Array, num_entries: int) -> bool:
+    """Return whether positions are int32, ascending and inside their matrix."""
+    if positions.dtype != np.int32 or positions.ndim != 1:
         return False
-    if len(kept) == 0:
+    if len(positions) == 0:
         return True
-    return bool(kept[0] >= 0) and int(kept[-1]) < num_entries and bool((kept[1:] > kept[:-1]).all())
+    inside = bool(positions[0] >= 0) and int(positions[-1]) < num_entries
+    return inside and bool((positions[1:] > positions[:-1]).all())
 
 
 def b_shapes(placements: Iterable[Placement], sites: Mapping[str, Site]) -> dict[str, tuple[int, int]]:
-    """Give the shape of every sparse B: (out, LoRA experts times rank)."""
+    """Return the shape of each sparse B: (out, LoRA experts times rank)."""
     sparse = [placement for placement in placements if placement.sparsity]
     return {p.site: (sites[p.site].out_features, p.total_rank) for p in sparse}
 
 
 def _digest(header: dict[str, Any], indices: Mapping[str, Array]) -> str:
-    """Hash the header and every site's entries."""
+    """Hash the header and the positions of every site."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for site in sorted(indices):
         total.update(site.encode())

@@ -1,4 +1,4 @@
-"""Numbers as files may hold them, and what to say where one is something else."""
+"""Number types of record files, and messages for invalid values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from apportion.errors import shortened
 
-_LARGEST = 2**63 - 1  # of int64
+_LARGEST = 2**63 - 1  # maximum of int64
 
 WholeNumber = Annotated[int, Field(strict=True, ge=-_LARGEST, le=_LARGEST)]
 Count = Annotated[int, Field(strict=True, ge=0, le=_LARGEST)]
@@ -18,23 +18,23 @@ AnyFloat = Annotated[float, Field(strict=True)]
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
-    """Say what is wrong first.
+    """Return the first problem of a validation error.
 
     Args:
-        error: What pydantic found.
+        error: The error of pydantic.
 
     Returns:
-        The place, as ``field.0.field``, and what is wrong there.
+        The place, as ``field.0.field``, and the problem.
     """
     first = error.errors(include_url=False, include_input=False)[0]
     return shortened(".".join(map(str, first["loc"]))) or "the whole file", first["msg"]
 
 
 def describe_problem(error: ValidationError) -> str:
-    """Say what is wrong first, with its place, in one line.
+    """Return the first problem of a validation error as one line.
 
     Args:
-        error: What pydantic found.
+        error: The error of pydantic.
 
     Returns:
         Place and problem.

@@ -1,4 +1,4 @@
-"""How options are written as text: ``25%``, ``coverage=0.6``, ``flops=80000``, ``4-15``. Text in, values out."""
+"""Parsers of options written as text: ``25%``, ``coverage=0.6``, ``flops=80000``, ``4-15``."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from apportion.errors import ConfigurationError, shortened
 from apportion.records.site import KINDS
 
-_NUMBER = r"\d{1,18}"  # Python reads no number of thousands of digits
+_NUMBER = r"\d{1,18}"  # Python refuses to parse numbers of thousands of digits
 
 
 def parse_targets(value: Any) -> tuple[str, ...]:
-    """Read targets from a comma-separated text or a sequence, and check the kinds' names.
+    """Parse targets from comma-separated text or a sequence, and check the names of the kinds.
 
     Args:
         value: Such as ``"attention,experts.down"`` or ``["attention", "experts.down"]``.
 
     Returns:
-        The targets without repetition, in the order given.
+        The targets without duplicates, in the given order.
 
     Raises:
-        ConfigurationError: there is none, or a kind is unknown.
+        ConfigurationError: no target is given, or a kind is unknown.
     """
     parts = value.split(",") if isinstance(value, str) else list(value)
     targets = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
@@ -39,16 +39,16 @@ def parse_targets(value: Any) -> tuple[str, ...]:
 
 
 def layer_ranges(value: str) -> list[tuple[int, int]]:
-    """Read ranges of decoder layers from a text, without listing the layers in them.
+    """Parse ranges of decoder layers, without expanding them.
 
     Args:
         value: Such as ``4-15`` or ``0,2,4-7``.
 
     Returns:
-        The first and the last layer of each range.
+        The first and last layer of each range.
 
     Raises:
-        ConfigurationError: the text is no list of layers.
+        ConfigurationError: the text is not a list of layers.
     """
     ranges = []
     for part in value.split(","):
@@ -63,16 +63,16 @@ def layer_ranges(value: str) -> list[tuple[int, int]]:
 
 
 def check_layers(value: str | None) -> str | None:
-    """Check that a text is a list of layers, and return it as it is.
+    """Check that a text is a list of layers.
 
     Args:
-        value: As `layer_ranges` takes it; None for all layers.
+        value: Text for `layer_ranges`; None for all layers.
 
     Returns:
-        The text.
+        The text, unchanged.
 
     Raises:
-        ConfigurationError: it is no list of layers.
+        ConfigurationError: the text is not a list of layers.
     """
     if value is not None:
         layer_ranges(value)
@@ -80,13 +80,13 @@ def check_layers(value: str | None) -> str | None:
 
 
 def check_ranks(value: Mapping[str, int]) -> Mapping[str, int]:
-    """Check ranks of single kinds, and return them as they are.
+    """Check ranks by kind.
 
     Args:
         value: Ranks by kind.
 
     Returns:
-        The ranks.
+        The ranks, unchanged.
 
     Raises:
         ConfigurationError: a kind is unknown, or a rank is below 1.
@@ -94,15 +94,15 @@ def check_ranks(value: Mapping[str, int]) -> Mapping[str, int]:
     for kind, rank in value.items():
         if kind not in KINDS:
             raise ConfigurationError(
-                f"there is no kind {kind!r} to give a rank.", fix=f"choose among {', '.join(KINDS)}"
+                f"a rank was given for {kind!r}, which is not a kind.", fix=f"choose among {', '.join(KINDS)}"
             )
         if rank < 1:
-            raise ConfigurationError(f"rank={rank} of {kind} is not a rank.", fix="give a whole number of at least 1")
+            raise ConfigurationError(f"rank={rank} for {kind} is not a rank.", fix="give an integer of at least 1")
     return value
 
 
 def parse_hot(value: Any) -> int | str:
-    """Read ``hot``: a number of experts, a percentage of them, or the share of routed slots to cover.
+    """Parse ``hot``: a number of experts, a percentage of the experts, or the share of routed slots to cover.
 
     Args:
         value: Such as ``8``, ``"8"``, ``"25%"`` or ``"coverage=0.6"``.
@@ -111,7 +111,7 @@ def parse_hot(value: Any) -> int | str:
         A number, or the text in its shortest form.
 
     Raises:
-        ConfigurationError: it is none of the three, or out of range.
+        ConfigurationError: the value has none of these forms, or is out of range.
     """
     text = str(value).strip().lower()
     forms = 'a number of experts (8), a percentage ("25%") or a share of the routed slots ("coverage=0.6")'
@@ -136,21 +136,22 @@ def parse_hot(value: Any) -> int | str:
             raise
         raise ConfigurationError(f"hot={shortened(repr(value))} is not understood.", fix=f"give {forms}") from error
     if number < 1:
-        raise ConfigurationError(f"hot={number} keeps no expert.", fix="give at least 1, or use the method attention")
+        raise ConfigurationError(f"hot={number} keeps no experts.", fix="give at least 1, or use --method attention")
     return number
 
 
 def parse_budget(value: Any) -> str | None:
-    """Read a budget.
+    """Parse a budget.
 
     Args:
-        value: Such as ``5000000`` or ``"parameters=5000000"``, ``"flops=80000"`` or ``"experts=688"``; None for none.
+        value: Such as ``5000000``, ``"parameters=5000000"``, ``"flops=80000"`` or ``"experts=688"``; None for no
+            budget.
 
     Returns:
         ``parameters=N``, ``flops=N`` or ``experts=N``.
 
     Raises:
-        ConfigurationError: it is none of them.
+        ConfigurationError: the value has none of these forms.
     """
     if value is None:
         return None
@@ -165,34 +166,34 @@ def parse_budget(value: Any) -> str | None:
 
 
 def parse_plain_budget(value: Any) -> str | None:
-    """Read a budget of a method that places plain LoRA, of which LoRA experts are no measure.
+    """Parse a budget of a method that places plain LoRA and so cannot count LoRA experts.
 
     Args:
-        value: As `parse_budget` takes it.
+        value: A budget for `parse_budget`.
 
     Returns:
         ``parameters=N`` or ``flops=N``.
 
     Raises:
-        ConfigurationError: it is neither.
+        ConfigurationError: the value has neither form.
     """
     budget = parse_budget(value)
     if budget and budget.startswith("experts="):
         raise ConfigurationError(
-            f"budget={value!r} counts LoRA experts, and this method places plain LoRA.",
+            f"budget={value!r} counts LoRA experts, but this method places plain LoRA.",
             fix="give parameters (5000000) or operations per token (flops=80000)",
         )
     return budget
 
 
 def parse_share(value: Any) -> Any:
-    """Read a share that may be written as a percentage.
+    """Parse a share, which may be written as a percentage.
 
     Args:
         value: Such as ``0.25`` or ``"25%"``.
 
     Returns:
-        The share; what is no percentage as it is.
+        The share. Any value that is not a percentage is returned unchanged.
     """
     text = str(value).strip()
     number = text.removesuffix("%")
@@ -200,20 +201,20 @@ def parse_share(value: Any) -> Any:
 
 
 def parse_depths(value: Any) -> str:
-    """Read numbers of LoRA experts by depth.
+    """Check numbers of LoRA experts by depth.
 
     Args:
         value: Such as ``"2-4-6-8"``.
 
     Returns:
-        The text.
+        The text, unchanged.
 
     Raises:
-        ConfigurationError: it is no such list of numbers of at least 1.
+        ConfigurationError: the text is not a list of numbers of at least 1.
     """
     if not re.fullmatch(r"[1-9]\d{,17}(-[1-9]\d{,17})*", str(value)):
         raise ConfigurationError(
             f"experts={shortened(str(value))!r} is not understood.",
-            fix="give numbers from the first layers to the last: 2-4-6-8",
+            fix="give one number per part of the layers, first to last: 2-4-6-8",
         )
     return str(value)

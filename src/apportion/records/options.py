@@ -1,7 +1,7 @@
-"""Options of methods and of training procedures: the one place that says their names, types, defaults and meaning.
+"""Options of methods and of training procedures: names, types, defaults and help texts.
 
-The command line makes its flags from these models, `apportion methods` lists them, and methods and training are handed
-them whole. Whether an option was given is asked of `Options.given`, never of its value.
+The command line builds its flags from these models, and `apportion methods` lists them. Use `Options.given` to check
+whether an option was given; never compare its value with the default.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ LINEAR_TARGETS: tuple[str, ...] = tuple(kind for kind in KINDS if kind in ("atte
 
 @dataclass(frozen=True)
 class Shown:
-    """How the command line shows an option, where its field alone does not say so.
+    """How the command line shows an option, if its field is not enough.
 
     Args:
         default: The default in words.
-        stem: Of an option that maps names to values: the start of its flags, which are one per name.
-        names: Those names.
+        stem: Prefix of the flags of an option that maps names to values (one flag per name).
+        names: The names.
     """
 
     default: str | None = None
@@ -65,12 +65,12 @@ class OptionFlag:
     """One flag of the command line.
 
     Args:
-        name: Its name with underscores; the flag has dashes.
+        name: Name with underscores; the flag has dashes.
         option: The option that it sets.
-        key: The entry of the option that it sets, of an option that maps names to values.
-        value_type: What its text is turned into before the option's own validation.
-        help: What it says about itself.
-        default: The default in words; None where there is nothing to show.
+        key: The entry that it sets, if the option maps names to values.
+        value_type: Type that the text is converted to before the option is validated.
+        help: Help text.
+        default: The default in words; None to show no default.
     """
 
     name: str
@@ -82,18 +82,18 @@ class OptionFlag:
 
     @property
     def spelling(self) -> str:
-        """The flag as it is typed."""
+        """The flag as typed on the command line."""
         return "--" + self.name.replace("_", "-")
 
 
 class Options(BaseModel):
-    """Base of all option models: frozen, and strict about names.
+    """Base of all option models. Frozen; unknown names are refused.
 
     Args:
         **values: The options.
 
     Raises:
-        ConfigurationError: an option is unknown or wrong, or two that exclude each other were both given.
+        ConfigurationError: an option is unknown or invalid, or two mutually exclusive options were given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,10 +105,10 @@ class Options(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _explained(error, type(self)) from error
+            raise _as_configuration_error(error, type(self)) from error
 
     @model_validator(mode="after")
-    def _refuse_both(self) -> Options:
+    def _check_alternatives(self) -> Options:
         for first, second in self.alternatives:
             if first in self.given and second in self.given:
                 raise ConfigurationError(f"{first} and {second} were both given.", fix="give one of them")
@@ -116,28 +116,29 @@ class Options(BaseModel):
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The options that were given, with a default's value or another; None counts as not given."""
+        """Names of the options that were given, even if equal to the default. None counts as not given."""
         fields_set = self.model_fields_set
         return tuple(name for name in type(self).model_fields if name in fields_set and getattr(self, name) is not None)
 
     @classmethod
     def differing(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of complete options, as a plan's file has them, that differ from the defaults.
+        """Return the options that differ from the defaults.
 
-        A complete record does not say what was given, and may name options that exclude each other.
+        A plan's file stores all options, including defaults and options that exclude each other. It does not say which
+        were given.
 
         Args:
-            options: Plain data, as ``model_dump(mode="json")`` returns it.
+            options: All options as plain data, as returned by ``model_dump(mode="json")``.
 
         Returns:
-            What to give in order to get the same options again.
+            The options to pass to get the same options again.
         """
         defaults = cls().model_dump(mode="json")
         return {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
 
     @classmethod
     def flags(cls) -> list[OptionFlag]:
-        """List the command line's flags for these options, in the fields' order."""
+        """Return the command-line flags of these options, in field order."""
         flags = []
         for name, field in cls.model_fields.items():
             shown = next((one for one in field.metadata if isinstance(one, Shown)), Shown())
@@ -157,18 +158,18 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def read_options(model: type[AnyOptions], values: Mapping[str, Any], owner: str) -> AnyOptions:
-    """Validate options that came by name, and say whose they are where one is wrong.
+    """Validate options given by name. Errors name the owner.
 
     Args:
-        model: What they should be.
+        model: Option model to validate against.
         values: The options that were given.
-        owner: Whose options they are, such as ``method lora``.
+        owner: Owner of the options, such as ``method lora``.
 
     Returns:
         The options.
 
     Raises:
-        ConfigurationError: an option is unknown or wrong, or two that exclude each other were both given.
+        ConfigurationError: an option is unknown or invalid, or two mutually exclusive options were given.
     """
     for name in values:
         if name not in model.model_fields:
@@ -181,8 +182,8 @@ def read_options(model: type[AnyOptions], values: Mapping[str, Any], owner: str)
         raise ConfigurationError(str(error), place=owner) from error
 
 
-def _explained(error: ValidationError, model: type[Options]) -> ConfigurationError:
-    """Say what is wrong with the first wrong option, in a validator's own words where it has some."""
+def _as_configuration_error(error: ValidationError, model: type[Options]) -> ConfigurationError:
+    """Return an error for the first invalid option, with the validator's own message if there is one."""
     first = error.errors()[0]
     reason = first.get("ctx", {}).get("error")
     if isinstance(reason, ConfigurationError):
@@ -192,11 +193,11 @@ def _explained(error: ValidationError, model: type[Options]) -> ConfigurationErr
         return ConfigurationError(
             f"there is no option {name!r}.", details={"options": ", ".join(sorted(model.model_fields))}
         )
-    return ConfigurationError(f"the option {name}={first['input']!r} is wrong: {reason or first['msg']}.")
+    return ConfigurationError(f"the option {name}={first['input']!r} is invalid: {reason or first['msg']}.")
 
 
 def _value_type(field: FieldInfo) -> type:
-    """Tell what the command line turns a flag's text into: a number or a switch, or nothing where a parser reads it."""
+    """Return the type that a flag's text is converted to: int, float or bool; str if a parser reads the text."""
     if any(isinstance(one, BeforeValidator) for one in field.metadata):
         return str
     kind: Any = field.annotation
@@ -209,7 +210,7 @@ def _value_type(field: FieldInfo) -> type:
 
 
 def _default_text(value: Any) -> str | None:
-    """Write a default as it would be typed; None where there is nothing to show."""
+    """Format a default as typed on the command line; None to show no default."""
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, tuple):
@@ -223,24 +224,22 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PlainBudget = Annotated[str | None, BeforeValidator(parse_plain_budget)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 
-_TARGETS = (
-    f"What is adapted: any of {', '.join(KINDS)}, or single projections such as experts.down, separated by commas."
-)
-_SPARSITY = "Share of the entries of B that stay zero, with A frozen; 0 for whole factors."
-_PLAIN_BUDGET = "The most that may be spent: parameters (5000000) or operations per token (flops=80000)."
+_TARGETS = f"What to adapt: any of {', '.join(KINDS)}, or single projections such as experts.down, separated by commas."
+_SPARSITY = "Share of the entries of B that stay zero, with A frozen; 0 for dense factors."
+_PLAIN_BUDGET = "Maximum number of parameters (5000000) or operations per token (flops=80000)."
 
 
 class MethodOptions(Options):
-    """Options that every method takes; a method with more of them has a subclass."""
+    """Options of every method. Methods with more options use a subclass."""
 
     panel: ClassVar[str] = "Method options"
 
     targets: Annotated[Targets, Shown("all")] = Field(ALL_TARGETS, description=_TARGETS)
     layers: Annotated[str | None, AfterValidator(check_layers), Shown("all")] = Field(
-        None, description="Decoder layers that are adapted: 4-15 or 0,2,4-7."
+        None, description="Decoder layers to adapt: 4-15 or 0,2,4-7."
     )
     ranks: Annotated[dict[str, int], AfterValidator(check_ranks), Shown("--rank", "rank", KINDS)] = Field(
-        {}, description="Rank of this kind of sites, where it differs; the scale alpha / rank stays the plan's."
+        {}, description="Rank of sites of this kind; the scale alpha / rank does not change."
     )
     sparsity: Sparsity = Field(0.0, description=_SPARSITY)
 
@@ -251,24 +250,24 @@ class HotOptions(MethodOptions):
     hot: Annotated[int | str, BeforeValidator(parse_hot)] = Field(
         8,
         validate_default=True,
-        description="Experts kept per layer: a number such as 8, a percentage such as 25%, or coverage=0.6 for as many "
-        "as cover that share of the routed slots.",
+        description="Experts kept per layer: a number (8), a percentage (25%), or coverage=0.6 for as many as cover "
+        "that share of the routed slots.",
     )
     criterion: Criterion = Field(
         "count",
-        description="What makes an expert hot: count (how often it is selected), mass (summed routing weights), "
-        "sensitivity (squared gradient norm), or sensitivity_count, the product of sensitivity and count.",
+        description="Rank experts by count (how often selected), mass (summed routing weights), sensitivity (squared "
+        "gradient norm), or sensitivity_count (sensitivity times count).",
     )
 
 
 class LoriOptions(MethodOptions):
-    """Options of `lori`: those of `lora`, with a B that is sparse by default."""
+    """Options of `lori`: the same as `lora`, with a sparse B by default."""
 
     sparsity: Sparsity = Field(0.9, description=_SPARSITY)
 
 
 class HelloriOptions(HotOptions):
-    """Options of `hellori`: those of `hellora`, with a B that is sparse by default."""
+    """Options of `hellori`: the same as `hellora`, with a sparse B by default."""
 
     sparsity: Sparsity = Field(0.9, description=_SPARSITY)
 
@@ -280,50 +279,51 @@ class GradientOptions(MethodOptions):
 
     keep: Share = Field(
         0.25,
-        description="Share of the targeted matrices that get an adapter, of those with a gradient: 0.25 or 25%.",
+        description="Share of the targeted matrices (with a gradient) that get an adapter: 0.25 or 25%.",
     )
     budget: PlainBudget = Field(None, description=_PLAIN_BUDGET)
     per: Literal["matrix", "parameter"] = Field(
-        "matrix", description="What is compared: the squared gradient norm of a whole matrix, or per parameter of it."
+        "matrix", description="Rank by the squared gradient norm of the whole matrix, or per parameter."
     )
 
 
 class MarginalOptions(MethodOptions):
-    """Options of `marginal`. The exponents' defaults were measured by ``benchmarks/marginal_calibration.py``.
+    """Options of `marginal`.
 
-    Adam makes gains first order in the gradient: they go with its norm and with its singular values.
+    The default exponents were measured by ``benchmarks/marginal_calibration.py``. With Adam, gains are first order in
+    the gradient: they scale with its norm and its singular values.
     """
 
     budget: PlainBudget = Field(None, description=_PLAIN_BUDGET)
-    max_rank: Annotated[int | None, Field(ge=1), Shown("its smaller side")] = Field(
-        None, description="The largest rank that a matrix may get."
+    max_rank: Annotated[int | None, Field(ge=1), Shown("smaller side of the matrix")] = Field(
+        None, description="Maximum rank of a matrix."
     )
     sensitivity_power: Positive = Field(
         0.5,
-        description="Exponent of a matrix's share of the squared gradient norms in its estimated gain.",
+        description="Estimated gain of a matrix: its share of the squared gradient norms to this power.",
     )
     rank_decay: Positive = Field(
         2.0,
-        description="How fast the gain of further ranks falls: the i-th rank gains i ** -rank_decay of the first.",
+        description="Decay of the gain with rank: the i-th rank gains i ** -rank_decay times the first.",
     )
 
 
 class RoutedOptions(MethodOptions):
-    """Options of the methods that place several LoRA experts on a matrix, outside the routed experts by default."""
+    """Options of the methods that place several LoRA experts per matrix. By default, routed experts are not adapted."""
 
     targets: Targets = Field(LINEAR_TARGETS, description=_TARGETS)
     top_k: Annotated[int, Field(ge=1)] = Field(
-        2, description="LoRA experts that a token uses at a matrix; all of them where it has fewer."
+        2, description="LoRA experts used per token and matrix; all if a matrix has fewer."
     )
 
 
 class BudgetOptions(RoutedOptions):
-    """Options of the methods that can be told how many LoRA experts to spend."""
+    """Options of the methods that accept a budget of LoRA experts."""
 
     budget: Annotated[str | None, BeforeValidator(parse_budget)] = Field(
         None,
-        description="The most that may be spent: parameters (5000000), operations per token (flops=80000) or LoRA "
-        "experts (experts=688).",
+        description="Maximum number of parameters (5000000), operations per token (flops=80000) or LoRA experts "
+        "(experts=688).",
     )
 
 
@@ -333,12 +333,12 @@ class VoteOptions(BudgetOptions):
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("keep", "budget"),)
 
     keep: Share = Field(
-        0.6, description="Share of a group's matrices that every task votes for, where no budget is given: 0.6 or 60%."
+        0.6, description="Share of a group's matrices that each task votes for, if no budget is given: 0.6 or 60%."
     )
     groups: Groups = Field(
         "attention/mlp",
-        description="What is ranked together: attention/mlp (attention apart from MLP), type (each projection type "
-        "apart) or all.",
+        description="Matrices ranked together: attention/mlp (attention and MLP separately), type (each projection "
+        "type separately) or all.",
     )
 
 
@@ -346,7 +346,7 @@ class MolaOptions(RoutedOptions):
     """Options of `mola`; ``2-4-6-8``, ``8-6-4-2``, ``8-2-2-8`` and ``5-5-5-5`` are the published shapes."""
 
     experts: Annotated[str, BeforeValidator(parse_depths)] = Field(
-        "2-4-6-8", description="LoRA experts per matrix, from the first part of the layers to the last: 2-4-6-8."
+        "2-4-6-8", description="LoRA experts per matrix for each part of the layers, first to last: 2-4-6-8."
     )
 
 
@@ -355,40 +355,40 @@ class UniformOptions(BudgetOptions):
 
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("experts", "budget"),)
 
-    experts: Annotated[int, Field(ge=1)] = Field(5, description="LoRA experts per matrix, where no budget is given: 5.")
+    experts: Annotated[int, Field(ge=1)] = Field(5, description="LoRA experts per matrix, if no budget is given.")
 
 
 class SparseTraining(Options):
-    """Options of LoRI's two phases, which sparse plans are trained in."""
+    """Options of LoRI's two training phases, used for sparse plans."""
 
     panel: ClassVar[str] = "Sparse plans (lori, hellori)"
 
     dense_steps: Annotated[int | None, Shown("a tenth of the steps")] = Field(
-        None, description="Steps of the first phase, in which all of B trains to find the mask."
+        None, description="Steps of the first phase, which trains all of B to find the mask."
     )
     dense_lr: Annotated[float | None, Shown("a tenth of --lr")] = Field(
         None, description="Peak learning rate of the first phase."
     )
     mask_granularity: Granularity = Field(
-        "global", description="Where the largest entries of B are kept: global, layer, site or projection."
+        "global", description="Scope in which the largest entries of B are kept: global, layer, site or projection."
     )
     redraw_a: bool = Field(
-        default=False, description="Draw another A after the mask is found, as LoRI's released code does."
+        default=False, description="Draw a new A after the mask is found, as LoRI's released code does."
     )
     store_a: bool = Field(default=False, description="Keep the frozen A in the checkpoint.")
 
     @field_validator("dense_steps")
     @classmethod
-    def _warms_up(cls, value: int | None) -> int | None:
+    def _check_dense_steps(cls, value: int | None) -> int | None:
         if value is not None and value < 2:
             raise ConfigurationError(
-                f"dense_steps={value} finds no mask: the first step warms up.", fix="give at least 2"
+                f"dense_steps={value} is too small to find a mask: the first step is warm-up.", fix="give at least 2"
             )
         return value
 
     @field_validator("dense_lr")
     @classmethod
-    def _trains(cls, value: float | None) -> float | None:
+    def _check_dense_lr(cls, value: float | None) -> float | None:
         if value is not None and not 0 < value < math.inf:
-            raise ConfigurationError(f"dense_lr={value} trains nothing.", fix="give a number above 0")
+            raise ConfigurationError(f"dense_lr={value} is not a positive number.", fix="give a number above 0")
         return value

@@ -1,4 +1,4 @@
-"""Outputs are checked before anything is read at length or measured."""
+"""Checks of output paths, to run before any expensive work."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def check_output(
     inputs: Iterable[str | os.PathLike[str]] = (),
     force: bool = False,
 ) -> None:
-    """Make sure that a file can be written, and that nothing is lost by it.
+    """Check that a file can be written without overwriting an input or a file of another kind.
 
     Args:
-        path: The file that is to be written.
-        kind: What will be written. A file of the same kind may be replaced.
-        inputs: What is read: files, folders, or names of something that is neither. An input is never replaced, nor is
-            a file of another kind in a folder that is one.
-        force: Replace a file of any kind that is no input.
+        path: Output file.
+        kind: Kind of the output. A file of the same kind may be overwritten.
+        inputs: Input files, folders or other names. Inputs are never overwritten, nor are files of another kind inside
+            an input folder.
+        force: Overwrite a file of any kind that is not an input.
 
     Raises:
         OutputExistsError: the output is an input, a folder, or a file of another kind.
-        OutputPathError: nothing can be written there.
+        OutputPathError: the output is not writable.
         OutputWriteError: the disk is full.
     """
     target = Path(path)
@@ -54,11 +54,12 @@ def check_output(
     if stat.S_ISDIR(mode):
         raise OutputExistsError(f"{target} is a folder; a file was expected.", fix=f"give a file for the {kind}")
     if mode and not stat.S_ISREG(mode):
-        raise OutputExistsError(f"{target} is no regular file.", fix=f"give another file for the {kind}")
+        raise OutputExistsError(f"{target} is not a regular file.", fix=f"give another file for the {kind}")
     if mode and not force and not _may_be_replaced(target, kind):
         raise OutputExistsError(
-            f"{target} is there already, and is no {kind} that this one could replace.",
-            fix="choose another file, or replace it with --force",
+            f"{target} already exists and is another kind of file.",
+            expected=kind,
+            fix="choose another file, or overwrite it with --force",
         )
     _try_to_write(target.parent, target.name)
 
@@ -70,27 +71,27 @@ def check_output_folder(
     may_hold: bool = False,
     renamed: bool = False,
 ) -> Path:
-    """Make sure that an output folder can be written, is empty, and lies in nothing that is read.
+    """Check that an output folder is writable, empty, and not inside an input folder.
 
     Args:
-        path: The folder, which may be missing.
-        inputs: What is read: files, folders, or names of something that is neither.
-        may_hold: Whether the folder may have something in it, which its user looks at.
-        renamed: Whether the folder is made under another name beside this one, and renamed.
+        path: Output folder, which may be missing.
+        inputs: Input files, folders or other names.
+        may_hold: Allow a folder that is not empty; the caller checks its contents.
+        renamed: Whether the folder is written next to the path first, then renamed.
 
     Returns:
         The folder as a path.
 
     Raises:
-        OutputExistsError: the folder is a file, lies in an input, or has something in it.
-        OutputPathError: nothing can be written there.
+        OutputExistsError: the path is a file, is inside an input folder, or is not empty.
+        OutputPathError: the folder is not writable.
         OutputWriteError: the disk is full.
     """
     folder = Path(path)
     for source in map(Path, inputs):
         if stat.S_ISDIR(_mode(source)) and _real(folder).is_relative_to(_real(source)):
             raise OutputExistsError(
-                f"the output folder {folder} lies in a folder that is read.",
+                f"the output folder {folder} is inside an input folder.",
                 found=source,
                 fix="choose a folder outside it",
             )
@@ -103,19 +104,19 @@ def check_output_folder(
 
 
 def _check_no_input(target: Path, source: Path, kind: OutputKind) -> None:
-    """Refuse an output that is an input, or a file of another kind in a folder that is one."""
+    """Refuse an output that is an input, or a file of another kind inside an input folder."""
     same = _real(target) == _real(source) or (
-        bool(_mode(target)) and bool(_mode(source)) and target.samefile(source)  # by another name, such as a hard link
+        bool(_mode(target)) and bool(_mode(source)) and target.samefile(source)  # hard links
     )
     within = stat.S_ISDIR(_mode(source)) and _mode(target) and _real(target).is_relative_to(_real(source))
     if same or (within and not _may_be_replaced(target, kind)):
         raise OutputExistsError(
-            f"{target} is an input, and would be replaced by the {kind}.", fix=f"choose another file for the {kind}"
+            f"{target} is an input, and would be overwritten by the {kind}.", fix=f"choose another file for the {kind}"
         )
 
 
 def _mode(path: Path) -> int:
-    """Give the type of what is there; 0 where there is nothing, or nothing that can be looked at."""
+    """Return the mode of a path; 0 if it does not exist or cannot be read."""
     try:
         return path.stat().st_mode
     except (OSError, ValueError):
@@ -123,12 +124,12 @@ def _mode(path: Path) -> int:
 
 
 def _real(path: Path) -> Path:
-    """Follow links, and leave out what is `..`."""
+    """Resolve symbolic links and `..`."""
     return Path(os.path.realpath(path))
 
 
 def _may_be_replaced(path: Path, kind: OutputKind) -> bool:
-    """Tell whether a file holds nothing, or what is written again."""
+    """Return whether a file is empty or of the given kind."""
     try:
         return path.stat().st_size == 0 or _KINDS[kind](path)
     except (OSError, ValueError, SafetensorError):
@@ -165,13 +166,13 @@ _KINDS: dict[OutputKind, Callable[[Path], bool]] = {
 
 
 def _try_to_write(folder: Path, name: str) -> None:
-    """Write a file of a like name in the folder, and remove it; where the folder is missing, make one of its name."""
-    wanted = _real(folder)
-    present = next(place for place in (wanted, *wanted.parents) if _mode(place))
+    """Check that the folder is writable by creating and removing a file with a similar name."""
+    target = _real(folder)
+    existing = next(place for place in (target, *target.parents) if _mode(place))
     probe = None
     try:
-        probe = Path(tempfile.mkdtemp(prefix=".probe.", dir=present))
-        place = probe / wanted.relative_to(present)
+        probe = Path(tempfile.mkdtemp(prefix=".probe.", dir=existing))
+        place = probe / target.relative_to(existing)
         place.mkdir(parents=True, exist_ok=True)
         handle, _ = tempfile.mkstemp(prefix=f".{name}.", dir=place)
         os.close(handle)
@@ -180,7 +181,7 @@ def _try_to_write(folder: Path, name: str) -> None:
             raise write_error(folder / name, error) from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise OutputPathError(
-            f"nothing can be written to {folder}.", found=reason, fix="choose another place for the output"
+            f"the folder {folder} is not writable.", found=reason, fix="choose another location for the output"
         ) from error
     finally:
         if probe is not None:

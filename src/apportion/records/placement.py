@@ -1,4 +1,4 @@
-"""`Placement`: one adapter at one site; and placements gathered into lines that people can read."""
+"""`Placement`: one adapter at one site; and groups of placements in short form."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Placement:
 
     @property
     def name(self) -> SiteName:
-        """The site's name, taken apart."""
+        """The site's name, parsed."""
         return SiteName.parse(self.site)
 
     @property
     def rank(self) -> int:
-        """Rank of the factors, of every LoRA expert where there are several."""
+        """Rank of the factors (of each LoRA expert, if there are several)."""
         return self.shape.rank
 
     @property
@@ -40,17 +40,17 @@ class Placement:
 
     @property
     def scale(self) -> float:
-        """What the adapter's output is multiplied by."""
+        """Factor on the adapter's output: alpha / rank."""
         return self.shape.alpha / self.shape.rank
 
     @property
     def num_experts(self) -> int:
-        """LoRA experts at the site; one is plain LoRA."""
+        """Number of LoRA experts at the site; 1 for plain LoRA."""
         return self.shape.num_experts if isinstance(self.shape, Routed) else 1
 
     @property
     def top_k(self) -> int:
-        """LoRA experts that a token uses."""
+        """LoRA experts used per token."""
         return self.shape.top_k if isinstance(self.shape, Routed) else 1
 
     @property
@@ -61,30 +61,30 @@ class Placement:
 
     @property
     def total_rank(self) -> int:
-        """Rank over all LoRA experts: the rows of A."""
+        """Sum of the ranks of all LoRA experts: the number of rows of A."""
         return self.num_experts * self.rank
 
     @property
     def is_routed(self) -> bool:
-        """Whether a gate depends on the input, so that no weight equals the adapter."""
+        """Whether gates depend on the input, so that the adapter cannot be merged into a weight."""
         return self.shape.lora_rank is None
 
 
 class PlacementGroup(NamedTuple):
-    """Placements of one shape, the names of their sites written with braces: ``a.{0,3}.{gate,up}``."""
+    """Placements of one shape, with site names folded into braces: ``a.{0,3}.{gate,up}``."""
 
     shape: Shape
     sites: tuple[str, ...]
 
 
 def group_placements(placements: Iterable[Placement]) -> list[PlacementGroup]:
-    """Gather placements of equal shape, with one line of braces for the experts of a layer.
+    """Group placements by shape and fold their site names into braces.
 
     Args:
         placements: The placements.
 
     Returns:
-        A group per shape, in the order in which shapes first come.
+        One group per shape, in order of first appearance.
     """
     groups: dict[Shape, list[str]] = {}
     for placement in placements:

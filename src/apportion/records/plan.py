@@ -1,4 +1,4 @@
-"""`Plan`: which sites get which adapter, how that was decided, and what it costs."""
+"""`Plan`: the adapter of each site, the method and options that chose them, and the cost."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ PLAIN, LORI = "plain", "lori"
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sites of one model get which adapter, how that was decided, and what it costs.
+    """The adapter of each site of one model, the method and options that chose them, and the cost.
 
     Args:
         method: The method's name.
-        options: The method's options, complete with defaults.
+        options: All options of the method, including defaults.
         rank: The default rank.
         alpha: The default scale numerator.
-        seed: Seed of methods that draw at random.
-        model: The model in words, for messages.
-        base_model: Where the profiled model came from (``embedded``, a hub id, a path), if known.
-        fingerprint: The architecture that the plan is for.
+        seed: Random seed, for methods that sample.
+        model: Description of the model, for messages.
+        base_model: Source of the profiled model (``embedded``, a hub id, a path), if known.
+        fingerprint: Fingerprint of the model's architecture.
         profile_digest: Digest of the profile that the plan was made from, if any.
         cost: Exact cost.
         placements: One entry per site, in the layout's order.
-        procedure: What happens to the adapters in training: its ``name`` and its arguments.
-        derived_from: Seals of the plans that this one was made from, if it was.
+        procedure: Training procedure: its ``name`` and its arguments.
+        derived_from: Seals of the plans that this plan was made from, if any.
     """
 
     method: str
@@ -55,32 +55,32 @@ class Plan:
 
     @cached_property
     def by_site(self) -> dict[str, Placement]:
-        """Map the sites' names to their placements."""
+        """Placements by site name."""
         return {placement.site: placement for placement in self.placements}
 
     @property
     def is_sparse(self) -> bool:
-        """Whether some site keeps a part of its B alone; its A is then frozen."""
+        """Whether some site has a sparse B and a frozen A."""
         return any(placement.sparsity for placement in self.placements)
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether the adapters can be folded into the weights: no gate may depend on the input."""
+        """Whether the adapters can be merged into the weights. Routed adapters cannot."""
         return not any(placement.is_routed for placement in self.placements)
 
     @property
     def num_lora_experts(self) -> int:
-        """LoRA experts over all sites; a plain LoRA counts as one."""
+        """Number of LoRA experts over all sites; plain LoRA counts as one."""
         return sum(placement.num_experts for placement in self.placements)
 
     def experts_by_layer(self) -> dict[str, list[int]]:
-        """For each experts module with planned experts, their ids in rising order."""
-        found: dict[str, set[int]] = {}
+        """Return the ids of the planned experts by experts module, in ascending order."""
+        expert_ids: dict[str, set[int]] = {}
         for placement in self.placements:
             module, expert, _ = placement.name
             if expert is not None:
-                found.setdefault(module, set()).add(expert)
-        return {name: sorted(ids) for name, ids in found.items()}
+                expert_ids.setdefault(module, set()).add(expert)
+        return {name: sorted(ids) for name, ids in expert_ids.items()}
 
     @cached_property
     def seal(self) -> str:
@@ -89,58 +89,58 @@ class Plan:
 
     @cached_property
     def known_seals(self) -> tuple[str, str]:
-        """The plan's seal, and the one that earlier versions of its file gave it."""
+        """The plan's seal, and its seal under the earlier schema."""
         return self.seal, seal_of_schema_1(self._values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data, as in the file."""
+        """Return the plan as plain data, as in its file."""
         return write_schema(self._values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan to a JSON file, atomically."""
         write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """Rebuild a plan from `as_dict` and check that it is whole.
+        """Rebuild a plan from `as_dict` and verify its seal.
 
         Args:
-            data: Plain data, of this schema or the one before.
+            data: Plain data, of schema 1 or 2.
 
         Returns:
             The plan.
 
         Raises:
-            PlanError: a field is missing, unknown or of the wrong type, the schema is another, the contents do not
-                match the seal, or they ask for what no adapter can be.
+            PlanError: a field is missing, unknown or of the wrong type, the schema is not supported, the contents do
+                not match the seal, or an adapter is impossible.
         """
         return cls(**read_schema(data))
 
     def _values(self) -> dict[str, Any]:
-        """Give the fields by name."""
+        """Return the fields by name."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Read a plan and check that it is whole.
+    """Load a plan and verify its seal.
 
     Args:
-        path: A file that `Plan.save` wrote.
+        path: A file written by `Plan.save`.
 
     Returns:
-        The plan, equal to the one saved.
+        The plan, equal to the saved one.
 
     Raises:
-        PlanError: the file is missing, is no plan, is of another schema, or was damaged or edited.
+        PlanError: the file is missing, is not a plan, has an unsupported schema, or was damaged or edited.
     """
     file = Path(path)
     if not file.is_file():
         raise PlanError(
-            f"there is no plan {file}.", fix=f"make one with: apportion plan PROFILE --method NAME -o {file}"
+            f"the plan {file} does not exist.", fix=f"make one: apportion plan PROFILE --method NAME -o {file}"
         )
     data = read_json(
         file,
-        lambda found: PlanError(f"the plan {file} is truncated or no JSON.", found=found, fix="plan again"),
+        lambda found: PlanError(f"the plan {file} is truncated or not JSON.", found=found, fix="plan again"),
     )
     try:
         return Plan.from_dict(data)

@@ -1,4 +1,4 @@
-"""A plan's JSON: schema 2, and schema 1 of earlier versions."""
+"""The JSON schema of plans: schema 2, and schema 1 of earlier versions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _HEAD = ("method", "options", "rank", "alpha", "seed", "model", "base_model", "f
 
 
 class _Strict(BaseModel):
-    """Takes the fields that it has, and no others."""
+    """Base model that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class _File(_Strict):
-    """What both schemas have."""
+    """Fields of both schemas."""
 
     schema_version: WholeNumber
     method: str
@@ -64,7 +64,7 @@ class _Group2(_Strict):
 
 
 class _Procedure(BaseModel):
-    """What happens to adapters in training: its name and its arguments."""
+    """Training procedure: its name and its arguments."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -86,13 +86,13 @@ class _File2(_File):
 
 
 def write_schema(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a plan's data as its file holds them.
+    """Return a plan as plain data in the current schema.
 
     Args:
         values: The plan's fields by name.
 
     Returns:
-        Plain data with their seal.
+        Plain data, including the seal.
     """
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -109,7 +109,7 @@ def write_schema(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seal_of_schema_1(values: Mapping[str, Any]) -> str:
-    """Give the seal that schema 1 gave a plan: runs that were begun with it know it by that.
+    """Return the seal of a plan under schema 1, which runs of earlier versions refer to.
 
     Args:
         values: The plan's fields by name.
@@ -122,8 +122,8 @@ def seal_of_schema_1(values: Mapping[str, Any]) -> str:
         groups.setdefault((p.rank, p.alpha, p.num_experts, p.top_k, p.sparsity), []).append(p)
     names = ("rank", "alpha", "sites", "num_experts", "top_k", "sparsity")
     placements = [
-        dict(zip(names, (*key[:2], list(group_placements(found)[0].sites), *key[2:]), strict=True))
-        for key, found in groups.items()
+        dict(zip(names, (*key[:2], list(group_placements(group)[0].sites), *key[2:]), strict=True))
+        for key, group in groups.items()
     ]
     cost = {name: value for name, value in values["cost"].as_dict().items() if name != "frozen_parameters"}
     head = {name: values[name] for name in _HEAD}
@@ -131,7 +131,7 @@ def seal_of_schema_1(values: Mapping[str, Any]) -> str:
 
 
 def read_schema(data: Any) -> dict[str, Any]:
-    """Read a plan's data, of either schema, and check that they are whole and possible.
+    """Validate a plan's plain data of either schema, and verify the seal.
 
     Args:
         data: Plain data.
@@ -140,23 +140,24 @@ def read_schema(data: Any) -> dict[str, Any]:
         The plan's fields by name.
 
     Raises:
-        PlanError: a field is missing, unknown or of the wrong type, the schema is another, the contents do not match
-            the seal, or they ask for what no adapter can be.
+        PlanError: a field is missing, unknown or of the wrong type, the schema is not supported, the contents do not
+            match the seal, or an adapter is impossible.
     """
     if not isinstance(data, Mapping):
-        raise PlanError(f"it holds a {type(data).__name__}, and no plan.")
+        raise PlanError("it is not a plan.", expected="an object", found=f"a {type(data).__name__}")
     version = data.get("schema_version")
     if version not in (1, SCHEMA_VERSION):
-        found = shortened(str(version))
-        raise PlanError(f"it has schema version {found}; this apportion reads 1 and {SCHEMA_VERSION}.")
+        raise PlanError(
+            f"it has schema version {shortened(str(version))}; this version of apportion reads 1 and {SCHEMA_VERSION}."
+        )
     try:
         check_depth(data)
         file: _File1 | _File2 = (_File1 if version == 1 else _File2).model_validate(data)
     except JsonError as error:
-        raise PlanError("it is no valid plan.", found=str(error)) from error
+        raise PlanError("it is not a valid plan.", found=str(error)) from error
     except ValidationError as error:
         place, problem = first_problem(error)
-        raise PlanError("it is no valid plan.", place=place, found=str(problem)) from error
+        raise PlanError("it is not a valid plan.", place=place, found=str(problem)) from error
     if file.seal != seal({name: value for name, value in data.items() if name != "seal"}):
         raise PlanError("it was changed after it was written: its contents do not match its seal.")
     lora_shape(file.rank, file.alpha)
@@ -174,13 +175,13 @@ def read_schema(data: Any) -> dict[str, Any]:
 
 
 def in_file_order(placements: Iterable[Placement]) -> tuple[Placement, ...]:
-    """Put placements in the order in which a plan's file holds them, so that a loaded plan equals the saved one.
+    """Sort placements into the order of a plan's file, so that a loaded plan equals the saved one.
 
     Args:
         placements: The placements.
 
     Returns:
-        The same ones.
+        The sorted placements.
     """
     return tuple(
         Placement(site, group.shape)
@@ -191,7 +192,7 @@ def in_file_order(placements: Iterable[Placement]) -> tuple[Placement, ...]:
 
 
 def _placements(number: int, group: _Group1 | _Group2) -> list[Placement]:
-    """Make a group's placements."""
+    """Return the placements of a group."""
     try:
         shape = shape_from_dict(group.shape) if isinstance(group, _Group2) else lora_shape(
             group.rank, group.alpha, num_experts=group.num_experts, top_k=group.top_k, sparsity=group.sparsity
@@ -202,7 +203,7 @@ def _placements(number: int, group: _Group1 | _Group2) -> list[Placement]:
 
 
 def _check_number_of_sites(groups: Sequence[Sequence[str]]) -> None:
-    """Count what the lines of a plan stand for, before any of it is made."""
+    """Refuse plans with too many sites, before the site names are expanded."""
     total = 0
     for number, patterns in enumerate(groups):
         for line, pattern in enumerate(patterns):
@@ -211,15 +212,13 @@ def _check_number_of_sites(groups: Sequence[Sequence[str]]) -> None:
             try:
                 total += num_expanded(pattern)
             except PlanError as error:
-                raise PlanError(f"a line of it names no sites: {error}.", place=place, found=shown) from error
+                raise PlanError(f"it has an invalid site pattern: {error}.", place=place, found=shown) from error
             if total > MAX_SITES:
-                raise PlanError(
-                    f"it names more than {MAX_SITES:,} sites, which no model has.", place=place, found=shown
-                )
+                raise PlanError(f"it has more than {MAX_SITES:,} sites, more than any model.", place=place, found=shown)
 
 
 def _check_no_site_twice(placements: Sequence[Placement]) -> None:
-    """Refuse two adapters at one site."""
+    """Refuse several adapters at one site."""
     site, count = next(iter(Counter(placement.site for placement in placements).most_common(1)), ("", 0))
     if count > 1:
-        raise PlanError(f"it names a site {count} times.", place="placements", found=shortened(site))
+        raise PlanError(f"it lists a site {count} times.", place="placements", found=shortened(site))

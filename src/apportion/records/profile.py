@@ -1,4 +1,4 @@
-"""`Profile`: what calibration measured, and its file."""
+"""`Profile`: measured routing and sensitivity, and its file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 PROFILE_HEADER = "apportion_profile"
 
-# L = Mixture-of-Experts layers, E = experts of the widest layer.
+# L = Mixture-of-Experts layers, E = experts of the layer with the most experts.
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +39,12 @@ class Profile:
 
     Args:
         layout: The sites of the profiled model.
-        counts: For each task, how often each expert was selected: int64, shape (L, E). Tensors or NumPy arrays are
-            taken; tensors are given.
-        routing_mass: For each task, the summed routing weights of each expert: float64, shape (L, E); as `counts`.
-        tokens: For each task, the tokens that were counted.
-        sensitivity: For each task, the squared gradient norm of each site by name; empty when not measured.
-        provenance: Where the numbers come from: data, samples, versions.
+        counts: For each task, how often each expert was selected: int64, shape (L, E). Accepts tensors or NumPy arrays,
+            returns tensors.
+        routing_mass: For each task, the summed routing weights of each expert: float64, shape (L, E), like `counts`.
+        tokens: For each task, the number of counted tokens.
+        sensitivity: For each task, the squared gradient norm of each site by name; empty if not measured.
+        provenance: Source of the numbers: data, samples, versions.
     """
 
     layout: Layout
@@ -55,33 +55,33 @@ class Profile:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Hold tensors as arrays, so that planning from a file takes no PyTorch."""
+        """Store tensors as arrays, so that planning from a file does not import PyTorch."""
         for name in ("counts", "routing_mass"):
             object.__setattr__(self, name, Tensors(getattr(self, name)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks' names, in the order given."""
+        """Names of the tasks, in the given order."""
         return tuple(self.tokens)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The experts modules that the rows of counts and mass stand for."""
+        """Names of the experts modules, one per row of the counts and the mass."""
         return tuple(block.name for block in self.layout.blocks)
 
     @property
     def num_experts(self) -> Tensor:
-        """How many columns of each row count: int64, shape (L,)."""
+        """Number of experts of each layer, which are the used columns of each row: int64, shape (L,)."""
         return as_tensor(np.array([block.num_experts for block in self.layout.blocks], dtype=np.int64))
 
     @property
     def fingerprint(self) -> str:
-        """The architecture that was profiled."""
+        """Fingerprint of the profiled architecture."""
         return self.layout.fingerprint
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything measured: two profiles with the same digest hold the same numbers."""
+        """SHA-256 over the whole profile."""
         return digest(self._header(), self._arrays())
 
     @cached_property
@@ -125,7 +125,7 @@ class Profile:
 
     @cached_property
     def slots_per_token(self) -> dict[tuple[int, int], float]:
-        """Give the routed slots per token of each layer and expert: those of one layer add up to top-k."""
+        """Routed slots per token, by layer and expert. The slots of one layer sum to top-k."""
         tokens = self.total_tokens()
         return {
             (block.layer, expert): count / tokens
@@ -134,33 +134,33 @@ class Profile:
         }
 
     def measured_sensitivity(self) -> dict[str, dict[str, float]]:
-        """Give each task's squared gradient norms by site.
+        """Return the squared gradient norms by task and site.
 
         Returns:
-            As `sensitivity`, for every task.
+            `sensitivity`, with an entry for every task.
 
         Raises:
-            ProfileError: a task was profiled without gradients.
+            ProfileError: a task was profiled without sensitivity.
         """
-        without = [task for task in self.tasks if task not in self.sensitivity]
-        if without:
+        unmeasured = [task for task in self.tasks if task not in self.sensitivity]
+        if unmeasured:
             raise ProfileError(
-                f"the sensitivity of task {without[0]!r} was not measured.",
-                fix="profile with --sensitivity, and give that profile",
+                f"the sensitivity of task {unmeasured[0]!r} was not measured.",
+                fix="profile with --sensitivity",
             )
         return self.sensitivity
 
     def of_task(self, task: str) -> Profile:
-        """Give the part of the profile that belongs to one task.
+        """Return the profile of one task.
 
         Args:
             task: One of `tasks`.
 
         Returns:
-            A profile of that task alone.
+            A profile with only this task.
 
         Raises:
-            ProfileError: there is no such task.
+            ProfileError: the profile does not have the task.
         """
         if task not in self.tokens:
             raise ProfileError(f"the profile has no task {task!r}.", found=", ".join(self.tasks))
@@ -174,14 +174,14 @@ class Profile:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as one safetensors file, whole or not at all."""
+        """Write the profile to a safetensors file, atomically."""
         header = self._header()
         metadata = {PROFILE_HEADER: json.dumps(header | {"digest": self.digest}), "format": "pt"}
         with whole_file(path) as temporary:
             save_file(self._arrays(), temporary, metadata=metadata)
 
     def _header(self) -> dict[str, Any]:
-        """Give everything but the tensors as plain data."""
+        """Return everything except the tensors as plain data."""
         return {
             "schema_version": SCHEMA_VERSION,
             "layout": self.layout.as_dict(),
@@ -191,7 +191,7 @@ class Profile:
         }
 
     def _arrays(self) -> dict[str, Array]:
-        """Give the arrays under their names in the file."""
+        """Return the arrays by their names in the file."""
         measured = {"counts": self.counts, "routing_mass": self.routing_mass}
         return {
             f"{name}/{task}": np.ascontiguousarray(arrays_of(values)[task])
@@ -201,21 +201,21 @@ class Profile:
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read a profile and check that it is whole.
+    """Load a profile and verify its digest.
 
     Args:
-        path: A file that `Profile.save` wrote.
+        path: A file written by `Profile.save`.
 
     Returns:
-        The profile, equal to the one saved.
+        The profile, equal to the saved one.
 
     Raises:
-        ProfileError: the file is missing, is no profile, is of a newer schema, or was damaged or edited.
+        ProfileError: the file is missing, is not a profile, has another schema, or was damaged or edited.
     """
     file = Path(path)
     if not file.is_file():
         raise ProfileError(
-            f"there is no profile {file}.", fix=f"make one with: apportion profile MODEL --data DATA -o {file}"
+            f"the profile {file} does not exist.", fix=f"make one: apportion profile MODEL --data DATA -o {file}"
         )
     try:
         metadata, arrays = read_arrays(file)
@@ -227,14 +227,14 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         ) from error
     if PROFILE_HEADER not in metadata:
         raise ProfileError(
-            f"{file} is a safetensors file, but not a profile.", fix="give a file that apportion profile wrote"
+            f"{file} is a safetensors file, but not a profile.", fix="give a file written by apportion profile"
         )
     try:
         header = parse_record(metadata[PROFILE_HEADER])
         version = header.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ProfileError(
-                f"the profile {file} has schema version {shortened(ascii(version))}; this apportion reads "
+                f"the profile {file} has schema version {shortened(ascii(version))}; this version of apportion reads "
                 f"{SCHEMA_VERSION}.",
                 fix="profile again, or install the version that wrote it",
             )
@@ -253,38 +253,38 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 
 def check_totals(layout: Layout, counts: Array, mass: Array, sensitivity: Mapping[str, float]) -> None:
-    """Refuse totals of one task that no measurement gives.
+    """Check that one task's totals are possible.
 
     Args:
         layout: The model's sites.
-        counts: Selections: int64, shape (L, E), zero beyond a layer's own experts.
+        counts: Selections: int64, shape (L, E), zero beyond each layer's number of experts.
         mass: Summed routing weights: float64, of the same shape.
         sensitivity: Squared gradient norms by site.
 
     Raises:
-        ValueError: an array has another type or shape than the layout's, a number is negative or not finite, or a site
-            is none of the layout's.
+        ValueError: an array has the wrong dtype or shape, a number is negative or not finite, or a site is not in the
+            layout.
     """
     widths = [block.num_experts for block in layout.blocks]
     shape = (len(widths), max(widths, default=0))
     for totals, dtype in ((counts, np.int64), (mass, np.float64)):
         if totals.dtype != dtype or totals.shape != shape:
             raise ValueError(
-                f"totals of type {totals.dtype} and shape {totals.shape}, expected {np.dtype(dtype)} and {shape}"
+                f"totals have dtype {totals.dtype} and shape {totals.shape}, expected {np.dtype(dtype)} and {shape}"
             )
         if not bool((totals >= 0).all() and np.isfinite(totals).all()):
-            raise ValueError("totals that are negative or not finite")
+            raise ValueError("totals are negative or not finite")
         if any(bool(row_E[width:].any()) for row_E, width in zip(totals, widths, strict=True)):
-            raise ValueError("totals of experts that their layer does not have")
+            raise ValueError("totals for experts that the layer does not have")
     if not all(math.isfinite(norm) and norm >= 0 for norm in sensitivity.values()):
-        raise ValueError("sensitivities that are negative or not finite")
+        raise ValueError("sensitivities are negative or not finite")
     if unknown := set(sensitivity) - set(layout.by_name):
-        raise ValueError(f"the sensitivity of {min(unknown)!a}, which the model lacks")
+        raise ValueError(f"sensitivity for {min(unknown)!a}, which the model does not have")
 
 
 @validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class _Header:
-    """A profile's header, field by field."""
+    """Schema of a profile's header."""
 
     schema_version: int
     layout: dict[str, Any]
@@ -296,12 +296,12 @@ class _Header:
 
 @cache
 def _validator() -> TypeAdapter[_Header]:
-    """Prepare the check of a header's fields."""
+    """Return the cached validator of a header."""
     return TypeAdapter(_Header)
 
 
 def _from_header(header: dict[str, Any], arrays: Mapping[str, Array]) -> Profile:
-    """Put a profile together, raising ValueError where its parts are not those of one."""
+    """Build a profile; raises ValueError if its parts are invalid."""
     try:
         checked = _validator().validate_python(header)
     except ValidationError as error:
@@ -309,7 +309,7 @@ def _from_header(header: dict[str, Any], arrays: Mapping[str, Array]) -> Profile
     layout = Layout.from_dict(checked.layout)
     names = {f"{kind}/{task}" for kind in ("counts", "routing_mass") for task in checked.tokens}
     if names != set(arrays):
-        raise ValueError(f"tensors that are missing or that no task has: {min(names ^ set(arrays))!a}")
+        raise ValueError(f"tensors are missing or belong to no task: {min(names ^ set(arrays))!a}")
     return Profile(
         layout=layout,
         counts=Tensors({task: arrays[f"counts/{task}"] for task in checked.tokens}),
@@ -321,20 +321,20 @@ def _from_header(header: dict[str, Any], arrays: Mapping[str, Array]) -> Profile
 
 
 def _check_measured(file: Path, profile: Profile) -> None:
-    """Refuse a profile that no measurement gives, though its digest fits."""
+    """Refuse impossible measurements, even if the digest matches."""
     measurable = {site.name for site in profile.layout.sites() if site.storage != "weight"}
     try:
         if unknown := set(profile.sensitivity) - set(profile.tasks):
-            raise ValueError(f"the sensitivity of a task {min(unknown)!a}, which it does not have")
+            raise ValueError(f"sensitivity for task {min(unknown)!a}, which the profile does not have")
         for task in profile.tasks:
             norms = profile.sensitivity.get(task, {})
             counts, mass = arrays_of(profile.counts)[task], arrays_of(profile.routing_mass)[task]
             check_totals(profile.layout, counts, mass, norms)
             if task in profile.sensitivity and (missing := measurable - set(norms)):
-                raise ValueError(f"no sensitivity of {min(missing)!a} for task {task!a}")
+                raise ValueError(f"no sensitivity for {min(missing)!a} in task {task!a}")
             if task in profile.sensitivity and not any(norms.values()):
-                raise ValueError(f"sensitivities of task {task!a} that are all zero")
+                raise ValueError(f"sensitivities of task {task!a} are all zero")
     except ValueError as error:
         raise ProfileError(
-            f"the profile {file} holds what no measurement gives.", found=str(error), fix="profile again"
+            f"the profile {file} has impossible measurements.", found=str(error), fix="profile again"
         ) from error

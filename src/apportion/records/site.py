@@ -1,4 +1,4 @@
-"""Where adapters can stand: one `Site` a weight matrix, and the `Layout` of all sites of one model."""
+"""`Site`: a weight matrix that can get an adapter; `Layout`: all sites of one model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apportion.records.numbers import Count, Size, describe_problem
 Kind = Literal["attention", "router", "experts", "shared", "dense"]
 Storage = Literal["linear", "fused", "weight"]
 
-MAX_SITES = 1_000_000  # of a model: the largest published ones have about 100,000
+MAX_SITES = 1_000_000  # per model; the largest published models have about 100,000
 _STRICT = ConfigDict(extra="forbid")
 KINDS: tuple[Kind, ...] = ("attention", "router", "experts", "shared", "dense")
 
@@ -24,16 +24,16 @@ KINDS: tuple[Kind, ...] = ("attention", "router", "experts", "shared", "dense")
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One weight matrix that an adapter can stand on.
+    """One weight matrix that can get an adapter.
 
     Args:
         name: The module's path, or ``<experts module>.<expert>.<projection>`` for an expert's projection.
-        kind: What the matrix belongs to.
+        kind: The part of the model: attention, router, routed experts, shared experts or dense MLP.
         layer: The decoder layer, from 0.
-        projection: The role in short: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, ``router``, ...
-        in_features: Width of the input.
-        out_features: Width of the output.
-        expert: The expert's id where the kind is ``experts``.
+        projection: Short name of its role: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``, ``router``, ...
+        in_features: Input width.
+        out_features: Output width.
+        expert: The expert's id, if the kind is ``experts``.
         storage: ``linear`` for a linear layer, ``fused`` for a slice of a stacked experts parameter, ``weight`` for a
             module of another class that holds a two-dimensional ``weight`` (most routers).
     """
@@ -48,14 +48,14 @@ class Site:
     storage: Storage = "linear"
 
     def num_parameters(self, rank: int) -> int:
-        """Count the parameters of the two factors of a LoRA of this rank."""
+        """Count the parameters of LoRA with this rank."""
         return rank * (self.in_features + self.out_features)
 
 
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One projection that every expert of a block has: its short name, the last part of its site names, its shape."""
+    """A projection of every expert of a block: short name, last part of the site names, and shape."""
 
     name: str
     suffix: str
@@ -71,10 +71,10 @@ class ExpertBlock:
     Args:
         name: The experts module's path.
         layer: The decoder layer, from 0.
-        num_experts: Experts in the block.
-        top_k: Experts that a token is routed to.
-        projections: What every expert consists of.
-        storage: ``fused`` for stacked parameters, ``linear`` for one module an expert.
+        num_experts: Number of experts in the block.
+        top_k: Experts per token.
+        projections: Projections of each expert.
+        storage: ``fused`` for stacked parameters, ``linear`` for one module per expert.
     """
 
     name: str
@@ -85,7 +85,7 @@ class ExpertBlock:
     storage: Storage = "fused"
 
     def site(self, expert: int, projection: Projection) -> Site:
-        """Give the site of one projection of one expert."""
+        """Return the site of one projection of one expert."""
         return Site(
             name=f"{self.name}.{expert}.{projection.suffix}",
             kind="experts",
@@ -101,15 +101,15 @@ class ExpertBlock:
 @with_config(_STRICT)
 @dataclass(frozen=True)
 class Layout:
-    """All sites of one model, and enough about the model to tell it from others.
+    """All sites of one model, and data to identify the model.
 
     Args:
         model_class: The model's class, for messages.
         model_type: The configuration's ``model_type``.
-        base_parameters: Number of the model's own parameters.
-        fingerprint: SHA-256 over class, names and shapes of all parameters: equal for equal architectures.
-        others: Every site that is not a routed expert, in model order.
-        blocks: The routed experts, one block a Mixture-of-Experts layer, in model order.
+        base_parameters: Number of parameters of the model.
+        fingerprint: SHA-256 over model type, parameter names and shapes. Equal architectures have equal fingerprints.
+        others: All sites outside the routed experts, in model order.
+        blocks: The routed experts, one block per Mixture-of-Experts layer, in model order.
     """
 
     model_class: str
@@ -125,7 +125,7 @@ class Layout:
         return bool(self.blocks)
 
     def sites(self) -> Iterator[Site]:
-        """Go through every site: first the others, then the experts, block by block and expert by expert."""
+        """Iterate over all sites: first the others, then the experts, by block and expert."""
         yield from self.others
         for block in self.blocks:
             for expert in range(block.num_experts):
@@ -134,11 +134,11 @@ class Layout:
 
     @cached_property
     def by_name(self) -> dict[str, Site]:
-        """Map the sites' names to the sites."""
+        """Sites by name."""
         return {site.name: site for site in self.sites()}
 
     def describe(self) -> str:
-        """Say in one line what model this is."""
+        """Return a one-line description of the model."""
         if not self.blocks:
             return f"{self.model_class}, no routed experts, {len(self.others)} matrices"
         widths = sorted({block.num_experts for block in self.blocks})
@@ -146,7 +146,7 @@ class Layout:
         return f"{self.model_class}, {len(self.blocks)} MoE layers x {experts} experts"
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     @classmethod
@@ -160,27 +160,27 @@ class Layout:
             The layout.
 
         Raises:
-            ValueError: a field is missing, unknown or of another type, a number is none that a model can have, or two
-                sites have one name.
+            ValueError: a field is missing, unknown or of the wrong type, a number is out of range, or two sites have
+                the same name.
         """
         try:
             layout = _validator().validate_python(data)
         except ValidationError as error:
             raise ValueError(f"layout.{describe_problem(error)}") from error
         if any(site.kind == "experts" or site.expert is not None for site in layout.others):
-            raise ValueError("an expert's site outside the experts")
+            raise ValueError("layout.others contains an expert's site")
         per_block = (block.num_experts * max(1, len(block.projections)) for block in layout.blocks)
         count = len(layout.others) + sum(per_block)
         if count > MAX_SITES:
-            raise ValueError(f"{count:,} sites, which no model has")
+            raise ValueError(f"the layout has {count:,} sites, more than any model")
         if len(layout.by_name) < sum(1 for _ in layout.sites()):
-            raise ValueError("two sites of one name")
+            raise ValueError("two sites have the same name")
         return layout
 
 
 @cache
 def _validator() -> TypeAdapter[Layout]:
-    """Prepare the check of a layout's fields."""
+    """Return the cached validator of a layout."""
     return TypeAdapter(Layout)
 
 

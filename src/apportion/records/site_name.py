@@ -1,4 +1,4 @@
-"""`SiteName`: what a site is called, parsed and printed in one place."""
+"""`SiteName`: parses and formats the names of sites."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?:\.|$)")
 
 
 class SiteName(NamedTuple):
-    """A site by the module that holds it and, for an expert's projection, which one it is there.
+    """The name of a site: its module and, for an expert's projection, the expert and projection.
 
-    Written as the module's path, or in the per-expert form that servers use, however a model stores its experts:
-    ``model.layers.0.mlp.experts.5.gate_proj``. A module that lists or stacks experts has "expert" in its name.
+    Formatted as the module's path, or as one path per expert, as inference servers do, however the model stores its
+    experts: ``model.layers.0.mlp.experts.5.gate_proj``. Modules that contain experts have "expert" in their name.
 
     Args:
-        module: Path of a linear layer, of a router, or of the module that holds the experts.
+        module: Path of a linear layer, a router, or the module that contains the experts.
         expert: The expert's id.
-        projection: The expert's projection, as the model names it.
+        projection: The expert's projection, as named in the model.
 
     Example:
         >>> SiteName.parse("model.layers.0.mlp.experts.5.gate_proj")
@@ -33,13 +33,13 @@ class SiteName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> SiteName:
-        """Read a site's name.
+        """Parse a site's name.
 
         Args:
-            text: As `str` gives it.
+            text: The name, as returned by `str`.
 
         Returns:
-            The name.
+            The parsed name.
         """
         match = _EXPERT.fullmatch(text)
         if match is None:
@@ -48,12 +48,12 @@ class SiteName(NamedTuple):
 
     @property
     def is_expert(self) -> bool:
-        """Whether it is a projection of one expert."""
+        """Whether the site is a projection of an expert."""
         return self.expert is not None
 
     @property
     def layer(self) -> int | None:
-        """The decoder layer's number; None where the path names none."""
+        """The decoder layer's number; None if the path has none."""
         match = _LAYER.search(self.module)
         return int(match[1]) if match else None
 
@@ -64,5 +64,5 @@ class SiteName(NamedTuple):
         return rest if self.expert is None else f"{rest}.*.{self.projection}"
 
     def __str__(self) -> str:
-        """Write the name."""
+        """Format the name."""
         return self.module if self.expert is None else f"{self.module}.{self.expert}.{self.projection}"

@@ -1,4 +1,4 @@
-"""Arrays as tensors, where a public name promises tensors: reading a file takes no PyTorch until they are used."""
+"""Tensors stored as NumPy arrays, so that PyTorch is imported only when a tensor is accessed."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 
 
 class Tensors(Mapping[str, "Tensor"]):
-    """Tensors by name, held as NumPy arrays.
+    """A mapping of tensors, stored as NumPy arrays.
 
     Args:
-        values: Tensors or arrays by name. Each is copied only if it is not in the CPU's memory.
+        values: Tensors or arrays by name. Only tensors outside CPU memory are copied.
     """
 
     def __init__(self, values: Mapping[str, Tensor | Array]) -> None:
         self.arrays = arrays_of(values)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Give one as a tensor that shares the array's memory."""
+        """Return a tensor that shares the array's memory."""
         return as_tensor(self.arrays[name])
 
     def __iter__(self) -> Iterator[str]:
-        """Go through the names."""
+        """Iterate over the names."""
         return iter(self.arrays)
 
     def __len__(self) -> int:
-        """Count them."""
+        """Return the number of tensors."""
         return len(self.arrays)
 
     def __repr__(self) -> str:
@@ -39,13 +39,13 @@ class Tensors(Mapping[str, "Tensor"]):
 
 
 def arrays_of(values: Mapping[str, Tensor | Array] | Mapping[str, Tensor]) -> dict[str, Array]:
-    """Give tensors as the arrays that they are held as.
+    """Convert tensors to NumPy arrays.
 
     Args:
         values: Tensors or arrays by name.
 
     Returns:
-        Arrays by name; they share the memory of tensors on the CPU.
+        Arrays by name. They share memory with CPU tensors.
     """
     if isinstance(values, Tensors):
         return values.arrays
@@ -53,15 +53,15 @@ def arrays_of(values: Mapping[str, Tensor | Array] | Mapping[str, Tensor]) -> di
 
 
 def as_tensor(array: Array) -> Tensor:
-    """Give an array as a tensor of the same type.
+    """Convert an array to a tensor of the same dtype.
 
     Args:
         array: The array.
 
     Returns:
-        A tensor that shares its memory.
+        A tensor that shares the array's memory.
     """
-    import torch  # records are read without PyTorch
+    import torch  # not at module level: reading records must not import PyTorch
 
     tensor = torch.from_numpy(array)
     return tensor if tensor.numel() else tensor.new_empty(tensor.shape)  # NumPy's strides of nothing are zero

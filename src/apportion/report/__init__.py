@@ -1,1 +1,1 @@
-"""One self-contained HTML page from a study, a demonstration, a profile or a plan."""
+"""Self-contained HTML pages of a study, a demonstration, a profile or a plan."""

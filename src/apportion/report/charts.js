@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const QUANTITIES = { count: "selections", mass: "routing mass", sensitivity: "sensitivity", rank: "planned rank" };
 const METRICS = { exact_match: "exact match", loss: "loss", forgetting: "forgetting" };
-const UNITS = { parameters: "trained parameters", flops: "adapter FLOPs a token" };
+const UNITS = { parameters: "trained parameters", flops: "adapter FLOPs per token" };
 const SYMBOLS = [["circle", "●"], ["square", "■"], ["diamond", "◆"], ["triangle-up", "▲"], ["star", "★"]];
 const TITLE = { standoff: 10, font: { size: 13 } };
 const HINT = "Point at the chart, or focus it and press the arrow keys.";
@@ -144,7 +144,7 @@ function overlapFigure(v, look, width) {
   })) / one.length;
   const z = sets.map((one) => sets.map((other) => jaccard(one, other))), names = tasks.map((task) => plain(task.name));
   const figure = heatFigure(look, Math.min(width, 160 + 90 * tasks.length), {
-    z, text: z.map((row, a) => row.map((value, b) => `${names[a]} and ${names[b]}<br>Jaccard index ${value.toFixed(3)}, ${k} experts a layer`)),
+    z, text: z.map((row, a) => row.map((value, b) => `${names[a]} and ${names[b]}<br>Jaccard index ${value.toFixed(3)}, ${k} experts per layer`)),
     rows: names, columns: names, xTitle: "", yTitle: "", named: "Jaccard index", top: 1, form: number, square: true,
   });
   Object.assign(figure.traces[0], { texttemplate: "%{z:.2f}", textfont: { size: 13 } });

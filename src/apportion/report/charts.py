@@ -1,4 +1,4 @@
-"""The numbers that the page's charts draw, as plain data for JSON."""
+"""The data of the page's charts, as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _DIGITS = 6
 
 
 def chart_data(material: Material) -> dict[str, Any]:
-    """Gather everything that the charts need.
+    """Return the data of all charts.
 
     Args:
-        material: What is shown.
+        material: Contents of the page.
 
     Returns:
-        ``profiles``, ``plans``, ``scores`` and the budgets' ``unit``; numbers have six digits, and what is not finite
-        is null.
+        ``profiles``, ``plans``, ``scores`` and the ``unit`` of the budgets. Numbers are rounded to six digits;
+        infinity and NaN become null.
     """
     names = list(material.profiles)
     profiles = [_profile(name, material.profiles[name]) for name in names]
@@ -38,13 +38,13 @@ def chart_data(material: Material) -> dict[str, Any]:
 
 
 def matrix_place(site: str) -> tuple[int, str]:
-    """Tell in which row and column of the map of matrices a site is.
+    """Return the row and the column of a site in the map of matrices.
 
     Args:
         site: The site's name.
 
     Returns:
-        The decoder layer, and the name below it; all experts of a layer share a name.
+        The decoder layer, and the name below it. All experts of a layer share a name.
 
     Example:
         >>> matrix_place("model.layers.3.mlp.experts.5.gate_proj")
@@ -57,7 +57,7 @@ def matrix_place(site: str) -> tuple[int, str]:
 
 
 def _profile(name: str, profile: Profile) -> dict[str, Any]:
-    """Give one model's layers, and what each task measured on its experts and matrices."""
+    """Return the layers of a profile, and each task's measurements of experts and matrices."""
     tasks = [_task(task, profile.of_task(task), profile.tokens[task]) for task in profile.tasks]
     if len(tasks) > 1:
         tasks.append(_task("all tasks together", profile, profile.total_tokens()))
@@ -73,19 +73,19 @@ def _profile(name: str, profile: Profile) -> dict[str, Any]:
 
 
 def _unmeasured(plan: Plan) -> dict[str, Any]:
-    """Give what a plan alone tells of its model: each layer with planned experts, as wide as the last of them."""
-    wide = max((max(ids) for ids in plan.experts_by_layer().values()), default=0) + 1
+    """Return the layers of a plan without a profile: those with planned experts, up to the highest planned id."""
+    width = max((max(ids) for ids in plan.experts_by_layer().values()), default=0) + 1
     layers = [matrix_place(block)[0] for block in plan.experts_by_layer()]
     return {
         "name": plan.base_model or plan.model,
         "model": plan.model,
-        "layers": [{"layer": layer, "experts": wide, "top_k": None} for layer in layers],
+        "layers": [{"layer": layer, "experts": width, "top_k": None} for layer in layers],
         "tasks": [],
     }
 
 
 def _task(name: str, profile: Profile, tokens: int) -> dict[str, Any]:
-    """Give what was measured on the profile's tasks, added up."""
+    """Return the measurements of a profile, summed over its tasks."""
     measured = set(profile.sensitivity) == set(profile.tasks)
     grids = {}
     if profile.layout.is_moe:
@@ -101,7 +101,7 @@ def _task(name: str, profile: Profile, tokens: int) -> dict[str, Any]:
 
 
 def _rows(profile: Profile, heat_LE: Array) -> list[list[float | None]]:
-    """Cut each layer's row to its own number of experts."""
+    """Remove the padding beyond each layer's number of experts."""
     return [
         [_short(value) for value in row[: block.num_experts]]
         for block, row in zip(profile.layout.blocks, heat_LE.tolist(), strict=True)
@@ -109,20 +109,20 @@ def _rows(profile: Profile, heat_LE: Array) -> list[list[float | None]]:
 
 
 def _matrices(values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Add values of sites up into one entry a layer and kind of matrix."""
+    """Sum the values of sites into one entry per layer and kind of matrix."""
     cells: dict[tuple[int, str], list[float]] = {}
     for site, value in values:
         cells.setdefault(matrix_place(site), []).append(value)
     return [
-        {"layer": layer, "name": name, "sum": _short(sum(found)), "sites": len(found)}
-        for (layer, name), found in cells.items()
+        {"layer": layer, "name": name, "sum": _short(sum(site_values)), "sites": len(site_values)}
+        for (layer, name), site_values in cells.items()
     ]
 
 
 def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
-    """Give every plan a group and a label: a study's task, contender and budget, or the file's name.
+    """Return every plan with a group and a label: a study's task, contender and budget, or the file's name.
 
-    A plan that several contenders or budgets of a study share is there once for each.
+    A plan shared by several contenders or budgets of a study is repeated for each.
     """
     if material.study is None:
         return [
@@ -142,7 +142,7 @@ def _labelled_plans(material: Material) -> list[tuple[dict[str, str], Plan]]:
 
 
 def _plan(label: dict[str, str], plan: Plan, material: Material, names: list[str]) -> dict[str, Any]:
-    """Give a plan's ranks on experts, by layer, and on matrices."""
+    """Return a plan's ranks by expert, and by layer and kind of matrix."""
     owners = [number for number, name in enumerate(names) if material.profiles[name].fingerprint == plan.fingerprint]
     profile = material.profiles[names[owners[0]]] if owners else None
     return label | {
@@ -154,7 +154,7 @@ def _plan(label: dict[str, str], plan: Plan, material: Material, names: list[str
 
 
 def _expert_ranks(plan: Plan, profile: Profile | None) -> list[dict[str, int]]:
-    """List each planned expert: its row among the layers with experts, its id, and its largest rank."""
+    """Return the row (layer with experts), the id and the largest rank of each planned expert."""
     ranks: dict[tuple[str, int], int] = {}
     for placement in plan.placements:
         module, expert, _ = placement.name
@@ -168,15 +168,15 @@ def _expert_ranks(plan: Plan, profile: Profile | None) -> list[dict[str, int]]:
 
 
 def _scores(material: Material) -> list[dict[str, Any]]:
-    """Give every cell of a study with its intervals, and the untrained model's scores beside it."""
+    """Return the scores of a study with their intervals, and the scores of the untrained model."""
     study = material.study
     if study is None or study.summary is None:
         return []
     before = {(run.model, run.task): run.before for run in study.runs}
-    found = []
+    scores = []
     for cell in study.summary.cells:
         base = before.get((cell.model, cell.task))
-        found.append(
+        scores.append(
             {
                 **cell.model_dump(include={"model", "task", "contender", "budget", "spent", "seeds"}),
                 "budgeted": study.settings.contender(cell.contender).method != FULL,
@@ -186,16 +186,16 @@ def _scores(material: Material) -> list[dict[str, Any]]:
                 "before": {"exact_match": base and base.exact_match, "loss": base and base.loss},
             }
         )
-    return found
+    return scores
 
 
-def _interval(found: Interval | None) -> list[float | None] | None:
-    """Give estimate, low and high."""
-    return [_short(found.estimate), _short(found.low), _short(found.high)] if found else None
+def _interval(interval: Interval | None) -> list[float | None] | None:
+    """Return estimate, low and high."""
+    return [_short(interval.estimate), _short(interval.low), _short(interval.high)] if interval else None
 
 
 def _short(value: float) -> float | None:
-    """Keep the digits that can be seen; whole numbers stay whole, and what is not finite becomes nothing."""
+    """Round to the visible digits; integers stay integers, and infinity and NaN become None."""
     if isinstance(value, int):
         return value
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None

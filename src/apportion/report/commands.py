@@ -1,4 +1,4 @@
-"""The commands that make a profile, a plan or a demonstration again, from what these say about themselves."""
+"""Commands that reproduce a profile, a plan or a demonstration, from their metadata."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ _PROFILE_OPTIONS = ("samples", "max_length", "batch_size", "seed")
 
 
 def profile_command(profile: Profile, output: str) -> str | None:
-    """Write the command that makes a profile.
+    """Return the command that makes a profile.
 
     Args:
         profile: The profile.
         output: Its file.
 
     Returns:
-        The command; None where the profile was made in Python and does not say from what.
+        The command; None if the profile was made in Python and its data are unknown.
     """
-    told = profile.provenance
-    if not isinstance(told.get("data"), dict) or not {"model", *_PROFILE_OPTIONS} <= set(told):
+    provenance = profile.provenance
+    if not isinstance(provenance.get("data"), dict) or not {"model", *_PROFILE_OPTIONS} <= set(provenance):
         return None
-    words = ["profile", str(told["model"])]
-    for task, source in told["data"].items():
+    words = ["profile", str(provenance["model"])]
+    for task, source in provenance["data"].items():
         words += ["--data", f"{task}={source}"]
     for name in _PROFILE_OPTIONS:
-        words += [_flag(name), str(told[name])]
-    if told.get("sensitivity_procedure"):
-        words += ["--sensitivity", "--sensitivity-procedure", told["sensitivity_procedure"]]
+        words += [_flag(name), str(provenance[name])]
+    if provenance.get("sensitivity_procedure"):
+        words += ["--sensitivity", "--sensitivity-procedure", provenance["sensitivity_procedure"]]
     return _line([*words, "-o", output])
 
 
 def plan_command(plan: Plan, profile: str, output: str) -> str:
-    """Write the command that makes a plan; options at their defaults are left out.
+    """Return the command that makes a plan, without options at their defaults.
 
     Args:
         plan: The plan.
@@ -51,9 +51,9 @@ def plan_command(plan: Plan, profile: str, output: str) -> str:
     words = ["plan", profile, "--method", plan.method, "--rank", str(plan.rank), "--alpha", f"{plan.alpha:g}"]
     words += ["--seed", str(plan.seed)]
     model = METHODS[plan.method].options if plan.method in METHODS else MethodOptions
-    given = model.differing(plan.options)
+    changed = model.differing(plan.options)
     for flag in model.flags():
-        value = given.get(flag.option)
+        value = changed.get(flag.option)
         if flag.key is not None:
             value = (value or {}).get(flag.key)
         if value is not None:
@@ -62,20 +62,20 @@ def plan_command(plan: Plan, profile: str, output: str) -> str:
 
 
 def demo_command(output: str) -> str:
-    """Write the command that runs the demonstration."""
+    """Return the command that runs the demonstration."""
     return _line(["demo", "-o", output])
 
 
 def _flag(name: str) -> str:
-    """Spell an option as the command line does."""
+    """Return the flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def _text(value: Any) -> str:
-    """Spell an option's value as the command line does."""
+    """Format an option's value for the command line."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _line(words: Sequence[str]) -> str:
-    """Join words so that a shell takes them apart again."""
+    """Join words into a command, quoted for the shell."""
     return shlex.join(["apportion", *words])

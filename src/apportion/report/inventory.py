@@ -1,4 +1,4 @@
-"""What a file or folder is, and what it holds: any of those that apportion writes, recognised by their contents."""
+"""Identify any file or folder written by apportion, by its contents, and describe it."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Item:
-    """What one path is.
+    """An identified file or folder.
 
     Args:
-        kind: In words: ``profile``, ``plan``, ``adapter``, ...
-        facts: What it holds, by the names to show.
+        kind: ``profile``, ``plan``, ``adapter``, ...
+        facts: Facts about its contents, by the names to show.
         profile: The profile, if it is one.
-        plan: The plan, if it is or holds one.
+        plan: The plan, if it is or contains one.
     """
 
     kind: str
@@ -58,16 +58,16 @@ Reader = Callable[[Path], Item]
 
 
 def identify(path: str | os.PathLike[str]) -> Item:
-    """Tell what a file or folder is. It is read and checked as the commands that use it do.
+    """Identify a file or folder, with the same checks as the commands that use it.
 
     Args:
-        path: Any file or folder that apportion wrote.
+        path: A file or folder written by apportion.
 
     Returns:
-        What it is, and what it holds.
+        Its kind and contents.
 
     Raises:
-        ApportionError: there is nothing, it is damaged, or it is none of these.
+        ApportionError: the path does not exist, is damaged, or was not written by apportion.
     """
     source = Path(path)
     if source.is_dir():
@@ -80,7 +80,7 @@ def identify(path: str | os.PathLike[str]) -> Item:
 
 
 def _folder(folder: Path) -> Item:
-    """Recognise a folder by the file that only its kind has."""
+    """Identify a folder by its marker file."""
     markers: dict[str, Reader] = {
         STUDY_FILE: _study,
         DEMO_RESULTS_FILE: lambda path: _demonstration(path / DEMO_RESULTS_FILE),
@@ -96,11 +96,11 @@ def _folder(folder: Path) -> Item:
 
 
 def _unknown(path: Path) -> Item:
-    raise ConfigurationError(f"{path} is nothing that apportion wrote.", expected=_KNOWN)
+    raise ConfigurationError(f"{path} was not written by apportion.", expected=_KNOWN)
 
 
 def _safetensors(path: Path) -> Item | None:
-    """Recognise a safetensors file by its header."""
+    """Identify a safetensors file by its metadata."""
     try:
         with safe_open(path, framework="np") as opened:
             metadata, names = opened.metadata() or {}, list(opened.keys())
@@ -113,7 +113,7 @@ def _safetensors(path: Path) -> Item | None:
         facts = {"sites": len(mask.shapes), "kept entries": mask.num_kept, "of": mask.num_entries, **mask.provenance}
         return Item("mask", facts)
     if "apportion_partial" in metadata:
-        return Item("unfinished profile", {"next": "run the same apportion profile command again to go on from it"})
+        return Item("unfinished profile", {"next": "run the same apportion profile command again to continue"})
     if any(".lora_A." in name or ".lora_B." in name for name in names):
         return Item("tensors of an adapter", {"tensors": len(names), "next": f"apportion show {path.parent}"})
     return None
@@ -144,7 +144,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "layout": plan.model,
         "sites": plan.cost.sites_by_kind,
         "shapes": dict(Counter(placement.shape.kind for placement in plan.placements)),
-        "mergeable": "yes" if plan.is_mergeable else "no: gates depend on the input",
+        "mergeable": "yes" if plan.is_mergeable else "no: it has routed LoRA experts",
         "fingerprint": plan.fingerprint,
         "profile": plan.profile_digest,
         "derived from": list(plan.derived_from),
@@ -153,7 +153,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Item | None:
-    """Recognise a JSON file by its fields."""
+    """Identify a JSON file by its fields, its name or its folder."""
 
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(f"{path} is damaged.", found=found)
@@ -227,14 +227,14 @@ def _demonstration(path: Path) -> Item:
     results = read_json(path, damaged)
     runs = results.get("runs")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        raise damaged("it holds no results of a demonstration")
+        raise damaged("it does not contain results of a demonstration")
     names = {key: list(dict.fromkeys(str(run.get(key)) for run in runs)) for key in ("task", "method")}
     facts = {"tasks": names["task"], "methods": names["method"], "runs": len(runs)}
     return Item("demonstration", facts | {"next": f"apportion report {path.parent}"})
 
 
 def _training_run(folder: Path) -> Item:
-    """Describe a training run's folder: finished, or where it can go on."""
+    """Describe a training run's folder, finished or not."""
 
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(f"a file in {folder} is damaged.", found=found)
@@ -248,7 +248,7 @@ def _training_run(folder: Path) -> Item:
         return Item("finished training run", facts | _adapter(folder).facts, plan=_adapter(folder).plan)
     last = last_checkpoint(folder / CHECKPOINTS)
     facts["last checkpoint"] = None if last is None else last.name
-    facts["next"] = "give the same apportion train command with --resume to go on"
+    facts["next"] = "run the same apportion train command with --resume to continue"
     return Item("unfinished training run", facts)
 
 
@@ -271,7 +271,7 @@ def _checkpoint(folder: Path) -> Item:
 
 
 def _adapter(folder: Path) -> Item:
-    """Describe a saved adapter by the plan inside."""
+    """Describe a saved adapter by its plan."""
     file = folder / ADAPTER_CONFIG_FILE
 
     def damaged(found: str) -> ConfigurationError:
@@ -302,20 +302,20 @@ def _num_tensors(path: Path) -> int | str:
 
 
 def _model(folder: Path) -> Item:
-    """Describe a model's folder, which `apportion merge` writes too."""
+    """Describe a model's folder, such as one written by `apportion merge`."""
     config = read_json(folder / "config.json", lambda found: ConfigurationError(f"{folder} is damaged.", found=found))
     facts = {"model_type": config.get("model_type"), "architectures": config.get("architectures")}
     return Item("model", facts | {"next": f"apportion cost {folder} --method hellora"})
 
 
 def _page(path: Path) -> Item | None:
-    """Recognise a report."""
+    """Identify a report."""
     with path.open("rb") as opened:
         is_report = b'<meta name="generator" content="apportion ' in opened.read(4096)
     return Item("report", {"next": "open it in a browser"}) if is_report else None
 
 
 def _range(values: list[int]) -> str:
-    """Write numbers as their extremes."""
+    """Format numbers as their minimum and maximum."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"

@@ -1,4 +1,4 @@
-"""What a page is made from: everything that one folder or file holds."""
+"""Contents of a page, read from a folder or a file."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from apportion.report.commands import demo_command, plan_command, profile_comman
 from apportion.study.note import STUDY_FILE
 from apportion.study.store import StoredStudy, load_study
 
-_TAKEN = "a study's folder, a demonstration's folder, a profile (.safetensors) or a plan (.json)"
+_ACCEPTED = "a study's folder, a demonstration's folder, a profile (.safetensors) or a plan (.json)"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a page can show; what there is none of is left out of it.
+    """Contents of a page. Sections without contents are not shown.
 
     Args:
-        kind: What was given.
+        kind: Kind of the source.
         name: Its name, for the heading.
         profiles: Profiles by model.
-        plans: Plans by file, as a study's runs name them.
-        study: All of a study's records.
-        demo: The results of a demonstration.
-        commands: What to type to get it again.
+        plans: Plans by file, as named in a study's runs.
+        study: All records of a study.
+        demo: Results of a demonstration.
+        commands: Commands that reproduce the contents.
     """
 
     kind: Literal["study", "demonstration", "profile", "plan"]
@@ -43,32 +43,31 @@ class Material:
 
 
 def read_material(path: str | os.PathLike[str], profile: str | os.PathLike[str] | None = None) -> Material:
-    """Read whatever a path holds.
+    """Read the contents of a page.
 
     Args:
-        path: A study's or a demonstration's folder, a profile or a plan.
-        profile: The profile that a plan was made from, where the path is a plan.
+        path: Folder of a study or a demonstration, a profile or a plan.
+        profile: Profile that the plan was made from, if the path is a plan.
 
     Returns:
-        All that can be shown.
+        The contents.
 
     Raises:
-        ConfigurationError: there is nothing there that a page can be made from, or a profile was given for something
-            other than a plan.
-        PlanMismatchError: plan and profile belong to different architectures.
+        ConfigurationError: the path is none of these, or a profile was given but the path is not a plan.
+        PlanMismatchError: plan and profile are for different architectures.
     """
     source = Path(path)
     if profile is not None and source.suffix != ".json":
-        raise ConfigurationError(f"a profile was given, and {source} is no plan.", fix="leave --profile out")
+        raise ConfigurationError(f"--profile was given, but {source} is not a plan.", fix="drop --profile")
     if (source / STUDY_FILE).is_file():
         return _read_study(source)
     if (source / DEMO_RESULTS_FILE).is_file():
         return _read_demo(source)
     if source.is_dir():
         raise ConfigurationError(
-            f"{source} is the folder of neither a study nor a finished demonstration: it has no {STUDY_FILE} and "
+            f"{source} is neither a study's folder nor that of a finished demonstration: it has no {STUDY_FILE} and "
             f"no {DEMO_RESULTS_FILE}.",
-            fix=f"give {_TAKEN}",
+            fix=f"give {_ACCEPTED}",
         )
     if source.suffix == ".safetensors":
         measured = load_profile(source)
@@ -76,12 +75,12 @@ def read_material(path: str | os.PathLike[str], profile: str | os.PathLike[str] 
         return Material("profile", source.stem, {_model_of(measured): measured}, commands=(command,) if command else ())
     if source.suffix == ".json":
         return _read_plan(source, profile)
-    missing = "is neither a folder, a .safetensors file nor a .json file" if source.exists() else "does not exist"
-    raise ConfigurationError(f"{source} {missing}.", fix=f"give {_TAKEN}")
+    problem = "is not a folder, a .safetensors file or a .json file" if source.exists() else "does not exist"
+    raise ConfigurationError(f"{source} {problem}.", fix=f"give {_ACCEPTED}")
 
 
 def _read_plan(source: Path, profile: str | os.PathLike[str] | None) -> Material:
-    """Read a plan, and the profile behind it where it is given."""
+    """Read a plan, and its profile if given."""
     made = load_plan(source)
     command = plan_command(made, os.fspath(profile or "PROFILE"), source.name)
     if profile is None:
@@ -89,7 +88,7 @@ def _read_plan(source: Path, profile: str | os.PathLike[str] | None) -> Material
     measured = load_profile(profile)
     if made.fingerprint != measured.fingerprint:
         raise PlanMismatchError(
-            f"the plan {source} and the profile {profile} belong to different models.",
+            f"the plan {source} and the profile {profile} are for different models.",
             details={"plan": made.model, "profile": measured.layout.describe()},
             fix="give the profile that the plan was made from",
         )
@@ -123,7 +122,7 @@ def _read_demo(folder: Path) -> Material:
         lambda found: ConfigurationError(f"{file} is damaged.", found=found, fix="run the demonstration again"),
     )
     if not {"settings", "runs"} <= set(results):
-        raise ConfigurationError(f"{file} holds no results of a demonstration.", fix=f"give {_TAKEN}")
+        raise ConfigurationError(f"{file} does not contain results of a demonstration.", fix=f"give {_ACCEPTED}")
     measured = load_profile(folder / "profile.safetensors")
     return Material(
         "demonstration",
@@ -136,10 +135,10 @@ def _read_demo(folder: Path) -> Material:
 
 
 def _plans(folder: Path, pattern: str) -> dict[str, Plan]:
-    """Read the plans below a folder, by their path below it."""
+    """Read the plans in a folder, by their relative path."""
     return {file.relative_to(folder).as_posix(): load_plan(file) for file in sorted(folder.glob(pattern))}
 
 
 def _model_of(profile: Profile) -> str:
-    """Name the model that was profiled."""
+    """Return the name of the profiled model."""
     return str(profile.provenance.get("model") or profile.layout.model_class)

@@ -1,4 +1,4 @@
-"""The page itself: everything that it needs is inside it, and it may reach for nothing else."""
+"""The HTML page. It is self-contained and loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from apportion.report.tables import result_tables
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the kind of thing shown, the page's file, its size and its sections."""
+    """Result of `write_report`: the kind of contents, the page's file, its size and its sections."""
 
     kind: str
     report: str
@@ -39,21 +39,21 @@ def write_report(
     *,
     force: bool = False,
 ) -> Written:
-    """Make one HTML page that needs no network from a study, a demonstration, a profile or a plan.
+    """Write a self-contained HTML page of a study, a demonstration, a profile or a plan.
 
     Args:
-        path: A study's or a demonstration's folder, a profile (``.safetensors``) or a plan (``.json``).
-        output: The page; one that is there is replaced, another file is not.
-        profile: The profile that a plan was made from, where the path is a plan.
-        force: Replace another file too, unless the page is made from it.
+        path: Folder of a study or a demonstration, a profile (``.safetensors``) or a plan (``.json``).
+        output: Output file. An existing report is overwritten, other files are not.
+        profile: Profile that the plan was made from, if the path is a plan.
+        force: Overwrite any file that is not an input.
 
     Returns:
-        What was written.
+        The kind of contents, the file, its size and its sections.
 
     Raises:
-        ConfigurationError: there is nothing there that a page can be made from.
-        OutputExistsError: the output is a folder, a file that is no such page, or what the page is made from.
-        OutputPathError: nothing can be written there.
+        ConfigurationError: no page can be made from the path.
+        OutputExistsError: the output is a folder, a file other than a report, or an input.
+        OutputPathError: the output is not writable.
     """
     check_output(output, "report", inputs=(path, profile) if profile else (path,), force=force)
     material = read_material(path, profile)
@@ -65,20 +65,20 @@ def write_report(
 
 
 def _sections(data: dict[str, Any]) -> tuple[str, ...]:
-    """Tell which charts there is something to draw in."""
+    """Return the charts that have data."""
     tasks = [task for profile in data["profiles"] for task in profile["tasks"]]
-    shown = {
+    has_data = {
         "scores": bool(data["scores"]),
         "experts": any(profile["layers"] for profile in data["profiles"]),
         "matrices": any(task["matrices"] for task in tasks) or bool(data["plans"]),
         "coverage": any(task["grids"] for task in tasks),
         "overlap": any(len(profile["tasks"]) > 1 and profile["layers"] for profile in data["profiles"]),
     }
-    return tuple(name for name, holds in shown.items() if holds)
+    return tuple(name for name, present in has_data.items() if present)
 
 
 def _render(material: Material, data: dict[str, Any], sections: tuple[str, ...]) -> str:
-    """Fill the template. Whatever comes from files is escaped; scripts run by their hash alone."""
+    """Fill the template. Contents of files are escaped; only scripts with a listed hash run."""
     scripts = [get_plotlyjs(), _asset("charts.js"), _asset("page.js")]
     environment = Environment(
         loader=PackageLoader("apportion", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -99,5 +99,5 @@ def _render(material: Material, data: dict[str, Any], sections: tuple[str, ...])
 
 
 def _asset(name: str) -> str:
-    """Read a file that stands beside this one."""
+    """Read a file of this package."""
     return resources.files("apportion.report").joinpath(name).read_text(encoding="utf-8")

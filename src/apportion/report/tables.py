@@ -1,4 +1,4 @@
-"""The page's tables: what stands in each cell, and what it is sorted by."""
+"""The page's tables: text and sort key of each cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _METRICS = {"exact_match": "exact match", "loss": "loss"}
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the number or text that it is sorted by."""
+    """Text of a cell, and the number or text to sort by."""
 
     text: str
     key: float | str | None = None
@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading, the names of its columns and its rows; the first column heads each row."""
+    """A table with title, caption, column names and rows. The first column contains the row headers."""
 
     title: str
     caption: str
@@ -34,15 +34,15 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Tell which columns hold numbers."""
+        """Whether each column contains numbers."""
         return [any(isinstance(cell.key, int | float) for cell in cells) for cells in zip(*self.rows, strict=True)]
 
 
 def result_tables(material: Material) -> list[Table]:
-    """Lay out everything that is better read than drawn.
+    """Return the tables of a page.
 
     Args:
-        material: What is shown.
+        material: Contents of the page.
 
     Returns:
         The tables, in the page's order.
@@ -50,29 +50,29 @@ def result_tables(material: Material) -> list[Table]:
     if material.study is not None:
         study, summary = material.study, material.study.summary
         summarised = [_stability(summary), _cells(summary), _comparisons(summary)] if summary else []
-        return [found for found in (*summarised, _runs(study.runs), _trials(study.trials)) if found.rows]
+        return [table for table in (*summarised, _runs(study.runs), _trials(study.trials)) if table.rows]
     if material.demo is not None:
         return [_demo(material.demo)]
     return [_placements(plan) for plan in material.plans.values()]
 
 
 def _stability(summary: Summary) -> Table:
-    """Show how far a task's hot set stays the same when the calibration rows are drawn again."""
+    """Return how stable each task's hot set is under resampling of the calibration rows."""
     return Table(
         "Stability of the hot sets",
-        "Mean Jaccard index of a task's hot sets over resamples of its calibration rows: 1 is always the same experts.",
+        "Mean Jaccard index of a task's hot sets over resamples of its calibration rows. 1: always the same experts.",
         ("task", "Jaccard index"),
-        [[_text(task), _interval(found, 3)] for task, found in summary.hot_set_stability.items()],
+        [[_text(task), _interval(index, 3)] for task, index in summary.hot_set_stability.items()],
     )
 
 
 def _cells(summary: Summary) -> Table:
-    """One row a contender, budget and task."""
+    """Return one row per contender, budget and task."""
     models = len({cell.model for cell in summary.cells}) > 1
     return _table(
         "Scores",
         "Means over seeds on held-out rows, with bootstrap intervals. Forgetting: loss on unrelated rows, after minus "
-        "before.",
+        "before training.",
         summary.cells,
         {
             **({"model": _model} if models else {}),
@@ -89,35 +89,35 @@ def _cells(summary: Summary) -> Table:
 
 
 def _comparisons(summary: Summary) -> Table:
-    """One row a paired comparison."""
-    models = len({found.model for found in summary.comparisons}) > 1
+    """Return one row per paired comparison."""
+    models = len({comparison.model for comparison in summary.comparisons}) > 1
     return _table(
         f"Differences from {summary.reference}",
-        f"Paired differences, contender minus reference, with bootstrap intervals; p of a permutation test, plain and "
-        f"corrected for all comparisons (level {summary.level:g}); and the smallest difference that this design could "
-        "have seen with 80 % power.",
+        f"Paired differences, contender minus reference, with bootstrap intervals. p: permutation test, uncorrected "
+        f"and corrected for all comparisons (level {summary.level:g}). Smallest effect: the smallest difference that "
+        "this design detects with 80 % power.",
         summary.comparisons,
         {
             **({"model": _model} if models else {}),
-            "task": lambda found: _text(found.task),
-            "contender": lambda found: _text(found.contender),
-            "budget": lambda found: _number(found.budget),
-            "metric": lambda found: _text(_METRICS[found.metric]),
-            "difference": lambda found: _interval(found.difference, 3, sign="+"),
-            "p": lambda found: _number(found.p, ".4f"),
-            "p corrected": lambda found: _number(found.p_corrected, ".4f"),
-            "runs": lambda found: _number(found.runs),
-            "smallest effect": lambda found: _number(found.smallest_effect, ".3f"),
-            "differs": lambda found: _text("yes" if found.differs else "cannot tell"),
+            "task": lambda one: _text(one.task),
+            "contender": lambda one: _text(one.contender),
+            "budget": lambda one: _number(one.budget),
+            "metric": lambda one: _text(_METRICS[one.metric]),
+            "difference": lambda one: _interval(one.difference, 3, sign="+"),
+            "p": lambda one: _number(one.p, ".4f"),
+            "p corrected": lambda one: _number(one.p_corrected, ".4f"),
+            "runs": lambda one: _number(one.runs),
+            "smallest effect": lambda one: _number(one.smallest_effect, ".3f"),
+            "differs": lambda one: _text("yes" if one.differs else "cannot tell"),
         },
     )
 
 
 def _runs(runs: tuple[Run, ...]) -> Table:
-    """One row a run."""
+    """Return one row per run."""
     return _table(
         "Runs",
-        "Every run with what it started from, took and reached.",
+        "Every run, with its settings, cost and scores.",
         runs,
         {
             **({"model": _model} if len({run.model for run in runs}) > 1 else {}),
@@ -146,10 +146,10 @@ def _runs(runs: tuple[Run, ...]) -> Table:
 
 
 def _trials(trials: tuple[Trial, ...]) -> Table:
-    """One row a learning rate tried."""
+    """Return one row per learning rate tried."""
     return _table(
         "Learning rates tried",
-        "Each contender's learning rate was chosen by the loss on rows and a seed that no score is taken from.",
+        "Learning rates were chosen by the loss on rows and a seed that are not used for scores.",
         trials,
         {
             **({"model": _model} if len({trial.model for trial in trials}) > 1 else {}),
@@ -164,17 +164,17 @@ def _trials(trials: tuple[Trial, ...]) -> Table:
 
 
 def _demo(results: dict[str, Any]) -> Table:
-    """One row a task and method."""
+    """Return one row per task and method."""
     return _table(
         "Runs",
-        "One run a task and method: too few to tell methods apart that differ by little.",
+        "One run per task and method: too few to detect small differences between methods.",
         results["runs"],
         {
             "task": lambda run: _text(run["task"]),
             "method": lambda run: _text(run["method"]),
             "trained parameters": lambda run: _number(run["cost"]["trainable_parameters"]),
             "of LoRA": lambda run: _number(run["cost"]["lora_count_ratio"], ".1%"),
-            "adapter FLOPs a token": lambda run: _number(run["cost"]["adapter_flops_per_token"]),
+            "adapter FLOPs per token": lambda run: _number(run["cost"]["adapter_flops_per_token"]),
             "exact match before": lambda run: _number(run["before"]["exact_match"], ".3f"),
             "after": lambda run: _number(run["after"]["exact_match"], ".3f"),
             "unrelated loss before": lambda run: _number(run["unrelated_before"]["loss"], ".3f"),
@@ -186,60 +186,60 @@ def _demo(results: dict[str, Any]) -> Table:
 
 
 def _placements(plan: Plan) -> Table:
-    """One row a pattern of sites."""
+    """Return one row per pattern of sites."""
     groups = group_placements(plan.placements)
     rows = [(Placement(pattern, group.shape), pattern) for group in groups for pattern in group.sites]
     return _table(
         "Adapters",
-        "Which matrices get an adapter. Braces stand for any of their parts.",
+        "The matrices with an adapter. Braces list alternatives.",
         rows,
         {
             "matrices": lambda row: _text(row[1]),
             "rank": lambda row: _number(row[0].rank),
             "alpha": lambda row: _number(row[0].alpha, "g"),
             "LoRA experts": lambda row: _number(row[0].num_experts),
-            "of them a token": lambda row: _number(row[0].top_k),
+            "used per token": lambda row: _number(row[0].top_k),
             "sparsity": lambda row: _number(row[0].sparsity, ".0%"),
         },
     )
 
 
 def _table(title: str, caption: str, items: Iterable[Any], columns: dict[str, Callable[[Any], Cell]]) -> Table:
-    """Fill every column for every item."""
+    """Build a table from one function per column."""
     return Table(title, caption, tuple(columns), [[fill(item) for fill in columns.values()] for item in items])
 
 
 def _model(item: CellSummary | Comparison | Run | Trial) -> Cell:
-    """Name the model."""
+    """Return the name of the model."""
     return _text(item.model)
 
 
 def _forgetting(run: Run) -> float | None:
-    """Tell by how much the loss on unrelated rows rose."""
+    """Return the increase of the loss on unrelated rows."""
     if run.unrelated_before is None or run.unrelated_after is None:
         return None
     return run.unrelated_after.loss - run.unrelated_before.loss
 
 
 def _text(text: str) -> Cell:
-    """Show text, sorted as it stands."""
+    """Return a cell with text, sorted alphabetically."""
     return Cell(text, text)
 
 
 def _number(value: float | None, form: str = ",.0f") -> Cell:
-    """Show a number, sorted by its value."""
+    """Return a cell with a number, sorted by its value."""
     return Cell(_NONE) if value is None else Cell(_signed(format(value, form)), value)
 
 
-def _interval(found: Interval | None, digits: int, sign: str = "") -> Cell:
-    """Show an estimate and its interval, sorted by the estimate."""
-    if found is None:
+def _interval(interval: Interval | None, digits: int, sign: str = "") -> Cell:
+    """Return a cell with an estimate and its interval, sorted by the estimate."""
+    if interval is None:
         return Cell(_NONE)
     form = f"{sign}.{digits}f"
-    low, high = _signed(format(found.low, form)), _signed(format(found.high, form))
-    return Cell(f"{_signed(format(found.estimate, form))} ({low} to {high})", found.estimate)
+    low, high = _signed(format(interval.low, form)), _signed(format(interval.high, form))
+    return Cell(f"{_signed(format(interval.estimate, form))} ({low} to {high})", interval.estimate)
 
 
 def _signed(text: str) -> str:
-    """Write minus signs as such."""
+    """Replace hyphens by minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
