@@ -61,7 +61,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for command in ("profile", "train", "merge", "export", "combine"):
+    for command in ("profile", "train", "merge", "combine"):
         monkeypatch.setattr(f"apportion.cli.{command}.load_model", refuse)
     monkeypatch.setattr("apportion.demo.embedded", refuse)
 

@@ -236,7 +236,7 @@ def test_transformers_own_loading_is_refused_with_what_works(how: str, profile_o
         (b"\xff\xfe", "not UTF-8"),
         (b"[" * 100_000, "nested more than 64 deep"),
         (b'{"r": ' + b"9" * 5000 + b"}", "too many digits"),
-        (b"5", "not an object"),
+        (b"5", "expected an object"),
     ],
     ids=["empty", "cut", "not-utf-8", "deep", "digits", "number"],
 )
