@@ -15,7 +15,7 @@ import apportion
 from apportion.errors import ConfigurationError
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
-from apportion.training.balance import BalanceLoss
+from apportion.training.procedures.balance import BalanceLoss
 from tiny_models import build_dense, build_tiny
 
 
@@ -143,10 +143,11 @@ def test_gradient_checkpointing_changes_nothing(tokens: Tensor) -> None:
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
             adapted.enable_input_require_grads()
         adapted.train()
-        balance = BalanceLoss(adapted)
-        balance.begin(None)
-        (adapted(input_ids=tokens, labels=tokens).loss + 0.5 * balance.loss()).backward()
-        balance.end()
+        balance = BalanceLoss(weight=0.5)
+        balance.attach(adapted, "default", num_steps=1, seed=0)
+        balance.before_forward({"input_ids": tokens})
+        (adapted(input_ids=tokens, labels=tokens).loss + balance.penalty()).backward()
+        balance.detach()
         gradients.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6)
@@ -166,4 +167,4 @@ def test_a_balance_loss_needs_a_router(tokens: Tensor) -> None:
     model = build_dense()
     adapted = apportion.apply(model, apportion.plan(_profile(model, tokens), "attention", rank=2))
     with pytest.raises(ConfigurationError, match="no adapter has several LoRA experts"):
-        BalanceLoss(adapted)
+        BalanceLoss(weight=0.5).attach(adapted, "default", num_steps=1, seed=0)

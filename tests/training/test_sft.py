@@ -310,7 +310,7 @@ def test_rows_that_are_all_cut_before_their_completion_leave_no_folder(
 ) -> None:
     if sparse:
         placements = (replace(one, shape=Sparse(one.rank, one.alpha, 0.5)) for one in plan.placements)
-        plan = replace(plan, placements=tuple(placements))
+        plan = replace(plan, placements=tuple(placements), procedure={"name": "lori"})
     with pytest.raises(DataError, match="no row has a completion token within 1 token"):
         _train(embedded_model, plan, tmp_path / "run", replace(SETTINGS, max_length=1))
     assert not any(path for path in tmp_path.rglob("*") if path.is_file())

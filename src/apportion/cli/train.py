@@ -20,6 +20,7 @@ from apportion.records.mask import load_mask
 from apportion.records.outputs import check_output_folder
 from apportion.records.plan import load_plan
 from apportion.signals import end_by
+from apportion.training.procedures.registry import find_procedure
 from apportion.training.processes import on_first
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
@@ -46,6 +47,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Train, save the adapter and print a summary."""
     quiet()
     chosen = load_plan(args.plan)
+    find_procedure(chosen)  # an unknown one is refused before the model is loaded
     checked = TrainSettings(**args.settings, bf16=args.loading.dtype == "bfloat16")
     checked.check()
     name = args.model or chosen.base_model

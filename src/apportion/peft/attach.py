@@ -128,7 +128,7 @@ def apply(
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     start_factors(peft_model, adapter_name, seed, frozen=False)
-    peft_model.receipt = _receipt(peft_model, layout, plan, adapter_name, dense_b=phase.dense_b)
+    peft_model.receipt = receipt_of(peft_model, layout, plan, adapter_name, dense_b=phase.dense_b)
     return peft_model
 
 
@@ -271,8 +271,22 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter
     return parameters
 
 
-def _receipt(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool) -> Receipt:
-    """Account for every planned site on the model itself."""
+def receipt_of(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool = False) -> Receipt:
+    """Account for every planned site on the model itself.
+
+    Args:
+        model: The model with the adapter.
+        layout: The model's sites.
+        plan: The adapter's plan.
+        adapter_name: The adapter.
+        dense_b: Whether sparse placements train all of B.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        RuntimeError: the adapter has another number of parameters than the plan counts.
+    """
     sites = layout.by_name
     expected = count(plan.placements, sites, dense=dense_b).trained
     counted = sum(parameter.numel() for parameter in adapter_parameters(model, adapter_name))

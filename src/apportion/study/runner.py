@@ -47,9 +47,9 @@ from apportion.study.files import (
 from apportion.study.records import Base, Contents, Interval, Run, Score, Trial
 from apportion.study.settings import StudySettings
 from apportion.training.full import train_all
+from apportion.training.result import TrainResult
 from apportion.training.settings import TrainSettings
 from apportion.training.sft import train
-from apportion.training.trainer import TrainResult
 
 ADAPTERS, WORK = "adapters", ".work"
 _EVAL_BATCH = 64

@@ -8,8 +8,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.data.sources import Row
+from apportion.training.checked_rows import check_rows
+from apportion.training.procedures.base import TrainingHooks
+from apportion.training.result import TrainResult
 from apportion.training.settings import TrainSettings
-from apportion.training.trainer import TrainResult, check_rows, fit
+from apportion.training.trainer import Session, fit
 
 
 def train_all(
@@ -38,4 +41,4 @@ def train_all(
     settings.check()
     checked = check_rows(rows, tokenizer, settings.max_length)
     model.requires_grad_(True)  # noqa: FBT003 - PyTorch's signature
-    return fit(model, tokenizer, checked, folder, settings, progress=False)
+    return fit(model, Session(tokenizer, checked, folder, settings, progress=False), TrainingHooks())

@@ -7,41 +7,35 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from apportion.errors import AdapterError
-from apportion.peft.attach import PhaseOptions, apply
+from apportion.peft.attach import apply
 from apportion.peft.state import non_finite
 from apportion.records.files import use_default_mode, write_text
-from apportion.records.mask import Mask
+from apportion.training.checked_rows import check_rows
+from apportion.training.procedures.balance import BalanceLoss
+from apportion.training.procedures.base import Phase
+from apportion.training.procedures.composed import Composed
+from apportion.training.procedures.plans import plan_to_resume
 from apportion.training.processes import on_first
-from apportion.training.runs import Run, open_run
-from apportion.training.trainer import TrainResult, check_rows, fit
+from apportion.training.result import TrainResult
+from apportion.training.runs import open_run
+from apportion.training.trainer import Session, fit
 
 RESULT_FILE = "training.json"
 
 
-def run_phase(
-    model: PreTrainedModel,
-    run: Run,
-    identity: dict[str, Any],
-    options: PhaseOptions,
-    *,
-    mask: Mask | None = None,
-    seed: int | None = None,
-) -> TrainResult:
+def run_phase(model: PreTrainedModel, phase: Phase) -> TrainResult:
     """Attach a plan's adapters, train them once, and save them.
+
+    A run that is resumed attaches the plan of its checkpoint, which may be derived from the run's plan.
 
     Args:
         model: The base model; the adapters are attached to it.
-        run: The run's plan, data, folder and settings.
-        identity: What a resumed run must share with this one, as `Run.identity` returns it.
-        options: Options of the phase, for `apply`.
-        mask: For a sparse plan, the entries of B to train.
-        seed: Seed of the factors' initial values; by default that of the settings.
+        phase: The phase.
 
     Returns:
         The trained model and the run's figures.
@@ -52,19 +46,21 @@ def run_phase(
         PlanMismatchError: the plan is for another model.
         TrainingError: the loss is not finite.
     """
-    folder, settings = run.folder, run.settings
-    last = on_first(lambda: open_run(folder, identity, resume=run.resume))
+    run, settings, folder = phase.run, phase.run.settings, phase.run.folder
+    last = on_first(lambda: open_run(folder, phase.identity, resume=run.resume))
     checked = check_rows(run.rows, run.tokenizer, settings.max_length)
     peft_model = apply(
         model,
-        run.plan,
-        seed=settings.seed if seed is None else seed,
+        run.plan if last is None else plan_to_resume(last, run.plan),
+        seed=settings.seed if phase.seed is None else phase.seed,
         dropout=settings.dropout,
-        mask=mask,
-        phase=options,
+        mask=phase.mask,
+        phase=phase.options,
     )
-    on_first(lambda: run.write(identity))
-    result = fit(peft_model, run.tokenizer, checked, folder, settings, checkpoint=last, progress=run.progress)
+    on_first(lambda: run.write(phase.identity))
+    session = Session(run.tokenizer, checked, folder, settings, run.plan, last, run.progress)
+    hooks = Composed(phase.hooks, BalanceLoss(settings.balance_loss)) if settings.balance_loss else phase.hooks
+    result = fit(peft_model, session, hooks)
     if not result.interrupted:
         result_json = json.dumps({**result.as_dict(), "loss_curve": result.loss_curve}, indent=1) + "\n"
         on_first(lambda: save_adapter(peft_model, folder))

@@ -1,4 +1,4 @@
-"""`train`: supervised fine-tuning of a planned adapter, in one or two phases."""
+"""`train`: supervised fine-tuning of a planned adapter, by the plan's procedure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
-from apportion.peft.attach import PhaseOptions
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
-from apportion.training.lori import train_sparse
 from apportion.training.phase import run_phase
+from apportion.training.procedures.registry import find_procedure
 from apportion.training.processes import locked_by_first
+from apportion.training.result import TrainResult
 from apportion.training.runs import Run
 from apportion.training.settings import TrainSettings
-from apportion.training.trainer import TrainResult
 
 
 class RunOptions(TypedDict, total=False):
@@ -52,7 +51,8 @@ def train(
 
     TRL and transformers provide the loop, the schedule and the checkpoints. A checkpoint is written every
     `save_every` steps and on Ctrl-C, SIGTERM and SIGHUP. With `resume`, a killed run continues from the last complete
-    checkpoint and ends with the same weights as an uninterrupted run. Sparse plans are trained by `train_sparse`.
+    checkpoint and ends with the same weights as an uninterrupted run. The plan's `procedure` says what
+    happens to the adapters in between; those of sparse plans are trained in two phases.
 
     Args:
         model: The base model; the adapters are attached to it.
@@ -71,6 +71,7 @@ def train(
             given for a plan that is not sparse.
         FolderInUseError: another process is training in the folder.
         OutputExistsError: the folder is not empty and `resume` was not set.
+        PlanError: the plan's procedure is unknown, or cannot train the plan.
         PlanMismatchError: the plan is for another model.
         TrainingError: the loss or a weight is not finite, or the newest checkpoint was changed.
     """
@@ -81,12 +82,7 @@ def train(
             "balance_loss is set, but no adapter has several LoRA experts.",
             fix="leave it out, or plan with lora_smoe, mola or uniform",
         )
-    if not plan.is_sparse and (run.mask is not None or run.settings.sparse.given):
-        option = "a mask" if run.mask is not None else ", ".join(run.settings.sparse.given)
-        raise ConfigurationError(
-            f"{option} was given, but the plan is not sparse.", fix="leave it out, or plan with lori or hellori"
-        )
+    procedure = find_procedure(plan)
+    procedure.check(run)
     with locked_by_first(run.folder):
-        if plan.is_sparse:
-            return train_sparse(model, run)
-        return run_phase(model, run, run.identity(), PhaseOptions(on_top_of=run.on_top_of))
+        return procedure.train(model, run, run_phase)

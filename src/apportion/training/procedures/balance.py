@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 
 from apportion.adapters.balance import BalanceSums
 from apportion.adapters.hosts.linear import LinearLora
 from apportion.errors import ConfigurationError, TrainingError
+from apportion.training.procedures.base import TrainingHooks
 
 
-class BalanceLoss:
-    """Compute the mean balance loss of a model's routed LoRA layers, in the form of Switch Transformer.
-
-    Call `begin` before a forward pass in training and `loss` after it. `end` makes the layers stop recording.
+class BalanceLoss(TrainingHooks):
+    """Add the mean balance loss of a model's routed LoRA layers, in the form of Switch Transformer.
 
     Args:
-        model: A model with adapters.
-
-    Raises:
-        ConfigurationError: no adapter of the model has several LoRA experts.
+        weight: Its weight in the loss.
 
     Source: Switch Transformer, arXiv:2101.03961, equation 4. LoRA-SMoE, arXiv:2505.06272, does not give the form.
     Differs: padding is excluded; the loss is a mean over layers, so that one weight suits plans of any size.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.layers: list[LinearLora] = []
+        self.sums: list[BalanceSums] = []
+
+    def attach(self, model: PeftModel, adapter_name: str, *, num_steps: int, seed: int) -> None:
+        """Let the model's routed layers record.
+
+        Args:
+            model: The model with the adapter.
+            adapter_name: The adapter.
+            num_steps: Not used.
+            seed: Not used.
+
+        Raises:
+            ConfigurationError: no adapter of the model has several LoRA experts.
+        """
         self.layers = [module for module in model.modules() if isinstance(module, LinearLora) and module.lora_router]
         if not self.layers:
             raise ConfigurationError(
@@ -36,18 +52,19 @@ class BalanceLoss:
         for layer, sums in zip(self.layers, self.sums, strict=True):
             layer.balance.update(dict.fromkeys(layer.lora_router, sums))
 
-    def begin(self, attention_mask: Tensor | None) -> None:
-        """Reset the sums for the next forward pass.
+    def before_forward(self, inputs: Mapping[str, Any]) -> None:
+        """Reset the sums. Tokens with ``attention_mask`` 0 will not count.
 
         Args:
-            attention_mask: Nonzero for tokens that are not padding, shape (sequences, positions); None if none is.
+            inputs: The batch.
         """
+        attention_mask = inputs.get("attention_mask")
         real_T = None if attention_mask is None else attention_mask.reshape(-1) != 0
         for sums in self.sums:
             sums.real_T, sums.loss = real_T, None
 
-    def loss(self) -> Tensor:
-        """Return the mean over the layers that the last pass used. It is 1 if every layer is balanced.
+    def penalty(self) -> Tensor:
+        """Return the weighted mean over the layers that the last pass used. It is `weight` if all are balanced.
 
         Returns:
             A scalar.
@@ -65,9 +82,9 @@ class BalanceLoss:
                 "detaches it.",
                 fix="use use_reentrant=False, or leave the balance loss out",
             )
-        return mean
+        return mean * self.weight
 
-    def end(self) -> None:
+    def detach(self) -> None:
         """Stop recording."""
         for layer, sums in zip(self.layers, self.sums, strict=True):
             layer.balance.clear()

@@ -1,0 +1,1 @@
+"""Procedures: what happens to adapters during training. One file per procedure."""
