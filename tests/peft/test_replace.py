@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
-from apportion.peft.factors import site_factors
+from apportion.peft.site_factors import site_factors
 from apportion.peft.replace import replace_adapter
 from apportion.records.placement import Placement
 from apportion.records.shapes import LowRank
