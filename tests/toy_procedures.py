@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apportion.discovery import find_sites
-from apportion.peft.site_factors import site_factors
 from apportion.peft.replace import replace_adapter
+from apportion.peft.site_factors import site_factors
 from apportion.records.options import Options
 from apportion.records.plan import Plan
 from apportion.records.shapes import LowRank
