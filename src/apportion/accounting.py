@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from apportion.configurations import config_source, keep_layout, known_layout
 from apportion.discovery import find_sites
@@ -86,14 +86,43 @@ def layout_of(
             remote code that is not trusted.
     """
     if isinstance(config, PreTrainedConfig):
-        return _sites_of(config, trust_remote_code=trust_remote_code)
+        return find_sites(empty_model(config, trust_remote_code=trust_remote_code))
     layout = None if trust_remote_code else known_layout(config, fingerprint)
     if layout is None:
-        read = _read(config_source(config), trust_remote_code=trust_remote_code)
-        layout = _sites_of(read, trust_remote_code=trust_remote_code)
+        layout = find_sites(empty_model(config, trust_remote_code=trust_remote_code))
         if not trust_remote_code:
             keep_layout(config, layout)
     return layout
+
+
+def empty_model(
+    config: PreTrainedConfig | str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build a model on the meta device: all of its modules, and no weights.
+
+    Args:
+        config: A configuration, or a name that `layout_of` takes.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigurationError: the configuration cannot be read, or is not that of a known causal language model.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        config = _read(config_source(config), trust_remote_code=trust_remote_code)
+    auto = auto_class(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ConfigurationError(
+            f"a model of type {config.model_type} cannot be built from this configuration.",
+            found=_first_line(error),
+            fix="correct the sizes in the configuration",
+        ) from error
+    return model
 
 
 def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -110,21 +139,6 @@ def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
             found=_first_line(error),
             fix="give a config.json of a model type that this version of transformers supports",
         ) from error
-
-
-def _sites_of(config: PreTrainedConfig, *, trust_remote_code: bool) -> Layout:
-    """Build the model on the meta device and find its sites."""
-    auto = auto_class(config, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise ConfigurationError(
-            f"a model of type {config.model_type} cannot be built from this configuration.",
-            found=_first_line(error),
-            fix="correct the sizes in the configuration",
-        ) from error
-    return find_sites(model)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,11 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import apportion
 from apportion.cli.main import app
-from apportion.errors import AdapterError, ApportionError, ConfigurationError, OutputExistsError, PlanMismatchError
+from apportion.configurations import config_source
+from apportion.errors import (
+    AdapterError,
+    ApportionError,
+    ConfigurationError,
+    ModelLoadError,
+    OutputExistsError,
+    OutputWriteError,
+    PlanMismatchError,
+)
+from apportion.formats import peft_lora
 from apportion.formats.factors import read_adapter
 from apportion.peft.attach import PhaseOptions
 from apportion.peft.site_factors import site_factors
@@ -86,12 +97,57 @@ def test_factors_are_written_in_the_type_asked_for(saved: Any, tmp_path: Path) -
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("method", "reason"), [("hellori", "no linear layer"), ("uniform", "several LoRA experts")])
-def test_what_plain_lora_cannot_express_is_refused(method: str, reason: str, saved: Any, tmp_path: Path) -> None:
-    _, _, folder = saved("olmoe", method, **({"hot": 2} if method == "hellori" else {"experts": 2}))
-    with pytest.raises(ConfigurationError, match=reason):
+def test_routed_experts_are_refused(saved: Any, tmp_path: Path) -> None:
+    _, _, folder = saved("olmoe", "uniform", experts=2)
+    with pytest.raises(ConfigurationError, match="several LoRA experts"):
         apportion.export(folder, tmp_path / "plain", model=tmp_path / "base")
     assert not (tmp_path / "plain").exists()
+
+
+def test_nothing_is_left_of_what_differs_from_the_adapter(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, folder = saved("dense", "lora")
+    scaled = peft_lora.folded
+    monkeypatch.setattr(
+        peft_lora, "folded", lambda *args: (pair._replace(b_OR=pair.b_OR / 2) for pair in scaled(*args))
+    )
+    with pytest.raises(OutputWriteError, match="does not say what the adapter says"):
+        apportion.export(folder, tmp_path / "plain", model=tmp_path / "base")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_the_readme_tells_what_was_written(saved: Any, tmp_path: Path) -> None:
+    _, _, folder = saved("olmoe", "hellori", hot=2)
+    text = (apportion.export(folder, tmp_path / "out", model=tmp_path / "base") / "README.md").read_text()
+    for fact in ("`hellori`", "12 experts", "The frozen A is written out", "times)", "PeftModel.from_pretrained"):
+        assert fact in text, text
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_routers_are_merged_into_a_copy_of_the_base(saved: Any, tmp_path: Path, tokens: Tensor) -> None:
+    base, adapted, folder = saved("olmoe", "hellora", hot=2)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(config_source("embedded")).save_pretrained(tmp_path / "base")
+    out = apportion.export(folder, tmp_path / "out", router="merge", model=tmp_path / "base")
+    assert not any("gate.lora" in name for name in load_file(out / "adapter_model.safetensors"))
+    merged = AutoModelForCausalLM.from_pretrained(out / "base").eval()
+    assert not torch.allclose(merged(input_ids=tokens).logits, adapted(input_ids=tokens).logits, atol=1e-3)
+    stock = peft.PeftModel.from_pretrained(merged, str(out))
+    assert torch.allclose(stock(input_ids=tokens).logits, adapted(input_ids=tokens).logits, atol=1e-5)
+    assert f"LoRA adapter for {out / 'base'}" in (out / "README.md").read_text()
+
+
+def test_merging_routers_needs_routers_and_weights(saved: Any, tmp_path: Path) -> None:
+    _, _, folder = saved("olmoe", "hellora", hot=2)
+    with pytest.raises(ModelLoadError, match="needs its weights"):
+        apportion.export(folder, tmp_path / "out", router="merge", model=tmp_path / "base")
+    with pytest.raises(ConfigurationError, match="neither refuse nor merge"):
+        apportion.export(folder, tmp_path / "out", router="drop", model=tmp_path / "base")  # type: ignore[arg-type]
+    _, _, folder = saved("olmoe", "hellora", hot=2, targets="experts")
+    with pytest.raises(ConfigurationError, match="no routers to merge"):
+        apportion.export(folder, tmp_path / "out", router="merge", model=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_given_wrongly_is_refused(saved: Any, tmp_path: Path) -> None:
@@ -134,4 +190,6 @@ def test_the_command_writes_plain_lora(saved: Any, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "README.md",
     }
+    assert "PeftModel.from_pretrained" in done.output

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from apportion.cli.quiet import quiet
 from apportion.formats.export import FORMATS, export
+from apportion.formats.readme import README_FILE, USE
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Arguments:
     format: str
     model: str | None
     dtype: str | None
+    router: Literal["refuse", "merge"]
     trust_remote_code: bool
 
 
@@ -28,8 +30,9 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     """Write the adapter in another form."""
     quiet()
     export(
-        args.adapter, args.output, format=args.format, dtype=args.dtype, model=args.model,
+        args.adapter, args.output, format=args.format, dtype=args.dtype, router=args.router, model=args.model,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     console.print(f"{args.adapter} for {FORMATS[args.format].summary} -> {args.output}")
+    console.print((args.output / README_FILE).read_text().partition(USE)[2].strip(), markup=False, soft_wrap=True)
     return {"adapter": str(args.output), "format": args.format}

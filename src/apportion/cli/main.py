@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -306,17 +306,21 @@ def combine(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the adapter in the new form.")],
-    format_: Annotated[str, typer.Option("--format", help="peft: plain LoRA, for adapters of linear layers.")] = "peft",
+    format_: Annotated[str, typer.Option("--format", help="What will read it: peft.")] = "peft",
     model: Annotated[
         str | None, typer.Option(help=f"The base model. {CONFIG_HELP}", show_default="the trained model")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the factors.", show_default="as stored")] = None,
+    router: Annotated[
+        Literal["refuse", "merge"],
+        typer.Option(help="merge: also write a base model with the routers' part added (reads the base's weights)."),
+    ] = "refuse",
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Write an adapter in a form that other software reads; the base model's weights are not needed."""
+    """Write an adapter in a form that other software reads, with a README that tells how to serve it."""
     run(
-        "export", adapter=adapter, output=output, format=format_, model=model, dtype=dtype,
+        "export", adapter=adapter, output=output, format=format_, model=model, dtype=dtype, router=router,
         trust_remote_code=trust_remote_code, as_json=json_,
     )  # fmt: skip
 

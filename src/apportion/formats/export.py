@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from apportion.errors import ConfigurationError
-from apportion.formats import plain_lora
+from apportion.formats import peft_loaded, peft_lora
 from apportion.formats.factors import SavedAdapter, read_adapter
+from apportion.formats.pairs import Pair
+from apportion.formats.readme import README_FILE, readme
+from apportion.formats.routers import BASE_FOLDER, without_routers, write_base
+from apportion.formats.verify import check_written
 from apportion.loading import DTYPES
+from apportion.records.files import whole_folder, write_text
 from apportion.records.outputs import check_output_folder
 
 
@@ -25,15 +31,21 @@ class Format:
         summary: What reads it, in one line.
         check: Raises ConfigurationError for an adapter that the form cannot express.
         write: Writes an adapter that passed into a folder, its factors in a type or as they are stored.
+        read_back: Reads what `write` wrote, without pairs that are zero; nothing is compared if None.
+        use: Tells how to use the folder, in Markdown: from the adapter, the folder and the base model's name.
     """
 
     summary: str
     check: Callable[[SavedAdapter], None]
     write: Callable[[SavedAdapter, Path, torch.dtype | None], None]
+    read_back: Callable[[SavedAdapter, Path], Iterable[Pair]] | None = None
+    use: Callable[[SavedAdapter, Path, str], str] | None = None
 
 
 FORMATS: dict[str, Format] = {
-    "peft": Format("PEFT, and whatever reads its LoRA: linear layers alone", plain_lora.check, plain_lora.write),
+    "peft": Format(
+        "stock PEFT and transformers", peft_lora.check, peft_lora.write, peft_loaded.read_back, peft_lora.use
+    ),
 }
 
 
@@ -43,41 +55,64 @@ def export(
     *,
     format: str = "peft",  # noqa: A002 - the word that users know
     dtype: str | None = None,
+    router: Literal["refuse", "merge"] = "refuse",
     model: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a saved adapter in the form that other software reads. The base model's weights are not needed.
+    """Write a saved adapter in the form that other software reads, and compare what was written with the adapter.
+
+    The base model's weights are not needed, unless routers are merged.
 
     Args:
         path: The adapter's folder.
-        output: The folder to write.
+        output: The folder to write: the adapter and a README that tells how to use it.
         format: One of `FORMATS`.
         dtype: ``float32``, ``bfloat16`` or ``float16``; the type in which the factors are stored if not given.
-        model: The base model, if the plan does not name it or it lies elsewhere now; only its configuration is read.
+        router: ``merge`` also writes a copy of the base model with the routers' part of the adapter added, for engines
+            that do not apply it; the rest is the adapter.
+        model: The base model, if the plan does not name it or it lies elsewhere now; only its configuration is read,
+            unless routers are merged.
         trust_remote_code: Run Python code that comes with the base model.
 
     Returns:
         The output folder.
 
     Raises:
-        ConfigurationError: there is no such format, or it cannot express the adapter, which the message explains.
+        ConfigurationError: there is no such format, or the software that reads it would not apply all of the adapter.
         AdapterError: the adapter is damaged.
         OutputExistsError: the output folder has something in it.
+        OutputWriteError: what was written is not what the adapter says, for example in a type that is too small.
     """
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(FORMATS)}"
-        raise ConfigurationError(f"there is no format {format!r}.", fix=hint)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=f"choose among {', '.join(DTYPES)}")
-    folder = check_output_folder(output, inputs=(path,))
+    form = _known(format, dtype, router)
+    folder = check_output_folder(output, inputs=(path,), renamed=True)
     adapter = read_adapter(path, model, trust_remote_code=trust_remote_code)
     if adapter.config.on_top_of:
         raise ConfigurationError(
             f"the adapter in {os.fspath(path)} was trained on top of another one, so it does not fit the base model.",
             fix="merge it instead",
         )
-    FORMATS[format].check(adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    FORMATS[format].write(adapter, folder, None if dtype is None else DTYPES[dtype])
+    written = without_routers(adapter) if router == "merge" else adapter
+    form.check(written)
+    with whole_folder(folder) as temporary:
+        if router == "merge":
+            write_base(adapter, temporary / BASE_FOLDER)
+        form.write(written, temporary, None if dtype is None else DTYPES[dtype])
+        if form.read_back is not None:
+            check_written(written, form.read_back(written, temporary))
+        base = os.fspath(folder / BASE_FOLDER) if router == "merge" else adapter.base
+        use = None if form.use is None else form.use(written, folder, base)
+        write_text(temporary / README_FILE, readme(written, temporary, readers=form.summary, base=base, use=use))
     return folder
+
+
+def _known(name: str, dtype: str | None, router: str) -> Format:
+    """Check the arguments, and return the format."""
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(FORMATS)}"
+        raise ConfigurationError(f"there is no format {name!r}.", fix=hint)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=f"choose among {', '.join(DTYPES)}")
+    if router not in ("refuse", "merge"):
+        raise ConfigurationError(f"router={router!r} is neither refuse nor merge.")
+    return FORMATS[name]

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from apportion.accounting import layout_of
+from apportion.accounting import empty_model, layout_of
 from apportion.adapters.factors import scattered
 from apportion.errors import AdapterError, ConfigurationError
 from apportion.peft.attach import check_architecture
@@ -21,7 +22,7 @@ from apportion.peft.start import draw, drawn_checksum
 from apportion.peft.state import PREFIX
 from apportion.records.placement import Placement
 from apportion.records.plan import Plan
-from apportion.records.site import Layout, Site
+from apportion.records.site import Kind, Layout, Site
 
 # R summed rank of a site's LoRA experts, E of them; I and O the site's input and output width.
 
@@ -54,6 +55,9 @@ class SavedAdapter:
         plan: Its plan.
         layout: The base model's sites.
         state: Its tensors, by their names in the file without PEFT's prefix.
+        base: The base model, by a name that `apportion.accounting.layout_of` takes.
+        trust_remote_code: Whether Python code that comes with the base model may run.
+        left_out: Kinds of site that are left out.
     """
 
     folder: Path
@@ -61,6 +65,19 @@ class SavedAdapter:
     plan: Plan
     layout: Layout
     state: dict[str, Tensor]
+    base: str
+    trust_remote_code: bool = False
+    left_out: frozenset[Kind] = frozenset()
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """The plan's placements, without those that are left out."""
+        by_name = self.layout.by_name
+        return tuple(each for each in self.plan.placements if by_name[each.site].kind not in self.left_out)
+
+    def empty_base(self) -> PreTrainedModel:
+        """Build the base model without its weights."""
+        return empty_model(self.base, trust_remote_code=self.trust_remote_code)
 
     def factors(self) -> Iterator[SiteFactors]:
         """Go through the sites in the plan's order.
@@ -68,7 +85,7 @@ class SavedAdapter:
         Yields:
             The factors, on the CPU, in the type in which they are stored.
         """
-        for placement in self.plan.placements:
+        for placement in self.placements:
             site = self.layout.by_name[placement.site]
             router = self.state.get(f"{site.name}.lora_router.weight")
             yield SiteFactors(site, placement, self._a(site, placement), self._b(site, placement), router)
@@ -120,7 +137,7 @@ def read_adapter(
     check_architecture(layout, plan)
     state = {key.removeprefix(PREFIX): value for key, value in read_state(path, config, plan, layout).items()}
     _check_drawn(path, config, plan, layout)
-    return SavedAdapter(Path(path), config, plan, layout, state)
+    return SavedAdapter(Path(path), config, plan, layout, state, os.fspath(name), trust_remote_code)
 
 
 def _check_drawn(path: str | os.PathLike[str], config: ApportionConfig, plan: Plan, layout: Layout) -> None:
