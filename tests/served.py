@@ -23,10 +23,20 @@ _COMMON: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": TINY["olmoe"] | {"num_key_value_heads": 4},  # llama.cpp has no grouped attention for it
     "mixtral": TINY["mixtral"],
-    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "norm_topk_prob": True,
+    },
     "deepseek_v3": TINY["deepseek_v3"] | {"scoring_func": "sigmoid"},
+    "deepseek_v2": TINY["deepseek_v3"] | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
     "gpt_oss": TINY["gpt_oss"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
 }
 
 TOKENS = torch.randint(3, 64, (1, 24), generator=torch.Generator().manual_seed(1))

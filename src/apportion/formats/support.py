@@ -57,7 +57,7 @@ LLAMA_CPP = Engine(
         "olmoe": _ALL, "mixtral": _ALL, "qwen3_moe": _ALL, "gpt_oss": _ALL,
         "deepseek_v2": ("router", "experts", "shared", "dense"),
         "deepseek_v3": ("router", "experts", "shared", "dense"),
-        "llama": _DENSE,
+        "llama": _DENSE, "mistral": _DENSE, "qwen2": _DENSE, "qwen3": _DENSE,
     },
     {"attention": dict.fromkeys(("deepseek_v2", "deepseek_v3"), _PLAIN_PRODUCT)},
 )  # fmt: skip
