@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,12 @@ TOKENS = torch.randint(3, 64, (1, 24), generator=torch.Generator().manual_seed(1
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a method and its options."""
+    """A model, a method and its options; of its sites only those whose names match a pattern."""
 
     family: str
     method: str = "hellora"
     options: dict[str, Any] = field(default_factory=dict)
+    only: str = ""
 
     @property
     def name(self) -> str:
@@ -80,11 +82,12 @@ def save_case(case: Case, folder: Path, seed: int = 0) -> tuple[Path, Tensor]:
     batch = {"input_ids": TOKENS, "labels": TOKENS}
     measured = profile(model, [batch], sensitivity=case.method == "marginal")
     plan = apportion.plan(measured, case.method, rank=4, alpha=6.0, **case.options)
-    adapted = apportion.apply(model, dataclasses.replace(plan, base_model=str(folder / "base")))
+    placements = tuple(each for each in plan.placements if re.search(case.only, each.site))
+    adapted = apportion.apply(model, dataclasses.replace(plan, base_model=str(folder / "base"), placements=placements))
     torch.manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data.normal_(std=0.5)
+            parameter.data.normal_(std=1.0 if plan.is_sparse else 0.5)
     with torch.no_grad():
         logits = adapted.eval()(input_ids=TOKENS).logits
     assert (logits - plain).abs().max() > 1

@@ -32,6 +32,9 @@ CASES = [
     Case("llama", "lora"),
 ]
 
+# What vLLM and SGLang load is loaded by PEFT too, where it knows the checkpoint's names.
+PER_EXPERT = [Case("olmoe", options=FULL), Case("mixtral", "hellori", FULL), Case("qwen3_moe", options=EXPERTS)]
+
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
@@ -43,11 +46,18 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, 
         out = apportion.export(folder, root / "exported" / case.name, format="peft")
         pairs.append(f"{root / case.family / 'base'}:{out}")
     script = Path(__file__).with_name("stock_peft.py")
+    for case in PER_EXPERT:
+        folder = root / case.family / case.name
+        if not folder.exists():
+            folder, ours[case.name] = save_case(case, root / case.family)
+        out = apportion.export(folder, root / "per-expert" / case.name, format="vllm")
+        pairs.append(f"{root / case.family / 'base'}:{out}")
     subprocess.run([sys.executable, "-W", "ignore", str(script), str(root / "logits"), *pairs], check=True)
     theirs = load_file(root / "logits")
+    forms = [("exported", case.name) for case in CASES] + [("per-expert", case.name) for case in PER_EXPERT]
     return {
-        case.name: (ours[case.name], {way: theirs[f"{root / 'exported' / case.name}:{way}"] for way in WAYS})
-        for case in CASES
+        f"{form}/{name}": (ours[name], {way: theirs[f"{root / form / name}:{way}"] for way in WAYS})
+        for form, name in forms
     }
 
 
@@ -56,7 +66,16 @@ WAYS = ("attached", "loaded", "merged")
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_stock_peft_computes_the_same(case: Case, logits: dict[str, tuple[Tensor, dict[str, Tensor]]]) -> None:
-    ours, theirs = logits[case.name]
+    ours, theirs = logits[f"exported/{case.name}"]
+    for way in WAYS:
+        assert (ours - theirs[way]).abs().max() < 1e-4, way
+
+
+@pytest.mark.parametrize("case", PER_EXPERT, ids=lambda case: case.name)
+def test_stock_peft_computes_the_same_from_pairs_per_expert(
+    case: Case, logits: dict[str, tuple[Tensor, dict[str, Tensor]]]
+) -> None:
+    ours, theirs = logits[f"per-expert/{case.name}"]
     for way in WAYS:
         assert (ours - theirs[way]).abs().max() < 1e-4, way
 

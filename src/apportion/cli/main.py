@@ -306,7 +306,9 @@ def combine(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the adapter in the new form.")],
-    format_: Annotated[str, typer.Option("--format", help="What will read it: peft or gguf (llama.cpp).")] = "peft",
+    format_: Annotated[
+        str, typer.Option("--format", help="What will read it: peft, vllm, sglang or gguf (llama.cpp).")
+    ] = "peft",
     model: Annotated[
         str | None, typer.Option(help=f"The base model. {CONFIG_HELP}", show_default="the trained model")
     ] = None,

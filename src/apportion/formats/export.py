@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from apportion.errors import ConfigurationError
-from apportion.formats import gguf_lora, peft_loaded, peft_lora
+from apportion.formats import gguf_lora, peft_loaded, peft_lora, per_expert, sglang, vllm
 from apportion.formats.factors import SavedAdapter, read_adapter
 from apportion.formats.pairs import Pair
 from apportion.formats.readme import README_FILE, readme
@@ -46,6 +46,8 @@ FORMATS: dict[str, Format] = {
     "peft": Format(
         "stock PEFT and transformers", peft_lora.check, peft_lora.write, peft_loaded.read_back, peft_lora.use
     ),
+    "vllm": Format("vLLM", vllm.check, vllm.write, vllm.read_back, vllm.use),
+    "sglang": Format("SGLang", sglang.check, sglang.write, per_expert.read_back, sglang.use),
     "gguf": Format("llama.cpp", gguf_lora.check, gguf_lora.write, gguf_lora.read_back, gguf_lora.use),
 }
 

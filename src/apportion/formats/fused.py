@@ -59,6 +59,12 @@ class FusedParameter:
             ranks[pair.site.expert] = ranks.get(pair.site.expert, 0) + pair.a_RI.shape[0]
         return max(ranks.values())
 
+    def zero(self, dtype: torch.dtype) -> Pair:
+        """Return a pair of zeros for the first expert."""
+        site = next(iter(self.sites.values()))
+        a_RI, b_OR = torch.zeros(1, site.in_features, dtype=dtype), torch.zeros(site.out_features, 1, dtype=dtype)
+        return Pair(site, a_RI, b_OR)
+
     def fuse(self, pairs: Iterable[Pair], rank: int) -> tuple[Tensor, Tensor]:
         """Put the pairs of experts and projections together.
 

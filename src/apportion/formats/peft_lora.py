@@ -80,7 +80,8 @@ def contents(adapter: SavedAdapter, dtype: torch.dtype | None, rank: int | None 
     Args:
         adapter: The adapter.
         dtype: Type of the factors; as they are stored if None.
-        rank: One rank for everything, padded with zeros; each its own if None.
+        rank: One rank for everything, and all parameters of adapted experts, padded with zeros; each its own rank, and
+            only what is adapted, if None.
 
     Returns:
         The adapter.
@@ -96,8 +97,8 @@ def contents(adapter: SavedAdapter, dtype: torch.dtype | None, rank: int | None 
         result.add(site.name, *padded(pair, rank or pair.a_RI.shape[0])[1:])
         path = _target(adapter, site, result)
         result.ranks[path] = rank or pair.a_RI.shape[0]
-    for parameter, key in nested(parameter for parameter in fused if parameter.path in by_parameter):
-        pairs = by_parameter[parameter.path]
+    for parameter, key in nested(each for each in fused if rank or each.path in by_parameter):
+        pairs = by_parameter.get(parameter.path) or [parameter.zero(dtype or torch.float32)]
         result.ranks[parameter.path] = rank or parameter.own_rank(pairs)
         result.parameters.append(parameter.path)
         result.add(key, *parameter.fuse(pairs, result.ranks[parameter.path]))

@@ -81,7 +81,7 @@ SGLANG = Engine(
     "its loader's code was read; nothing was run",
     {
         "olmoe": _EXPERTS, "mixtral": _EXPERTS, "qwen3_moe": _EXPERTS,
-        "deepseek_v2": ("experts", "shared", "dense"), "deepseek_v3": ("experts", "shared", "dense"),
+        "deepseek_v2": ("experts", "dense"), "deepseek_v3": ("experts", "dense"),
     },
     {"router": {"*": "it has no adapters for routers and does not start with one"}},
 )  # fmt: skip
