@@ -190,8 +190,8 @@ def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
         Markdown.
     """
     notes = """
-PEFT warns that rank and alpha patterns of stacked experts match no module; it uses them all the same. Adapters that are
-loaded into one model together must stand on the same stacked experts.
+PEFT warns that the rank and alpha patterns of stacked experts match no module, but it uses them. Adapters that are loaded
+into one model together must stand on the same stacked experts.
 """
     return f"""```python
 from peft import PeftModel
