@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from apportion.accounting import cost
     from apportion.errors import ApportionError
     from apportion.formats.export import export
+    from apportion.formats.importing import import_adapter
     from apportion.loading import embedded
     from apportion.methods.planning import plan
     from apportion.peft.attach import Receipt, apply
@@ -36,6 +37,7 @@ __all__ = [
     "cost",
     "embedded",
     "export",
+    "import_adapter",
     "load",
     "load_plan",
     "load_profile",
@@ -56,6 +58,7 @@ _HOMES = {
     "cost": "apportion.accounting",
     "embedded": "apportion.loading",
     "export": "apportion.formats.export",
+    "import_adapter": "apportion.formats.importing",
     "load": "apportion.peft.load",
     "load_plan": "apportion.records.plan",
     "load_profile": "apportion.records.profile",

@@ -327,6 +327,22 @@ def export(
     )  # fmt: skip
 
 
+@app.command(name="import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter of stock PEFT (LoRA).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the adapter.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"The base model. {CONFIG_HELP}", show_default="the adapter's")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+) -> None:
+    """Turn an adapter of stock PEFT into one that can be combined, pruned, merged and exported here."""
+    run(
+        "import_", adapter=adapter, output=output, model=model, trust_remote_code=trust_remote_code, as_json=json_,
+    )  # fmt: skip
+
+
 @app.command()
 def mask(
     file: Annotated[Path, typer.Argument(help="Mask file written by training.")],

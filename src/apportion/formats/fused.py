@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apportion.errors import ConfigurationError
 from apportion.experts.forms import ExpertForm, form_of
-from apportion.formats.pairs import Pair
+from apportion.formats.pairs import Pair, nonzero
 from apportion.records.site import ExpertBlock, Site
 
 # E experts, R a pair's rank (the same for all experts of a parameter), I and O the parameter's input and output width.
@@ -106,18 +106,15 @@ class FusedParameter:
         if self.swapped:
             a_ERI, b_ORE = b_ORE.permute(2, 1, 0), a_ERI.permute(2, 1, 0)
         for (expert, projection), site in self.sites.items():
-            a_RI, b_OR = a_ERI[expert], b_ORE[self.rows[projection], :, expert]
-            kept = a_RI.ne(0).any(1) & b_OR.ne(0).any(0)
-            if kept.any():
-                yield Pair(site, a_RI[kept], b_OR[:, kept])
+            yield from nonzero(Pair(site, a_ERI[expert], b_ORE[self.rows[projection], :, expert]))
 
 
-def fused_parameters(model: nn.Module, block: ExpertBlock) -> list[FusedParameter]:
+def fused_parameters(module: nn.Module, block: ExpertBlock) -> list[FusedParameter]:
     """Describe the stacked parameters of a layer's experts.
 
     Args:
-        model: The base model, or one of its architecture on the meta device.
-        block: The experts.
+        module: The experts module, with weights or on the meta device.
+        block: What the layout says of it.
 
     Returns:
         One entry per parameter, in the module's order, which is the order in which PEFT wraps them.
@@ -125,7 +122,6 @@ def fused_parameters(model: nn.Module, block: ExpertBlock) -> list[FusedParamete
     Raises:
         ConfigurationError: the experts are not stacked in a way that PEFT adapts.
     """
-    module = model.get_submodule(block.name)
     form = form_of(module)
     own = dict(module.named_parameters(recurse=False))
     if form is None or any(name not in own or own[name].ndim != 3 for name in form.parameters):

@@ -53,6 +53,7 @@ def padded(pair: Pair, rank: int) -> Pair:
 
 
 def nonzero(pair: Pair) -> Iterator[Pair]:
-    """Yield a pair unless one of its factors is all zeros."""
-    if pair.a_RI.any() and pair.b_OR.any():
-        yield pair
+    """Leave out ranks that are zeros in one of the factors; yield the pair unless no rank is left."""
+    kept = pair.a_RI.ne(0).any(1) & pair.b_OR.ne(0).any(0)
+    if kept.any():
+        yield Pair(pair.site, pair.a_RI[kept], pair.b_OR[:, kept])

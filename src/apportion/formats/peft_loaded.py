@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from apportion.errors import ConfigurationError
 from apportion.formats.factors import SavedAdapter
+from apportion.formats.fused import fused_parameters
 from apportion.formats.pairs import Pair, nonzero
-from apportion.formats.peft_lora import PREFIX, nested, stacked_parameters
+from apportion.formats.peft_lora import PREFIX
 from apportion.records.outputs import ADAPTER_TENSORS_FILE
+from apportion.records.site import Layout
+
+
+class Loaded(NamedTuple):
+    """What PEFT adds to one matrix: ``scale * (b_OR @ a_RI)``."""
+
+    pair: Pair
+    scale: float
 
 
 def read_back(adapter: SavedAdapter, folder: Path) -> Iterator[Pair]:
-    """Load a folder that `write` wrote into the base model without its weights, by PEFT's own loader.
+    """Load a folder that an export wrote into the base model without its weights, by PEFT's own loader.
 
     Args:
         adapter: The adapter that was written.
@@ -31,17 +43,46 @@ def read_back(adapter: SavedAdapter, folder: Path) -> Iterator[Pair]:
     Raises:
         ConfigurationError: PEFT does not load the whole adapter.
     """
-    tensors = _loaded(adapter.empty_base(), folder)
-    targets = set(LoraConfig.from_pretrained(folder).target_parameters or ())
-    for parameter, key in nested(each for each in stacked_parameters(adapter) if each.path in targets):
-        yield from parameter.unfuse(*(tensors.pop(f"{PREFIX}{key}.lora_{part}.weight") for part in "AB"))
-    for name in sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors}):
-        a_RI, b_OR = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
-        yield from nonzero(Pair(adapter.layout.by_name[name], a_RI, b_OR))
+    for pair, scale in loaded_pairs(adapter.empty_base(), adapter.layout, folder):
+        yield pair._replace(b_OR=pair.b_OR * scale)
 
 
-def _loaded(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Attach an adapter to a model on the meta device, and return the factors that PEFT put there, by their names."""
+def loaded_pairs(model: PreTrainedModel, layout: Layout, folder: Path) -> Iterator[Loaded]:
+    """Attach an adapter to a model on the meta device by PEFT's own loader, and take out what it put there.
+
+    Args:
+        model: The base model without its weights.
+        layout: Its sites.
+        folder: An adapter for stock PEFT.
+
+    Yields:
+        The pairs that are not zero, in the model's order.
+
+    Raises:
+        ConfigurationError: PEFT does not load the whole adapter, or it stands on something that is no site.
+    """
+    attached = _attached(model, folder)
+    wrappers = [(name, each) for name, each in attached.named_modules() if isinstance(each, LoraLayer)]
+    blocks = {block.name: block for block in layout.blocks if block.storage == "fused"}
+    for name, wrapper in wrappers:
+        module = re.sub(r"(\.base_layer)+$", "", name.removeprefix(PREFIX))
+        factors = [getattr(wrapper, part)["default"].weight.detach() for part in ("lora_A", "lora_B")]
+        parameter, scale = getattr(wrapper, "parameter_name", "weight"), wrapper.scaling["default"]
+        if module in blocks:
+            experts = wrapper.get_base_layer()
+            stacked = next(each for each in fused_parameters(experts, blocks[module]) if each.name == parameter)
+            yield from (Loaded(pair, scale) for pair in stacked.unfuse(*factors))
+        elif module in layout.by_name:
+            yield from (Loaded(pair, scale) for pair in nonzero(Pair(layout.by_name[module], *factors)))
+        else:
+            raise ConfigurationError(
+                f"the adapter in {folder} stands on {module}, which is no place for an adapter here.",
+                fix="use it with PEFT itself",
+            )
+
+
+def _attached(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Attach an adapter to a model on the meta device, with the factors on the CPU."""
     tensors = load_file(folder / ADAPTER_TENSORS_FILE)
     dtype = next(iter(tensors.values())).dtype
     try:
@@ -57,8 +98,7 @@ def _loaded(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     missing = [name.removeprefix(PREFIX) for name in result.missing_keys if ".lora_" in name]
     if missing or result.unexpected_keys:
         raise _not_loaded([*missing, *result.unexpected_keys])
-    named = attached.named_parameters()
-    return {name.replace(".default.", "."): each.detach() for name, each in named if ".lora_" in name}
+    return attached
 
 
 def _not_loaded(found: list[str]) -> ConfigurationError:

@@ -149,7 +149,7 @@ def stacked_parameters(adapter: SavedAdapter) -> list[FusedParameter]:
     if not blocks:
         return []
     model = adapter.empty_base()
-    return [parameter for block in blocks for parameter in fused_parameters(model, block)]
+    return [parameter for block in blocks for parameter in fused_parameters(model.get_submodule(block.name), block)]
 
 
 def write_contents(adapter: SavedAdapter, folder: Path, written: Contents) -> None:
@@ -190,8 +190,8 @@ def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
         Markdown.
     """
     notes = """
-PEFT warns that the rank and alpha patterns of stacked experts match no module, but it uses them. Adapters that are loaded
-into one model together must stand on the same stacked experts.
+PEFT warns that the rank and alpha patterns of stacked experts match no module, but it uses them. Adapters loaded into
+one model together must stand on the same stacked experts.
 """
     return f"""```python
 from peft import PeftModel
