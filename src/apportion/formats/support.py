@@ -66,7 +66,10 @@ VLLM = Engine(
     "vLLM",
     "0.32.0",
     "run on tiny models, on a CPU, with its expert kernel replaced by the same products in PyTorch",
-    {"olmoe": _ALL, "mixtral": _ALL, "gpt_oss": _ALL, "qwen3_moe": _EXPERTS},
+    {
+        "olmoe": _ALL, "mixtral": _ALL, "gpt_oss": _ALL, "qwen3_moe": _EXPERTS,
+        "llama": _DENSE, "mistral": _DENSE, "qwen2": _DENSE, "qwen3": _DENSE,
+    },
     {
         "router": dict.fromkeys(
             ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "exaone_moe", "step3p5", "axk1", "k2_horizon"),
