@@ -16,6 +16,7 @@ import apportion
 from adapted_experts import adapted_experts, gradients_of, routed_inputs
 from apportion.adapters.hosts.experts import ExpertLora
 from apportion.errors import ConfigurationError
+from apportion.experts import dequantising
 from apportion.experts.run import run_experts
 from apportion.records.profile import Profile
 from quantised_models import QUANTISERS, build_twins, dequantise, quantise
@@ -58,7 +59,7 @@ def train(model: nn.Module, tokens: Tensor, steps: int = 10) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -136,8 +137,6 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(
 
 
 def test_a_layer_is_dequantised_in_parts_below_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apportion.experts import dequantising
-
     packed, plain = packed_layers("olmoe", "nf4")
     inputs = routed_inputs(plain, 20, torch.float32)
     expected = run_experts(plain.base_layer, *inputs, partial(plain.adapted_product, ["default"]))

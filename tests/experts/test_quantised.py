@@ -98,9 +98,9 @@ def _bytes() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "FP8Experts": (_fp8_experts, r"quantization_config=FineGrainedFP8Config\(dequantize=True\)"),
-    "Mxfp4GptOssExperts": (_mxfp4_experts, r"quantization_config=Mxfp4Config\(dequantize=True\)"),
-    "GgufExperts": (_gguf_experts, r"quantization_config=GgufConfig\(dequantize=True\)"),
+    "FP8Experts": (_fp8_experts, r"load the model with quantization_config=FineGrainedFP8Config\(dequantize=True\)"),
+    "Mxfp4GptOssExperts": (_mxfp4_experts, r"load the model with quantization_config=Mxfp4Config\(dequantize=True\)"),
+    "GgufExperts": (_gguf_experts, r"load the model with quantization_config=GgufConfig\(dequantize=True\)"),
     "OlmoeExperts": (_bytes, "load the model without quantisation"),
 }
 

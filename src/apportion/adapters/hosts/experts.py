@@ -66,15 +66,15 @@ class ExpertLora(WrappedModule):
         a: dict[str, Any] = {}
         b: dict[str, Any] = {}
         for name, planned in factors.items():
-            weights_EOI = self.form.weights(self.base_layer, name)
-            (_, width_out, width_in), rank = weights_EOI.shape, sum(planned.ranks)
-            kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
+            stored = self.form.stored(self.base_layer, name)
+            (_, width_out, width_in), rank = self.form.shape(self.base_layer, name), sum(planned.ranks)
+            kwargs: dict[str, Any] = {"device": stored.device, "dtype": stored.dtype}
             a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
             b[name] = nn.Parameter(torch.zeros(rank, width_out, **kwargs))
             if options.frozen_a:
-                a[name] = FrozenFactor(rank, width_in, weights_EOI.device, stored=options.stored_a)
+                a[name] = FrozenFactor(rank, width_in, stored.device, stored=options.stored_a)
             if planned.indices is not None:
-                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), weights_EOI.device)
+                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), stored.device)
             nn.init.kaiming_uniform_(matrix_of(a[name]), a=math.sqrt(5))
         self.factors[adapter_name] = dict(factors)
         for container, made in ((self.lora_A, a), (self.lora_B, b)):
@@ -243,5 +243,5 @@ class ExpertLora(WrappedModule):
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""
-        weight = known_form(base_layer).weights(base_layer, "down_proj")
+        weight = known_form(base_layer).stored(base_layer, "down_proj")
         return weight.device, weight.dtype
