@@ -28,6 +28,12 @@ FORMS = ["olmoe", "gpt_oss", "dbrx"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*was instantiated without:UserWarning")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Products of a few rows wait for a second thread, far longer than they run on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def take_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Give a function that makes all adapted experts run on one of the two paths."""
@@ -165,7 +171,9 @@ def test_merging_is_refused_by_name(quantiser: str, how: str, tokens: Tensor, pr
     adapted = adapt(packed, profile_of(packed))
     with torch.no_grad():
         before = adapted(input_ids=tokens).logits
-    with pytest.raises(ConfigurationError, match=r"(?s)cannot be merged.*place: +.*layers\.0\.mlp\.experts\.gate_up_proj"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)cannot be merged.*place: +.*layers\.0\.mlp\.experts\.gate_up_proj"
+    ):
         getattr(adapted, how)()
     with torch.no_grad():
         assert torch.equal(adapted(input_ids=tokens).logits, before)

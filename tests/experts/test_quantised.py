@@ -20,6 +20,12 @@ from quantised_models import QUANTISERS, build_twins
 from tiny_models import build_tiny
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Products of a few rows wait for a second thread, far longer than they run on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("quantiser", QUANTISERS)
 def test_sites_and_fingerprint_are_those_of_the_plain_model(quantiser: str) -> None:
     packed, plain = build_twins(quantiser)

@@ -1,6 +1,6 @@
-"""Products of sorted rows with packed matrices: dequantised when their rows run, again in the backward pass, never kept.
+"""Products of sorted rows with packed matrices, which are dequantised when their rows run, and never kept.
 
-Matrices that autograd saves for the backward pass would be the whole model in full.
+The backward pass dequantises them again: what autograd saved would be the whole model in full.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -63,13 +64,13 @@ class ExpertForm:
     norm: str | None = None
     is_swiglu: bool = False
 
-    @property
+    @cached_property
     def entering(self) -> tuple[str, ...]:
         """The parameters that the tokens enter by."""
         names = (stacked.parameter for name, stacked in self.projections.items() if name != "down_proj")
         return tuple(dict.fromkeys(names))
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """All stacked parameters, in the order in which they are multiplied by."""
         return (*self.entering, self.projections["down_proj"].parameter)
@@ -116,7 +117,8 @@ class ExpertForm:
         Returns:
             The matrices; whether they are (experts, in, out) and not (experts, out, in).
         """
-        transposed = any(stacked.transposed for stacked in self.projections_in(parameter).values())
+        places = self.projections.values()
+        transposed = any([place.transposed for place in places if place.parameter == parameter])  # noqa: C419 - quicker
         return stacked_weight(module, parameter), transposed
 
     def stored(self, module: nn.Module, projection: str) -> StackedWeight:

@@ -99,6 +99,7 @@ def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) 
     """
     form = known_form(base)
     weight, transposed = form.matrices(base, parameter)
+    out_SO: Tensor
     if weight.is_packed:
         out_SO = dequantised_linear(x_SI, weight, ends_E, transposed=transposed)
     else:

@@ -53,7 +53,8 @@ class StackedWeight(NamedTuple):
 
     def whole(self) -> Tensor:
         """Give all matrices in their own type: a view of a plain parameter, dequantised ones of a packed one."""
-        return self.read(0, self.shape[0]).view(self.shape)
+        matrices = self.read(0, self.shape[0])
+        return matrices if matrices.shape == self.shape else matrices.view(self.shape)
 
     def dense(self, experts: Sequence[int] | slice, dtype: torch.dtype) -> Tensor:
         """Give the matrices of some experts, as the function `dense` does."""
@@ -252,8 +253,10 @@ def _stacked_shape(module: Any, shape: Sequence[int]) -> tuple[int, int, int]:
 
 def _read_plain(tensor: Tensor, shape: tuple[int, int, int], first: int, last: int) -> Tensor:
     """Give a part of a plain tensor."""
+    if last - first == shape[0]:
+        return tensor
     rows = len(tensor) // shape[0]
-    return tensor if last - first == shape[0] else tensor[first * rows : last * rows]
+    return tensor[first * rows : last * rows]
 
 
 @torch.no_grad()

@@ -17,8 +17,10 @@ from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
 from apportion.peft.masks import random_mask
 from apportion.peft.start import drawn_checksum, start_factors
+from apportion.peft.unsupported import Kinds, refuse_unsupported
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.plan import Plan
+from apportion.records.shapes import LowRank
 from apportion.records.site import Layout
 
 
@@ -151,9 +153,14 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         if routed:
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
     planned = {path for placement in plan.placements for path in (placement.site, placement.name.module)}
+    by_peft = {placement.site for placement in plan.placements if isinstance(placement.shape, LowRank)}
+    known: Kinds = set()
     for path, _, module in walk_modules(model):
         if path in planned:
             _check_weights(path, module)
+        site = layout.by_name.get(path)
+        if site is not None and (path in by_peft or (path in planned and site.storage == "weight")):
+            refuse_unsupported(path, module, site.storage, known)
 
 
 def _check_weights(path: str, module: nn.Module) -> None:

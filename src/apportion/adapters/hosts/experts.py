@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.kernels.composed import add_terms
+from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
 from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.adapters.kernels.cpu.run import run_on_cpu
 from apportion.adapters.kernels.terms import LowRankTerm
@@ -139,12 +140,13 @@ class ExpertLora(WrappedModule):
             return run_experts(
                 self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
             )
-        dropout = self.lora_dropout[active[0]]
+        dropout, parameters = self.lora_dropout[active[0]], self.form.parameters
         routed = RoutedExperts(
             module=self.base_layer,
             form=self.form,
+            matrices={name: FrozenMatrices.of(*self.form.matrices(self.base_layer, name)) for name in parameters},
             ids_TK=top_k_index,
-            terms={name: list(self._terms(active[0], name).values()) for name in self.form.parameters},
+            terms={name: list(self._terms(active[0], name).values()) for name in parameters},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         return run_on_cpu(routed, hidden_states, top_k_weights)

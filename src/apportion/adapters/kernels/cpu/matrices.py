@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.experts.weights import StackedWeight
 
 # Shapes: E experts, I and O the parameter's input and output width.
@@ -29,9 +28,8 @@ class FrozenMatrices(NamedTuple):
     plain_EOI: Tensor | None
 
     @classmethod
-    def of(cls, routed: RoutedExperts, parameter: str) -> FrozenMatrices:
-        """Find a parameter's matrices; nothing is dequantised."""
-        weight, transposed = routed.form.matrices(routed.module, parameter)
+    def of(cls, weight: StackedWeight, transposed: bool) -> FrozenMatrices:
+        """Take matrices as they are stored; nothing is dequantised."""
         if weight.is_packed:
             return cls(weight, transposed, None)
         whole = weight.whole()
@@ -60,7 +58,7 @@ class FrozenMatrices(NamedTuple):
         if self.plain_EOI is None:
             return lambda expert: self._dequantised(expert, turned=turned)
         matrices = self.plain_EOI.transpose(1, 2) if turned else self.plain_EOI
-        if 4 * len(experts) > len(matrices):  # one call, unless they are few
+        if 4 * len(experts) > self.weight.shape[0]:  # one call, unless they are few
             return matrices.unbind().__getitem__
         return {expert: matrices[expert] for expert in experts}.__getitem__
 

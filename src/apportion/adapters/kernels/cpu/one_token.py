@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from apportion.adapters.factors import matrix_of
-from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
 from apportion.adapters.kernels.cpu.product import multiply
 from apportion.adapters.kernels.cpu.routed import RoutedExperts
 
@@ -32,7 +31,7 @@ def run_one_token(routed: RoutedExperts, hidden_1D: Tensor, weights_1K: Tensor) 
 
 def _product(routed: RoutedExperts, parameter: str, ids: list[int], x_KI: Tensor) -> Tensor:
     """Multiply each expert's row by one parameter, with its bias and its terms; shape (K, O)."""
-    matrices = FrozenMatrices.of(routed, parameter)
+    matrices = routed.matrices[parameter]
     expert_matrix = matrices.by_expert(ids, turned=True)
     bias_EO = routed.form.bias(routed.module, parameter)
     out_KO = x_KI.new_empty(len(ids), matrices.width_out)

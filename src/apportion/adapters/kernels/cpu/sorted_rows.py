@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from apportion.adapters.kernels.cpu.chunks import Chunk
-from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
 from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.adapters.kernels.terms import LowRankTerm
 
@@ -38,8 +37,7 @@ class SortedRows:
     """
 
     def __init__(self, routed: RoutedExperts) -> None:
-        self.routed, self.form = routed, routed.form
-        self.matrices = {name: FrozenMatrices.of(routed, name) for name in routed.form.parameters}
+        self.routed, self.form, self.matrices = routed, routed.form, routed.matrices
         self.biases = {name: routed.form.bias(routed.module, name) for name in routed.form.parameters}
         self.terms = [ParameterTerm(name, term) for name, terms in routed.terms.items() for term in terms]
         self.masked = [name for name, terms in routed.terms.items() if terms and routed.dropout]

@@ -1,0 +1,57 @@
+"""Refuse planned modules whose weights are quantised in a way that no adapter works on, before anything changes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from apportion.errors import ConfigurationError
+from apportion.linear_forms import PLAIN_TYPES, is_quantised
+from apportion.records.site import Storage
+
+Kinds = set[tuple[type, type]]
+
+
+def refuse_unsupported(path: str, module: nn.Module, storage: Storage, known: Kinds) -> None:
+    """Raise an error if no adapter works on a module's weight.
+
+    Args:
+        path: The module's path.
+        module: The base module.
+        storage: How its site is stored: a linear layer gets PEFT's LoRA layer; of other modules the weight is read.
+        known: Classes of layers and weights that PEFT has a LoRA layer for; those found are added.
+
+    Raises:
+        ConfigurationError: PEFT has no LoRA layer for the class, or the weight cannot be read.
+
+    Cost: one LoRA layer of rank 1 is built per class of quantised layers, and dropped.
+    """
+    weight = getattr(module, "weight", None)
+    if storage == "weight" and (type(weight) is not nn.Parameter or weight.dtype not in PLAIN_TYPES):
+        raise _refusal(path, module, weight, "its adapter needs a plain floating-point weight")
+    kind = (type(module), type(weight))
+    is_plain = type(weight) is nn.Parameter and not is_quantised(module)
+    if storage != "linear" or is_plain or kind in known:
+        return
+    config = LoraConfig(r=1)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            LoraModel._create_new_module(config, "default", module, r=1, lora_alpha=1)  # noqa: SLF001 - PEFT's table
+    except (TypeError, ValueError) as error:
+        raise _refusal(path, module, weight, "PEFT has no LoRA layer for it") from error
+    known.add(kind)
+
+
+def _refusal(path: str, module: nn.Module, weight: Any, reason: str) -> ConfigurationError:
+    """Say that a module cannot be adapted."""
+    stored = "" if weight is None else f", its weight a {type(weight).__name__} of {weight.dtype}"
+    return ConfigurationError(
+        f"a quantised layer cannot be adapted: {reason}.",
+        place=path,
+        found=f"{type(module).__name__}{stored}",
+        fix="load the model without quantisation or with another quantiser, or leave these layers out of the plan",
+    )
