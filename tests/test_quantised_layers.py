@@ -214,7 +214,9 @@ def known_to_peft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gptqmodel.nn_modules.qlinear", qlinear)
     for module in ("gptq", "awq"):
         monkeypatch.setattr(f"peft.tuners.lora.{module}.is_gptqmodel_available", lambda: True)
-    monkeypatch.setattr("peft.tuners.lora.awq.is_gptqmodel_awq_layer", lambda layer: isinstance(layer, Packed))
+    monkeypatch.setattr(
+        "peft.tuners.lora.awq.is_gptqmodel_awq_layer", lambda layer: name == "AWQ" and isinstance(layer, Packed)
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -276,7 +278,9 @@ def test_a_layer_that_peft_does_not_know_is_refused_before_anything_changes(toke
 def test_a_router_whose_weight_is_quantised_is_refused(tokens: Tensor) -> None:
     model = build_tiny("olmoe")
     plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), "hellora", hot=2, rank=2)
-    quantize_(model.requires_grad_(False), FqnToConfig({"model.layers.1.mlp.gate.weight": Int8WeightOnlyConfig()}), None)
+    quantize_(
+        model.requires_grad_(False), FqnToConfig({"model.layers.1.mlp.gate.weight": Int8WeightOnlyConfig()}), None
+    )
     message = r"(?s)plain floating-point weight.*place: +model\.layers\.1\.mlp\.gate.*its weight a Int8Tensor"
     with pytest.raises(ConfigurationError, match=message):
         apportion.apply(model, plan)

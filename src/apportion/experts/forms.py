@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -64,13 +63,13 @@ class ExpertForm:
     norm: str | None = None
     is_swiglu: bool = False
 
-    @cached_property
+    @property
     def entering(self) -> tuple[str, ...]:
         """The parameters that the tokens enter by."""
         names = (stacked.parameter for name, stacked in self.projections.items() if name != "down_proj")
         return tuple(dict.fromkeys(names))
 
-    @cached_property
+    @property
     def parameters(self) -> tuple[str, ...]:
         """All stacked parameters, in the order in which they are multiplied by."""
         return (*self.entering, self.projections["down_proj"].parameter)

@@ -58,7 +58,7 @@ class FrozenMatrices(NamedTuple):
         if self.plain_EOI is None:
             return lambda expert: self._dequantised(expert, turned=turned)
         matrices = self.plain_EOI.transpose(1, 2) if turned else self.plain_EOI
-        if 4 * len(experts) > self.weight.shape[0]:  # one call, unless they are few
+        if 2 * len(experts) > self.weight.shape[0]:  # one call, unless they are few
             return matrices.unbind().__getitem__
         return {expert: matrices[expert] for expert in experts}.__getitem__
 
