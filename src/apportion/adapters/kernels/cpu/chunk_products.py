@@ -76,7 +76,9 @@ class ForwardPass(_Pass):
 
     def __init__(self, rows: SortedRows, factors: Sequence[TermFactors], saved: SavedProducts | None) -> None:
         super().__init__(rows, factors, saved)
-        self.matrices = {name: frozen.by_expert(rows.present, turned=True) for name, frozen in rows.matrices.items()}
+        self.matrices = {
+            name: frozen.by_expert(len(rows.present), turned=True) for name, frozen in rows.matrices.items()
+        }
 
     def multiply(self, parameter: str, x_CI: Tensor, chunk: Chunk, out_CO: Tensor) -> None:
         """Multiply a chunk's rows by one parameter, with its bias and its terms, into `out_CO`."""
@@ -114,7 +116,7 @@ class BackwardPass(_Pass):
         self, rows: SortedRows, factors: Sequence[TermFactors], saved: SavedProducts, gradients: Gradients
     ) -> None:
         super().__init__(rows, factors, saved)
-        self.matrices = {name: frozen.by_expert(rows.present) for name, frozen in rows.matrices.items()}
+        self.matrices = {name: frozen.by_expert(len(rows.present)) for name, frozen in rows.matrices.items()}
         self.entered, self.codes, self.gradients = saved.entered, saved.codes, gradients
 
     def multiply(

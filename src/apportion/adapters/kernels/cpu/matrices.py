@@ -45,22 +45,21 @@ class FrozenMatrices(NamedTuple):
         """O."""
         return self.weight.shape[2 if self.transposed else 1]
 
-    def by_expert(self, experts: list[int], *, turned: bool = False) -> MatrixOf:
+    def by_expert(self, num_experts: int, *, turned: bool = False) -> MatrixOf:
         """Give the matrices of some experts.
 
         Args:
-            experts: Their ids.
+            num_experts: How many of them will be taken.
             turned: Whether to give them as (I, O).
 
         Returns:
-            A function from one of the ids to its matrix. A packed one is dequantised by each call, and not kept.
+            A function from an expert's id to its matrix. A packed one is dequantised by each call, and not kept.
         """
         if self.plain_EOI is None:
             return lambda expert: self._dequantised(expert, turned=turned)
         matrices = self.plain_EOI.transpose(1, 2) if turned else self.plain_EOI
-        if 2 * len(experts) > self.weight.shape[0]:  # one call, unless they are few
-            return matrices.unbind().__getitem__
-        return {expert: matrices[expert] for expert in experts}.__getitem__
+        is_for_most = 2 * num_experts > self.weight.shape[0]
+        return matrices.unbind().__getitem__ if is_for_most else matrices.__getitem__
 
     def _dequantised(self, expert: int, *, turned: bool) -> Tensor:
         """Dequantise one matrix."""

@@ -32,7 +32,7 @@ def run_one_token(routed: RoutedExperts, hidden_1D: Tensor, weights_1K: Tensor) 
 def _product(routed: RoutedExperts, parameter: str, ids: list[int], x_KI: Tensor) -> Tensor:
     """Multiply each expert's row by one parameter, with its bias and its terms; shape (K, O)."""
     matrices = routed.matrices[parameter]
-    expert_matrix = matrices.by_expert(ids, turned=True)
+    expert_matrix = matrices.by_expert(len(ids), turned=True)
     bias_EO = routed.form.bias(routed.module, parameter)
     out_KO = x_KI.new_empty(len(ids), matrices.width_out)
     for expert, x_1I, out_1O in zip(ids, x_KI.unsqueeze(1).unbind(), out_KO.unsqueeze(1).unbind(), strict=True):
