@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import GptOssConfig, OlmoeConfig
+from torchao.quantization import FqnToConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, OlmoeConfig, TorchAoConfig
 
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.experts.forms import known_form
+from apportion.experts.weights import stacked_weight
 from apportion.profiling.run import weights_sample
-from quantised_models import QUANTISERS, build_twins
+from quantised_models import QUANTISERS, TORCHAO, WIDTHS, build_twins
 from tiny_models import build_tiny
 
 
@@ -130,3 +133,29 @@ def test_a_form_is_recognised_from_shapes_alone(quantiser: str) -> None:
     packed, plain = build_twins(quantiser)
     one, other = (known_form(model.model.layers[0].mlp.experts) for model in (packed, plain))
     assert one == other
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantiser", ["int8", "float8"])
+def test_a_model_that_transformers_quantises_at_loading_fits_the_plan_of_its_checkpoint(
+    quantiser: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    plain = build_tiny("olmoe", **WIDTHS)
+    plain.save_pretrained(tmp_path)
+    plan = apportion.plan(apportion.profile(plain, [{"input_ids": tokens}]), "hellora", hot=2, rank=2)
+    kind = TORCHAO[quantiser]
+    experts = {rf"re:.*experts\.{name}": kind for name in ("gate_up_proj", "down_proj")}
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype="float32",
+        quantization_config=TorchAoConfig(FqnToConfig({"_default": kind, **experts})),
+        experts_implementation="eager",
+    )
+    assert not stacked_weight(packed.model.layers[0].mlp.experts, "down_proj").is_exact
+    assert find_sites(packed) == find_sites(plain)
+    apportion.profile(packed, [{"input_ids": tokens, "labels": tokens}], sensitivity=True)
+    adapted = apportion.apply(packed, plan)
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+    with pytest.raises(ConfigurationError, match=r"(?s)cannot be merged.*layers\.0\."):
+        adapted.merge_adapter()
