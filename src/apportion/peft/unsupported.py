@@ -1,4 +1,4 @@
-"""Refuse planned modules whose weights are quantised in a way that no adapter works on, before anything changes."""
+"""Refuse planned modules that no adapter works on as their weights are stored, before anything changes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from apportion.errors import ConfigurationError
 from apportion.linear_forms import PLAIN_TYPES, is_quantised
@@ -44,6 +45,31 @@ def refuse_unsupported(path: str, module: nn.Module, storage: Storage, known: Ki
     except (TypeError, ValueError) as error:
         raise _refusal(path, module, weight, "PEFT has no LoRA layer for it") from error
     known.add(kind)
+
+
+def refuse_elsewhere(path: str, module: nn.Module) -> None:
+    """Raise an error if a module's weights are split over processes or not in memory.
+
+    Args:
+        path: The module's path.
+        module: The base module.
+
+    Raises:
+        ConfigurationError: they are.
+    """
+    reason = None
+    if getattr(module, "_is_expert_parallel", False):
+        reason = "are split over processes (expert parallelism)"
+    elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        reason = "are sharded over processes"
+    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
+        reason = "are offloaded and not in memory"
+    if reason:
+        raise ConfigurationError(
+            f"no adapter can be attached to a model whose weights {reason}: its factors would not train correctly.",
+            place=path,
+            fix="attach the adapters before sharding or offloading the model",
+        )
 
 
 def _refusal(path: str, module: nn.Module, weight: Any, reason: str) -> ConfigurationError:
