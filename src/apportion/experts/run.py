@@ -85,11 +85,12 @@ def token_of_rows(base: nn.Module, hidden_ND: Tensor, ids_TK: Tensor | None) -> 
     return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
 
 
-def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+def base_product(base: nn.Module, form: ExpertForm, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply sorted rows by one stacked parameter, bias included.
 
     Args:
-        base: A module that `form_of` knows.
+        base: A module of stacked experts.
+        form: Its form.
         parameter: The parameter's path.
         x_SI: Rows sorted by expert.
         ends_E: Where each expert's rows end, int32.
@@ -97,7 +98,6 @@ def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) 
     Returns:
         Shape (S, O), in the parameter's type.
     """
-    form = known_form(base)
     weight, transposed = form.matrices(base, parameter)
     out_SO: Tensor
     if weight.is_packed:

@@ -205,15 +205,15 @@ def _unparametrised(module: Any, owner: Any, name: str) -> StackedWeight:
     if state is not None:
         return _four_bit(module, value, state)
     shape = _stacked_shape(module, value.shape)
-    scale_name = f"{name}_scale"
+    dtype, scale_name = value.dtype, f"{name}_scale"
     for key in (*own, *vars(owner)["_buffers"]):
         if key.startswith(scale_name):
-            raise _UnreadableError(f"{value.dtype} with {key}")
-    if value.dtype not in PLAIN_TYPES:
-        raise _UnreadableError(f"a {type(value).__name__} of {value.dtype}")
+            raise _UnreadableError(f"{dtype} with {key}")
+    if dtype not in PLAIN_TYPES:
+        raise _UnreadableError(f"a {type(value).__name__} of {dtype}")
     packed = not exact and type(value).dequantize is not Tensor.dequantize
     read = functools.partial(_read_dequantising if packed else _read_plain, value, shape)
-    return StackedWeight(shape, value.dtype, value.device, exact, packed, read)
+    return StackedWeight(shape, dtype, value.device, exact, packed, read)
 
 
 def _parametrised(module: Any, owner: Any, name: str) -> StackedWeight:

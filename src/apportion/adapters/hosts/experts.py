@@ -140,11 +140,12 @@ class ExpertLora(WrappedModule):
             return run_experts(
                 self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
             )
-        dropout, parameters = self.lora_dropout[active[0]], self.form.parameters
+        base, form, dropout = self.base_layer, self.form, self.lora_dropout[active[0]]
+        parameters = form.parameters
         routed = RoutedExperts(
-            module=self.base_layer,
-            form=self.form,
-            matrices={name: FrozenMatrices.of(*self.form.matrices(self.base_layer, name)) for name in parameters},
+            module=base,
+            form=form,
+            matrices={name: FrozenMatrices.of(*form.matrices(base, name)) for name in parameters},
             ids_TK=top_k_index,
             terms={name: list(self._terms(active[0], name).values()) for name in parameters},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
@@ -187,7 +188,7 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        out_SO = base_product(self.base_layer, parameter, x_SI, ends_E)
+        out_SO = base_product(self.base_layer, self.form, parameter, x_SI, ends_E)
         return self.after_product(active, parameter, x_SI, out_SO, ends_E)
 
     def after_product(

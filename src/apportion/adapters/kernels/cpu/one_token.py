@@ -24,8 +24,9 @@ def run_one_token(routed: RoutedExperts, hidden_1D: Tensor, weights_1K: Tensor) 
         Shape (1, D).
     """
     form, ids = routed.form, routed.ids_TK[0].tolist()
-    entered = {name: _product(routed, name, ids, hidden_1D.repeat(len(ids), 1)) for name in form.entering}
-    out_KD = _product(routed, form.parameters[-1], ids, form.activate(routed.module, entered))
+    *entering, down = routed.matrices
+    entered = {name: _product(routed, name, ids, hidden_1D.repeat(len(ids), 1)) for name in entering}
+    out_KD = _product(routed, down, ids, form.activate(routed.module, entered))
     return (weights_1K @ out_KD.to(weights_1K.dtype)).to(hidden_1D.dtype)
 
 

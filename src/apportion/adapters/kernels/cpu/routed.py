@@ -22,7 +22,7 @@ class RoutedExperts:
     Args:
         module: The experts module.
         form: Its form: called with routed tokens, without a norm after each expert.
-        matrices: The matrices by parameter.
+        matrices: The matrices by parameter, in the form's order.
         ids_TK: Expert ids, shape (T, K).
         terms: The low-rank terms by parameter.
         dropout: Share of the terms' inputs that is dropped.
@@ -38,4 +38,4 @@ class RoutedExperts:
     @property
     def dtype(self) -> torch.dtype:
         """The type that the experts compute in."""
-        return self.matrices[self.form.parameters[-1]].weight.dtype
+        return next(iter(self.matrices.values())).weight.dtype
