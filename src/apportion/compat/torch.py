@@ -72,7 +72,7 @@ def copy_with_weight(module: Any, weight_OI: Tensor) -> Any:
     if isinstance(own, MethodType):
         attributes["forward"] = MethodType(own.__func__, copied)
     elif own is not None:
-        raise TypeError(f"{type(module).__name__} has a forward of its own, which an adapter cannot run through.")
+        raise TypeError(f"{type(module).__name__} was given a forward of its own, which an adapter cannot run through.")
     return copied
 
 

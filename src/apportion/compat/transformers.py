@@ -1,16 +1,19 @@
-"""transformers' registries of experts functions, and what its decorator leaves on a module of stacked experts.
+"""transformers' registries of experts functions, the marks of its experts modules, and a renamed training argument.
 
 Checked on: transformers 5.20 to 5.23.
 When it breaks: ``transformers/integrations/moe.py`` defines `use_experts_implementation` and the registry, and
 ``integrations/finegrained_fp8.py`` the registry of FP8 experts. Look there for how a module's forward finds its
 function, and for the names of the gating hook. ``modeling_utils.py`` marks modules of expert parallelism.
+``training_args.py`` has the name of the argument that turns on checkpointing of activations, which changed in 5.23.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
@@ -96,3 +99,16 @@ def apply_gate(module: Any, gate_up: Tensor) -> Tensor:
 def is_expert_parallel(module: nn.Module) -> bool:
     """Return whether a module's experts are split over processes."""
     return bool(getattr(module, "_is_expert_parallel", False))
+
+
+def activation_checkpointing(*, is_on: bool) -> dict[str, bool]:
+    """Return the training argument that computes activations again in the backward pass, under its name here.
+
+    Args:
+        is_on: Whether they are computed again.
+
+    Returns:
+        The argument by name.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": is_on}
