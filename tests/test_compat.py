@@ -75,6 +75,7 @@ def test_the_search_finds_a_reach() -> None:
 FILES = [file for file in COMPAT.glob("*.py") if file.stem != "__init__"]
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_each_module_says_what_it_was_checked_on_and_what_to_do_when_it_breaks(file: Path) -> None:
     text = ast.get_docstring(TREES[file]) or ""
     assert re.search(rf"^Checked on: {file.stem} \d", text, re.MULTILINE)
