@@ -33,13 +33,13 @@ VERSIONED := tests/adapters tests/experts tests/peft tests/profiling tests/train
 test-lowest: ## Run the tests of adapters, PEFT and training with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/lowest
 	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/lowest.txt -e '.[gguf,test]'
-	build/lowest/bin/python -m pytest $(VERSIONED)
+	build/lowest/bin/python -m pytest -W default $(VERSIONED)  # old libraries warn of each other
 
 test-newest: ## Run the same tests with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/newest
 	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		$(if $(HAS_GPU),,-c constraints/torch.txt) -e '.[gguf,test]'
-	build/newest/bin/python -m pytest $(VERSIONED)
+	build/newest/bin/python -m pytest -W default $(VERSIONED)
 
 check: install ## Format, lint, types, docstrings, imports, spelling, docs
 	$(BIN)/ruff format --check .
