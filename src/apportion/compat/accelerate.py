@@ -1,6 +1,6 @@
 """accelerate's hooks on modules, with which it moves offloaded weights into memory for one call.
 
-Checked on: accelerate 1.10 to 1.15.
+Checked on: accelerate 1.15.
 When it breaks: `accelerate.hooks.add_hook_to_module` sets the attributes named here. Look there for new names.
 """
 
