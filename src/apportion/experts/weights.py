@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apportion.compat.torch import parametrisations, stored_buffers, stored_parameters
 from apportion.errors import ConfigurationError
 from apportion.linear_forms import PLAIN_TYPES
 
@@ -84,7 +85,7 @@ def stacked_weight(module: nn.Module, parameter: str) -> StackedWeight:
     path, _, name = parameter.rpartition(".")
     owner: Any = module.get_submodule(path) if path else module
     try:
-        if name in (vars(owner)["_modules"].get("parametrizations") or ()):
+        if name in parametrisations(owner):
             return _parametrised(module, owner, name)
         return _unparametrised(module, owner, name)
     except _UnreadableError as reason:
@@ -194,7 +195,7 @@ def _runs(experts: Sequence[int] | slice, num_experts: int) -> list[tuple[int, i
 
 def _unparametrised(module: Any, owner: Any, name: str) -> StackedWeight:
     """Describe a parameter that a module holds itself."""
-    own = vars(owner)["_parameters"]
+    own = stored_parameters(owner)
     value: Any = own.get(name)
     exact = type(value) is nn.Parameter
     if value is None:
@@ -206,7 +207,7 @@ def _unparametrised(module: Any, owner: Any, name: str) -> StackedWeight:
         return _four_bit(module, value, state)
     shape = _stacked_shape(module, value.shape)
     dtype, scale_name = value.dtype, f"{name}_scale"
-    for key in (*own, *vars(owner)["_buffers"]):
+    for key in (*own, *stored_buffers(owner)):
         if key.startswith(scale_name):
             raise _UnreadableError(f"{dtype} with {key}")
     if dtype not in PLAIN_TYPES:

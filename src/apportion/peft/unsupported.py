@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from apportion.compat.accelerate import offloading_device
+from apportion.compat.peft import has_lora_layer
+from apportion.compat.transformers import is_expert_parallel
 from apportion.errors import ConfigurationError
 from apportion.linear_forms import PLAIN_TYPES, is_quantised
 from apportion.records.site import Storage
@@ -38,12 +38,8 @@ def refuse_unsupported(path: str, module: nn.Module, storage: Storage, known: Ki
     is_plain = type(weight) is nn.Parameter and not is_quantised(module)
     if storage != "linear" or is_plain or kind in known:
         return
-    config = LoraConfig(r=1)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            LoraModel._create_new_module(config, "default", module, r=1, lora_alpha=1)  # noqa: SLF001 - PEFT's table
-    except (TypeError, ValueError) as error:
-        raise _refusal(path, module, weight, "PEFT has no LoRA layer for it") from error
+    if not has_lora_layer(module):
+        raise _refusal(path, module, weight, "PEFT has no LoRA layer for it")
     known.add(kind)
 
 
@@ -58,11 +54,11 @@ def refuse_elsewhere(path: str, module: nn.Module) -> None:
         ConfigurationError: they are.
     """
     reason = None
-    if getattr(module, "_is_expert_parallel", False):
+    if is_expert_parallel(module):
         reason = "are split over processes (expert parallelism)"
     elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         reason = "are sharded over processes"
-    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
+    elif offloading_device(module) is not None:
         reason = "are offloaded and not in memory"
     if reason:
         raise ConfigurationError(
