@@ -70,9 +70,8 @@ class ExpertLora(WrappedModule):
         for name, planned in factors.items():
             stored = self.form.stored(self.base_layer, name)
             (_, width_out, width_in), rank = self.form.shape(self.base_layer, name), sum(planned.ranks)
-            kwargs: dict[str, Any] = {"device": stored.device, "dtype": stored.dtype}
-            a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
-            b[name] = nn.Parameter(torch.zeros(rank, width_out, **kwargs))
+            a[name] = nn.Parameter(torch.empty(rank, width_in, device=stored.device, dtype=stored.dtype))
+            b[name] = nn.Parameter(torch.zeros(rank, width_out, device=stored.device, dtype=stored.dtype))
             if options.frozen_a:
                 a[name] = FrozenFactor(rank, width_in, stored.device, stored=options.stored_a)
             if planned.indices is not None:
@@ -142,13 +141,13 @@ class ExpertLora(WrappedModule):
                 self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
             )
         base, form, dropout = self.base_layer, self.form, self.lora_dropout[active[0]]
-        parameters = form.parameters
+        matrices = {name: FrozenMatrices.of(*form.matrices(base, name)) for name in form.parameters}
         routed = RoutedExperts(
             module=base,
             form=form,
-            matrices={name: FrozenMatrices.of(*form.matrices(base, name)) for name in parameters},
+            matrices=matrices,
             ids_TK=top_k_index,
-            terms={name: list(self._terms(active[0], name).values()) for name in parameters},
+            terms={name: list(self._terms(active[0], name).values()) for name in matrices},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         return run_on_cpu(routed, hidden_states, top_k_weights)
