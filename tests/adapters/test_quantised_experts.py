@@ -20,6 +20,7 @@ from apportion.experts import dequantising
 from apportion.experts.run import run_experts
 from apportion.records.profile import Profile
 from quantised_models import QUANTISERS, build_twins, dequantise, quantise
+from tiny_models import checkpoint_activations
 
 ProfileOf = Callable[[nn.Module], Profile]
 PATHS = ["fused", "composed"]
@@ -213,7 +214,7 @@ def test_gradient_checkpointing_changes_nothing(quantiser: str, profile_of: Prof
     for checkpointing in (False, True):
         model = adapt(copy.deepcopy(packed), profile).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
             model.enable_input_require_grads()
         losses.append(train(model, tokens, steps=3))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
