@@ -16,7 +16,7 @@ from apportion.errors import ConfigurationError
 from apportion.peft.site_factors import site_factors
 from apportion.records.placement import Placement
 from apportion.records.plan import PLAIN, Plan
-from apportion.records.shapes import LowRank
+from apportion.records.shapes.low_rank import LowRank
 from apportion.records.site import Layout
 
 Combination = Literal["cat", "linear"]

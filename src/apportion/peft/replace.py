@@ -14,7 +14,7 @@ from apportion.errors import ConfigurationError
 from apportion.peft.attach import receipt_of
 from apportion.peft.site_factors import site_factors
 from apportion.records.plan import Plan
-from apportion.records.shapes import LowRank
+from apportion.records.shapes.low_rank import LowRank
 
 
 @torch.no_grad()
