@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apportion.discovery import find_sites
-from apportion.peft.site_factors import site_factors
+from apportion.peft.hosted import site_factors
 from apportion.peft.replace import replace_adapter
 from apportion.records.options import Options
 from apportion.records.plan import Plan

@@ -243,9 +243,7 @@ def count_cost(
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:
-    """Refuse shapes that a site cannot have, routed LoRA on sites other than linear layers, and ranks that are too high.
-
-    The highest rank is a site's smaller side.
+    """Refuse shapes that a matrix cannot have, routed LoRA on other than linear layers, and too large ranks.
 
     Routers are exempt from the rank check: they have as few rows as experts, and the published accounting of Mixtral
     uses rank 32 for its router of eight rows.
