@@ -40,6 +40,9 @@ class BoundPlan:
     def modules(self) -> dict[str, list[Placement]]:
         """Placements by the path of the module that hosts them: one for a matrix of its own, many for stacked experts.
 
+        Returns:
+            The placements.
+
         Raises:
             PlanMismatchError: the model lacks a planned site.
         """

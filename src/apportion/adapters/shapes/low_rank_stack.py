@@ -165,11 +165,7 @@ def _starts(planned: ExpertFactors) -> list[int]:
 
 
 def _stacked_indices(planned: ExpertFactors, of_experts: list[Tensor], width_out: int) -> Tensor:
-    """Return where the experts' kept entries, laid out (out, rank), are in the stacked factor of shape (R, O).
-
-    Returns:
-        int64, expert after expert, each expert's in its order.
-    """
+    """Return where the experts' kept entries, laid out (out, rank), are in the stacked factor of shape (R, O)."""
     columns = zip(_starts(planned), planned.ranks, of_experts, strict=True)
     return torch.cat([(start + i.long() % rank) * width_out + i.long() // rank for start, rank, i in columns])
 
