@@ -146,7 +146,7 @@ class Shape(Adapter):
         return self.delta(drop(x_TI.to(self.dtype)))
 
     def delta(self, x_TI: Tensor) -> Tensor:
-        """Return the adapter's output.
+        """Return the adapter's output, by the products of PEFT's own LoRA layers, which round alike.
 
         Args:
             x_TI: Its input, in the type of the factors.
@@ -155,7 +155,7 @@ class Shape(Adapter):
             Shape (..., O).
         """
         a_RI, b_OR, scale = self._pair()
-        return functional.linear(functional.linear(x_TI, a_RI) * scale, b_OR)
+        return functional.linear(functional.linear(x_TI, a_RI), b_OR) * scale
 
     def weight_delta(self) -> Tensor:
         """Return what the adapter adds to the matrix, shape (..., O, I)."""
