@@ -11,6 +11,7 @@ import torch
 
 from apportion.adapters.shapes.base import Place, Size
 from apportion.adapters.shapes.base import Shape as ShapeModule
+from apportion.adapters.shapes.blocks import Blocks as BlocksModule
 from apportion.adapters.shapes.experts import ExpertShapes, ShapeStack, Stack
 from apportion.adapters.shapes.low_rank import LowRank as LowRankModule
 from apportion.adapters.shapes.low_rank import dense_factors, low_rank
@@ -20,6 +21,7 @@ from apportion.adapters.shapes.sparse import SparseOptions, sparse_factors
 from apportion.adapters.specs import ExpertFactors
 from apportion.records.placement import Placement
 from apportion.records.shapes.base import Shape
+from apportion.records.shapes.blocks import Blocks
 from apportion.records.shapes.low_rank import LowRank
 from apportion.records.shapes.registry import register
 from apportion.records.shapes.routed import Routed
@@ -64,6 +66,7 @@ SHAPE_KINDS: dict[str, ShapeKind] = {
         sparse_stack,
     ),
     Routed.kind: ShapeKind(_routed),
+    Blocks.kind: ShapeKind(lambda record, place, _: BlocksModule(place, record.rank, scale_of(record), record.blocks)),
 }
 
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from apportion.errors import PlanError, shortened
 from apportion.records.numbers import first_problem
 from apportion.records.shapes.base import Shape
+from apportion.records.shapes.blocks import Blocks
 from apportion.records.shapes.low_rank import LowRank
 from apportion.records.shapes.routed import Routed
 from apportion.records.shapes.sparse import Sparse
@@ -36,7 +37,7 @@ def register(shape: type[Any]) -> type[Any]:
     return shape
 
 
-for _shape in (LowRank, Sparse, Routed):
+for _shape in (LowRank, Sparse, Routed, Blocks):
     register(_shape)
 
 
