@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apportion.compat.accelerate import offloading_device
 from apportion.errors import ConfigurationError
 from apportion.experts.forms import ExpertForm, form_of
 from apportion.linear_forms import (
@@ -87,9 +88,8 @@ def execution_device(model: nn.Module) -> torch.device:
         The device for its inputs.
     """
     for module in base_model(model).modules():
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", False):
-            return torch.device(hook.execution_device)
+        if (device := offloading_device(module)) is not None:
+            return device
     return next(base_model(model).parameters()).device
 
 

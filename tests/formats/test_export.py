@@ -19,7 +19,7 @@ from apportion.cli.main import app
 from apportion.errors import AdapterError, ApportionError, ConfigurationError, OutputExistsError, PlanMismatchError
 from apportion.formats.factors import read_adapter
 from apportion.peft.attach import PhaseOptions
-from apportion.peft.hosted import site_factors
+from apportion.peft.site_factors import site_factors
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import apportion
 from apportion.adapters.hosts.experts import ExpertLora
 from apportion.errors import ConfigurationError, PlanError
-from apportion.peft.hosted import site_factors
+from apportion.peft.site_factors import site_factors
 from apportion.records.shapes.blocks import Blocks
 from tiny_models import build_dense, build_tiny
 

@@ -90,13 +90,14 @@ def test_merged_equals_unmerged(any_model: nn.Module, profile_of: ProfileOf, tok
     adapted = apportion.apply(any_model, _plan(any_model, profile_of))
     _train(adapted, tokens)
     expected = _logits(adapted, tokens)
+    atol = 5e-6 * float(expected.abs().max())
     adapted.merge_adapter()
-    assert torch.allclose(_logits(adapted, tokens), expected, atol=1e-5, rtol=0)
+    assert torch.allclose(_logits(adapted, tokens), expected, atol=atol, rtol=0)
     adapted.unmerge_adapter()
-    assert torch.allclose(_logits(adapted, tokens), expected, atol=1e-5, rtol=0)
+    assert torch.allclose(_logits(adapted, tokens), expected, atol=atol, rtol=0)
     merged = adapted.merge_and_unload()
     assert type(merged) is type(any_model)
-    assert torch.allclose(_logits(merged, tokens), expected, atol=1e-5, rtol=0)
+    assert torch.allclose(_logits(merged, tokens), expected, atol=atol, rtol=0)
 
 
 def test_saved_and_loaded_is_identical(

@@ -24,8 +24,8 @@ from apportion.counting import count
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError
 from apportion.peft.attach import PhaseOptions
-from apportion.peft.hosted import site_factors
 from apportion.peft.masks import random_mask
+from apportion.peft.site_factors import site_factors
 from apportion.records.mask import Mask, load_mask
 from apportion.records.profile import Profile
 from tiny_models import build_dense, build_tiny

@@ -17,8 +17,8 @@ from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
-from apportion.peft.hosted import site_factors
 from apportion.peft.masks import extract_mask, random_mask
+from apportion.peft.site_factors import site_factors
 from apportion.records.mask import load_mask
 from apportion.records.options import SparseTraining
 from apportion.records.plan import Plan

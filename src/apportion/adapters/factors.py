@@ -78,6 +78,7 @@ class SparseFactor(nn.Module):
         self.shape = (num_rows, num_columns)
         self.values = nn.Parameter(torch.zeros(len(indices_k), device=device, dtype=torch.float32))
         self.register_buffer("indices", indices_k.to(device=device, dtype=torch.int32))
+        self.register_load_state_dict_pre_hook(_keep_loaded_entries)  # type: ignore[no-untyped-call]
 
     def keep(self, indices_k: Tensor) -> None:
         """Keep other entries, all of them zero.
@@ -93,13 +94,6 @@ class SparseFactor(nn.Module):
             self.values = nn.Parameter(fresh_k, requires_grad=values.requires_grad)
         self.indices = indices_k.to(device=values.device, dtype=torch.int32)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Keep the entries of the state that is loaded."""
-        indices_k = state_dict.get(f"{prefix}indices")
-        if indices_k is not None:
-            self.keep(indices_k)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     @property
     def weight(self) -> Tensor:
         """The dense matrix; its gradient reaches the kept entries alone."""
@@ -110,6 +104,13 @@ class SparseFactor(nn.Module):
         """Multiply rows by the matrix."""
         out_TO: Tensor = _SparseLinear.apply(x_TI, self.values, self.indices, self.shape)  # type: ignore[no-untyped-call]
         return out_TO
+
+
+def _keep_loaded_entries(factor: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Keep the entries of the state that is loaded next."""
+    indices_k = state.get(f"{prefix}indices")
+    if indices_k is not None and isinstance(factor, SparseFactor):
+        factor.keep(indices_k)
 
 
 def matrix_of(factor: Any) -> Tensor:

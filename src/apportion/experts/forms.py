@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import use_experts_implementation
+
+from apportion.compat.transformers import apply_gate, has_default_gate, is_marked
 
 # Shapes: S routed rows sorted by expert, E experts, O a parameter's output width, P the shape of a parameter as it is
 # stored: (E, out, in), (E, in, out), or either of them with the experts' rows one under the other.
@@ -205,7 +206,7 @@ def known_form(module: Any) -> ExpertForm:
 
 def _marked(module: Any) -> ExpertForm | None:
     """Read what transformers' decorator says about a module."""
-    if not all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "down_proj")):
+    if not is_marked(module):
         return None
     transposed = module.is_transposed
     down = Stacked("down_proj", transposed)
@@ -225,7 +226,7 @@ def _marked(module: Any) -> ExpertForm | None:
         activate=activate,
         has_bias=module.has_bias,
         norm="post_expert_norm" if module.has_post_expert_norm else None,
-        is_swiglu=module.has_gate and _has_default_gate(module) and isinstance(module.act_fn, nn.SiLU | SiLUActivation),
+        is_swiglu=module.has_gate and has_default_gate(module) and isinstance(module.act_fn, nn.SiLU | SiLUActivation),
     )
 
 
@@ -269,16 +270,9 @@ def _interleaved() -> tuple[slice, slice]:
     return slice(0, None, 2), slice(1, None, 2)
 
 
-def _has_default_gate(module: Any) -> bool:
-    """Tell whether a marked module's gating is the one that transformers' decorator adds: halves, gate first."""
-    gate = type(module)._apply_gate  # noqa: SLF001 - transformers' hook for this
-    return bool(gate.__module__ == use_experts_implementation.__module__)
-
-
 def _own_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
     """Call the gating of a marked module."""
-    gated: Tensor = module._apply_gate(entered["gate_up_proj"])  # noqa: SLF001 - transformers' hook for this
-    return gated
+    return apply_gate(module, entered["gate_up_proj"])
 
 
 def _no_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:

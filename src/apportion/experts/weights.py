@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apportion.compat.torch import stored_buffers, stored_parameters
 from apportion.errors import ConfigurationError
 from apportion.linear_forms import PLAIN_TYPES
 
@@ -194,8 +195,8 @@ def _unparametrised(module: Any, owner: Any, name: str) -> StackedWeight:
     if state is not None:
         return _four_bit(module, value, state)
     shape = _stacked_shape(module, value.shape)
-    own = vars(owner)["_parameters"]
-    scale = next((key for key in (*own, *vars(owner)["_buffers"]) if key.startswith(f"{name}_scale")), None)
+    own = stored_parameters(owner)
+    scale = next((key for key in (*own, *stored_buffers(owner)) if key.startswith(f"{name}_scale")), None)
     if scale is not None:
         raise _UnreadableError(f"{value.dtype} with {scale}")
     if value.dtype not in PLAIN_TYPES:

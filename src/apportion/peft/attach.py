@@ -10,6 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from apportion.compat.accelerate import offloading_device
+from apportion.compat.transformers import is_expert_parallel
 from apportion.counting import count
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanError, PlanMismatchError
@@ -164,11 +166,11 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
 def _check_weights(path: str, module: nn.Module) -> None:
     """Raise an error if a module's weights are split over processes or not in memory."""
     reason = None
-    if getattr(module, "_is_expert_parallel", False):
+    if is_expert_parallel(module):
         reason = "are split over processes (expert parallelism)"
     elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         reason = "are sharded over processes"
-    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
+    elif offloading_device(module) is not None:
         reason = "are offloaded and not in memory"
     if reason:
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from apportion.counting import count
 from apportion.errors import ConfigurationError
-from apportion.peft.hosted import site_factors
+from apportion.peft.site_factors import site_factors
 from apportion.records.placement import Placement
 from apportion.records.plan import PLAIN, Plan
 from apportion.records.shapes.low_rank import LowRank

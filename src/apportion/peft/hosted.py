@@ -1,4 +1,4 @@
-"""Iterate over an adapter's modules and its factors, whatever hosts them."""
+"""Iterate over an adapter's modules, whatever hosts them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from apportion.adapters.hosts.linear import shape_of
 from apportion.adapters.hosts.wrapped import WrappedModule
@@ -37,19 +37,3 @@ def hosted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Adapter]]
         if adapter_name in adapters_of(layer):
             is_peft = isinstance(layer, LoraLayer)
             yield path, shape_of(layer, adapter_name) if is_peft else layer.lora_shape[adapter_name]
-
-
-def site_factors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Iterate over an adapter's sites and factors.
-
-    Args:
-        model: The model with the adapter.
-        adapter_name: The adapter.
-
-    Yields:
-        The site; its A, of shape (rank, in); its B, of shape (out, rank): of the LoRA that equals its shape, or over
-        all LoRA experts. For dense factors these are views, so writing to them changes the adapter.
-    """
-    for path, adapter in hosted(model, adapter_name):
-        for site, a_RI, b_OR in adapter.factors():
-            yield path + site, a_RI, b_OR

@@ -12,7 +12,7 @@ from torch import Tensor
 from apportion.counting import num_kept
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
-from apportion.peft.hosted import site_factors
+from apportion.peft.site_factors import site_factors
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.options import Granularity
 from apportion.records.placement import Placement

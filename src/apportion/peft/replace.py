@@ -12,7 +12,7 @@ from torch import Tensor
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
 from apportion.peft.attach import receipt_of
-from apportion.peft.hosted import site_factors
+from apportion.peft.site_factors import site_factors
 from apportion.records.plan import Plan
 from apportion.records.shapes.low_rank import LowRank
 

@@ -25,9 +25,10 @@ from apportion.experts.dispatch import leave
 from apportion.peft.bound import BoundPlan, current_binding
 from apportion.peft.combine import Combination, combined_plan, write_combined
 from apportion.peft.config import ApportionConfig
-from apportion.peft.hosted import adapters_of, site_factors
+from apportion.peft.hosted import adapters_of
 from apportion.peft.mixed import adapter_per_row
 from apportion.peft.shapes import make_expert_shapes, make_shape
+from apportion.peft.site_factors import site_factors
 from apportion.peft.start import FrozenDraws, draw_frozen, keep_entries, start_factors
 from apportion.peft.state import check_digests, check_tensors, digests, from_file, gathered, to_file
 from apportion.records.shapes.low_rank import LowRank

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from apportion.compat.accelerate import forward_attribute
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import DataError, ProfileError
 from apportion.experts.forms import known_form
@@ -262,7 +263,7 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, base: Any) -> 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace a module's forward inside the context, below accelerate's hooks if there are any."""
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    name = forward_attribute(module)
     before = vars(module).get(name)
     setattr(module, name, forward)
     try:

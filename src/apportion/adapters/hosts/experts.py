@@ -21,7 +21,8 @@ from apportion.adapters.kernels.cpu.run import run_on_cpu
 from apportion.adapters.kernels.terms import LowRankTerm
 from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
 from apportion.adapters.shapes.base import Place
-from apportion.experts.dispatch import enter, is_dispatched
+from apportion.compat.transformers import is_dispatched
+from apportion.experts.dispatch import enter
 from apportion.experts.forms import known_form
 from apportion.experts.run import base_product, run_experts
 
@@ -77,7 +78,7 @@ class ExpertLora(WrappedModule):
             output = self.base_layer(hidden_states, *routing)
         elif self.is_dispatched:
             output = self.base_layer(hidden_states, *routing, run_rows=run_rows)
-        else:  # the direct path that `is_dispatched` describes
+        else:  # the direct path that `apportion.experts.dispatch` describes
             output = run_rows(hidden_states, *routing)
         return output
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 from torch import Tensor
 
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.shapes.base import Place
+from apportion.compat.accelerate import hook_of
+from apportion.compat.torch import copy_with_weight
 
 # Shapes: O and I output and input width of the weight.
 
@@ -44,34 +45,15 @@ class WeightLora(WrappedModule):
         base = self.base_layer
         if not active:
             return base(*args, **kwargs)
-        hook = vars(base).get("_hf_hook")  # accelerate's, which may fetch the weight for the call alone
+        hook = hook_of(base)  # accelerate's, which may fetch the weight for the call alone
         if hook is not None:
             args, kwargs = hook.pre_forward(base, *args, **kwargs)
         weight_OI = base.weight
         for adapter in active:
             weight_OI = weight_OI + self.lora_shape[adapter].weight_delta().to(weight_OI.dtype)
-        output = _twin_with_weight(base, weight_OI)(*args, **kwargs)
+        output = copy_with_weight(base, weight_OI)(*args, **kwargs)
         return output if hook is None else hook.post_forward(base, output)
 
     def weight_deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the weight and what an adapter adds to it."""
         yield self.base_layer.weight, self.lora_shape[adapter_name].weight_delta()
-
-
-def _twin_with_weight(base: Any, weight_OI: Tensor) -> Any:
-    """Make a copy of a module that shares everything with it but its weight; the module itself stays as it is.
-
-    Other threads may run the module meanwhile. `torch.func.functional_call` would swap the weight in place.
-    """
-    twin = object.__new__(type(base))
-    attributes = vars(twin)
-    attributes.update(vars(base))
-    attributes["_parameters"] = {**base._parameters, "weight": weight_OI}
-    attributes["_compiled_call_impl"] = None  # compiled for the module's own weight
-    attributes.pop("weight", None)  # FSDP1 keeps its view of the weight here
-    forward = attributes.pop("_old_forward", attributes.get("forward"))  # under accelerate's hook
-    if isinstance(forward, MethodType):
-        attributes["forward"] = MethodType(forward.__func__, twin)
-    elif forward is not None:
-        raise TypeError(f"{type(base).__name__} was given a forward of its own, which an adapter cannot run through.")
-    return twin

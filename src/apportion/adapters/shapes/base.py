@@ -154,12 +154,12 @@ class Shape(Adapter):
         Returns:
             Shape (..., O).
         """
-        a_RI, b_OR, scale = self._pair()
+        a_RI, b_OR, scale = self.lora_pair()
         return functional.linear(functional.linear(x_TI, a_RI), b_OR) * scale
 
     def weight_delta(self) -> Tensor:
         """Return what the adapter adds to the matrix, shape (..., O, I)."""
-        a_RI, b_OR, scale = self._pair()
+        a_RI, b_OR, scale = self.lora_pair()
         return (b_OR @ a_RI) * scale
 
     @property
@@ -169,7 +169,7 @@ class Shape(Adapter):
 
     def factors(self) -> Iterator[SiteFactors]:
         """Return the factors of the LoRA that equals the adapter."""
-        a_RI, b_OR, _ = self._pair()
+        a_RI, b_OR, _ = self.lora_pair()
         yield SiteFactors("", a_RI.detach(), b_OR.detach())
 
     def sites(self) -> list[str]:
@@ -192,8 +192,15 @@ class Shape(Adapter):
         """Return the only site's tensors."""
         return files[""]
 
-    def _pair(self) -> LoraPair:
-        """Return the LoRA that equals the adapter; a shape without one does not call this."""
+    def lora_pair(self) -> LoraPair:
+        """Return the LoRA that equals the adapter, of a shape that has one.
+
+        Returns:
+            The pair.
+
+        Raises:
+            TypeError: gates depend on the input.
+        """
         pair = self.as_lora()
         if pair is None:
             raise TypeError(f"{type(self).__name__} equals no LoRA.")

@@ -75,14 +75,14 @@ class ShapeStack(Stack):
     """
 
     def __init__(self, projection: str, experts: tuple[int, ...], shape: Shape) -> None:
-        a_HrI, _, scale = shape._pair()
+        a_HrI, _, scale = shape.lora_pair()
         num_experts, rank = a_HrI.shape[:2]
         super().__init__({projection: ExpertFactors(experts, (rank,) * num_experts, (scale,) * num_experts)})
         self.shape = shape
 
     def term(self, projection: str, columns: slice) -> LowRankTerm:
         """Return the term of the LoRA that equals the shape."""
-        a_HrI, b_HOr, _ = self.shape._pair()
+        a_HrI, b_HOr, _ = self.shape.lora_pair()
         b_RO = b_HOr.transpose(1, 2).flatten(0, 1)
         return LowRankTerm(a_HrI.flatten(0, 1), b_RO, self.planned[projection], columns)
 
