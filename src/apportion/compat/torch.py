@@ -45,6 +45,11 @@ def stored_buffers(module: nn.Module) -> dict[str, Any]:
     return stored
 
 
+def parametrisations(module: nn.Module) -> Any:
+    """Return how a module's parametrised parameters are computed, by name. No parameter is computed."""
+    return vars(module)["_modules"].get("parametrizations") or {}
+
+
 def copy_with_weight(module: Any, weight_OI: Tensor) -> Any:
     """Make a copy of a module that shares everything with it but its weight. The module itself does not change.
 

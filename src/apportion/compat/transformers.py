@@ -82,7 +82,7 @@ def run_chosen_experts(registry: Any, experts: Any, config: Any, *args: Tensor) 
 
 def is_marked(module: Any) -> bool:
     """Return whether a module carries what transformers' decorator adds to stacked experts."""
-    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "down_proj"))
+    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed"))
 
 
 def has_default_gate(module: Any) -> bool:

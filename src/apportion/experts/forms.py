@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from apportion.compat.transformers import apply_gate, has_default_gate, is_marked
+from apportion.experts.weights import StackedWeight, stacked_weight
 
 # Shapes: S routed rows sorted by expert, E experts, O a parameter's output width, P the shape of a parameter as it is
 # stored: (E, out, in), (E, in, out), or either of them with the experts' rows one under the other.
@@ -105,24 +106,52 @@ class ExpertForm:
         interleaved = any(stacked.rows.step for stacked in self.projections_in(parameter).values())
         return torch.stack(tensors, dim=2).flatten(1) if interleaved else torch.cat(tensors, dim=1)
 
-    def matrices(self, module: nn.Module, parameter: str) -> tuple[Tensor, bool]:
-        """Return a parameter with the experts first, as it is stored otherwise.
+    def matrices(self, module: nn.Module, parameter: str) -> tuple[StackedWeight, bool]:
+        """Return a parameter's matrices as they are stored; nothing is dequantised.
 
         Args:
             module: The experts module.
             parameter: The parameter's path.
 
         Returns:
-            A view of shape (experts, out, in), or (experts, in, out) where it is stored transposed; whether it is.
+            The matrices; whether they are (experts, in, out) and not (experts, out, in).
         """
-        transposed = any(stacked.transposed for stacked in self.projections_in(parameter).values())
-        return self._experts_first(attrgetter(parameter)(module)), transposed
+        places = self.projections.values()
+        transposed = any([place.transposed for place in places if place.parameter == parameter])  # noqa: C419 - quicker
+        return stacked_weight(module, parameter), transposed
 
-    def weights(self, module: nn.Module, projection: str) -> Tensor:
-        """Return one projection of every expert.
+    def stored(self, module: nn.Module, projection: str) -> StackedWeight:
+        """Return the matrices of the parameter that holds a projection.
 
         Args:
             module: The experts module.
+            projection: The projection.
+
+        Returns:
+            The matrices; nothing is dequantised.
+        """
+        return stacked_weight(module, self.projections[projection].parameter)
+
+    def shape(self, module: nn.Module, projection: str) -> tuple[int, int, int]:
+        """Return the shape of one projection of every expert; no value is read.
+
+        Args:
+            module: The experts module.
+            projection: The projection.
+
+        Returns:
+            (experts, out, in).
+        """
+        stacked = self.projections[projection]
+        num_experts, rows, columns = self.stored(module, projection).shape
+        width_out, width_in = (columns, rows) if stacked.transposed else (rows, columns)
+        return num_experts, len(range(width_out)[stacked.rows]), width_in
+
+    def weights(self, module: nn.Module, projection: str) -> Tensor:
+        """Return one projection of every expert, to write to.
+
+        Args:
+            module: The experts module, its parameters plain.
             projection: The projection.
 
         Returns:
@@ -169,6 +198,9 @@ def form_of(module: Any) -> ExpertForm | None:
 
     Returns:
         Its form, or None where it is no module of stacked experts, or of a form that is not supported.
+
+    Raises:
+        ConfigurationError: its weights are stored in a form that cannot be read.
     """
     for recognise in _RECOGNISERS:
         form = recognise(module)
@@ -211,7 +243,7 @@ def _marked(module: Any) -> ExpertForm | None:
     transposed = module.is_transposed
     down = Stacked("down_proj", transposed)
     if module.has_gate:
-        width = module.gate_up_proj.shape[2 if transposed else 1] // 2
+        width = stacked_weight(module, "gate_up_proj").shape[2 if transposed else 1] // 2
         halves = (slice(0, width), slice(width, None)) if module.is_concatenated else _interleaved()
         entering = {
             name: Stacked("gate_up_proj", transposed, rows)
@@ -221,7 +253,7 @@ def _marked(module: Any) -> ExpertForm | None:
     else:
         entering, activate = {"up_proj": Stacked("up_proj", transposed)}, _no_gate
     return ExpertForm(
-        num_experts=int(module.down_proj.shape[0]),
+        num_experts=stacked_weight(module, "down_proj").shape[0],
         projections={**entering, "down_proj": down},
         activate=activate,
         has_bias=module.has_bias,
@@ -234,9 +266,10 @@ def _every_expert_at_once(module: Any) -> ExpertForm | None:
     """Recognise Llama 4: a batched product over all experts, gate and up in one transposed parameter."""
     if type(module).__name__ != "Llama4TextExperts":
         return None
-    width = module.gate_up_proj.shape[2] // 2
+    num_experts, _, both_widths = stacked_weight(module, "gate_up_proj").shape
+    width = both_widths // 2
     return ExpertForm(
-        num_experts=int(module.down_proj.shape[0]),
+        num_experts=num_experts,
         projections={
             "gate_proj": Stacked("gate_up_proj", transposed=True, rows=slice(0, width)),
             "up_proj": Stacked("gate_up_proj", transposed=True, rows=slice(width, None)),

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from apportion.compat.accelerate import offloading_device
-from apportion.compat.transformers import is_expert_parallel
 from apportion.counting import count
 from apportion.discovery import find_sites, walk_modules
 from apportion.errors import ConfigurationError, PlanError, PlanMismatchError
@@ -20,8 +17,10 @@ from apportion.peft.config import ApportionConfig
 from apportion.peft.hosted import hosted
 from apportion.peft.masks import random_mask
 from apportion.peft.start import draw_frozen
+from apportion.peft.unsupported import Kinds, refuse_elsewhere, refuse_unsupported
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.plan import Plan
+from apportion.records.shapes.low_rank import LowRank
 from apportion.records.site import Layout
 
 
@@ -158,26 +157,14 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         except PlanError as error:
             raise error.at(placement.site) from error
     planned = {path for placement in plan.placements for path in (placement.site, placement.name.module)}
+    by_peft = {placement.site for placement in plan.placements if isinstance(placement.shape, LowRank)}
+    known: Kinds = set()
     for path, _, module in walk_modules(model):
         if path in planned:
-            _check_weights(path, module)
-
-
-def _check_weights(path: str, module: nn.Module) -> None:
-    """Raise an error if a module's weights are split over processes or not in memory."""
-    reason = None
-    if is_expert_parallel(module):
-        reason = "are split over processes (expert parallelism)"
-    elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        reason = "are sharded over processes"
-    elif offloading_device(module) is not None:
-        reason = "are offloaded and not in memory"
-    if reason:
-        raise ConfigurationError(
-            f"no adapter can be attached to a model whose weights {reason}: its factors would not train correctly.",
-            place=path,
-            fix="attach the adapters before sharding or offloading the model",
-        )
+            refuse_elsewhere(path, module)
+        found = layout.by_name.get(path)
+        if found is not None and (path in by_peft or (path in planned and found.storage == "weight")):
+            refuse_unsupported(path, module, found.storage, known)
 
 
 def check_architecture(layout: Layout, plan: Plan) -> None:

@@ -237,7 +237,7 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, base: Any) -> 
         samples_S = token_of_rows(base, hidden_states, top_k_index) // (tokens // num_samples)
 
         def product(parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-            out_SO = base_product(base, parameter, x_SI, ends_E)
+            out_SO = base_product(base, form, parameter, x_SI, ends_E)
             inputs = [x_SI.detach()]
 
             def on_gradient(grad_SO: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.kernels.composed import add_terms
+from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
 from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.adapters.kernels.cpu.run import run_on_cpu
 from apportion.adapters.kernels.terms import LowRankTerm
@@ -48,9 +49,9 @@ class ExpertLora(WrappedModule):
         """Return one expert's matrix of each projection, which adapters are made for."""
         places = {}
         for name in self.form.projections:
-            weights_EOI = self.form.weights(self.base_layer, name)
-            _, width_out, width_in = weights_EOI.shape
-            places[name] = Place(width_out, width_in, weights_EOI.device, weights_EOI.dtype)
+            stored = self.form.stored(self.base_layer, name)
+            _, width_out, width_in = self.form.shape(self.base_layer, name)
+            places[name] = Place(width_out, width_in, stored.device, stored.dtype)
         return places
 
     def run(
@@ -97,12 +98,14 @@ class ExpertLora(WrappedModule):
             return run_experts(
                 self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
             )
-        dropout = self.lora_dropout[active[0]]
+        base, form, dropout = self.base_layer, self.form, self.lora_dropout[active[0]]
+        matrices = {name: FrozenMatrices.of(*form.matrices(base, name)) for name in form.parameters}
         routed = RoutedExperts(
-            module=self.base_layer,
-            form=self.form,
+            module=base,
+            form=form,
+            matrices=matrices,
             ids_TK=top_k_index,
-            terms={name: list(self._terms(active[0], name).values()) for name in self.form.parameters},
+            terms={name: list(self._terms(active[0], name).values()) for name in matrices},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         return run_on_cpu(routed, hidden_states, top_k_weights)
@@ -139,7 +142,7 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        out_SO = base_product(self.base_layer, parameter, x_SI, ends_E)
+        out_SO = base_product(self.base_layer, self.form, parameter, x_SI, ends_E)
         return self.after_product(active, parameter, x_SI, out_SO, ends_E)
 
     def after_product(
@@ -176,5 +179,5 @@ class ExpertLora(WrappedModule):
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""
-        weight = known_form(base_layer).weights(base_layer, "down_proj")
+        weight = known_form(base_layer).stored(base_layer, "down_proj")
         return weight.device, weight.dtype

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.shapes.base import Place
 from apportion.adapters.shapes.low_rank import LowRank
-from apportion.linear_forms import PLAIN_TYPES
+from apportion.linear_forms import compute_place
 
 # Shapes: T tokens (over any leading dimensions), I and O input and output width.
 
@@ -26,10 +25,8 @@ class LinearLora(WrappedModule):
 
     def place(self) -> Place:
         """Return the matrix that adapters are made for."""
-        weight = self.base_layer.weight
-        is_plain = weight.dtype in PLAIN_TYPES
-        dtype = weight.dtype if is_plain else torch.get_default_dtype()  # quantised weights are of types of their own
-        return Place(self.base_layer.out_features, self.base_layer.in_features, weight.device, dtype)
+        device, dtype = compute_place(self.base_layer)
+        return Place(self.base_layer.out_features, self.base_layer.in_features, device, dtype)
 
     def adopt(self, layer: LoraLayer) -> None:
         """Take over the adapters of PEFT's own LoRA layer.
