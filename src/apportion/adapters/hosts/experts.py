@@ -47,9 +47,10 @@ class ExpertLora(WrappedModule):
 
     def places(self) -> dict[str, Place]:
         """Return one expert's matrix of each projection, which adapters are made for."""
-        base, places = self.base_layer, {}
+        places = {}
         for name in self.form.projections:
-            stored, (_, width_out, width_in) = self.form.stored(base, name), self.form.shape(base, name)
+            stored = self.form.stored(self.base_layer, name)
+            _, width_out, width_in = self.form.shape(self.base_layer, name)
             places[name] = Place(width_out, width_in, stored.device, stored.dtype)
         return places
 

@@ -127,11 +127,11 @@ class WrappedModule(nn.Module, BaseTunerLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_shape:
                 continue
-            if safe_merge and not self.is_finite(adapter):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             for parameter in self.merged_parameters():
                 if reason := obstacle(self.base_layer, parameter):
                     raise ValueError(f"{adapter!r} cannot be merged: {parameter} {reason}.")
+            if safe_merge and not self.is_finite(adapter):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
             self.add_to_weights(adapter, 1.0)
             self.merged_adapters.append(adapter)
 
