@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft import LoraModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from apportion.adapters.hosts.experts import ExpertLora
 from apportion.adapters.hosts.linear import LinearLora
@@ -19,6 +18,7 @@ from apportion.adapters.hosts.weight import WeightLora
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.merging import obstacle
 from apportion.adapters.shapes.base import Adapter
+from apportion.compat.peft import ModulePlace, OpenLoraModel, Tensors
 from apportion.discovery import find_sites
 from apportion.errors import AdapterError, ConfigurationError
 from apportion.experts.dispatch import leave
@@ -36,7 +36,7 @@ from apportion.records.shapes.low_rank import LowRank
 HOSTS = {"fused": ExpertLora, "weight": WeightLora, "linear": LinearLora}  # by how a site's weight is stored
 
 
-class ApportionModel(LoraModel):
+class ApportionModel(OpenLoraModel):
     """PEFT's LoRA tuner with a plan instead of name patterns.
 
     Linear layers get PEFT's LoRA layers, or `LinearLora` if another shape than `low_rank` is planned. Stacked experts
@@ -63,45 +63,28 @@ class ApportionModel(LoraModel):
         self._not_started: set[str] = set()
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Support ``adapter_names``: one adapter per row of the batch."""
-        names = kwargs.get("adapter_names")
-        if names is None:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
-                yield
-            return
-        with adapter_per_row(self, names, kwargs.get("num_beams") or 1):
-            yield
+    def one_adapter_per_row(self, names: list[str], num_beams: int) -> AbstractContextManager[None]:
+        """Support ``adapter_names``."""
+        return adapter_per_row(self, names, num_beams)
 
-    def _check_target_module_exists(self, peft_config: ApportionConfig, key: str) -> bool:
+    def is_adapted(self, path: str) -> bool:
         """Return whether the plan has an adapter in this module."""
-        return key in self._attaching.modules
+        return path in self._attaching.modules
 
-    def _prepare_adapter_config(self, peft_config: ApportionConfig, model_config: dict[str, Any]) -> ApportionConfig:
+    def bind(self, config: ApportionConfig) -> ApportionConfig:
         """Bind the plan to the model. `target_modules`, which PEFT may shorten to patterns, is only informative."""
-        self._attaching = current_binding() or BoundPlan(peft_config.plan, find_sites(self.model))
-        peft_config.target_modules = set(self._attaching.modules)
-        return peft_config
+        self._attaching = current_binding() or BoundPlan(config.plan, find_sites(self.model))
+        config.target_modules = set(self._attaching.modules)
+        return config
 
-    def _create_and_replace(
-        self,
-        lora_config: ApportionConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        *,
-        parameter_name: str | None = None,
-    ) -> None:
+    def attach(self, config: ApportionConfig, adapter_name: str, target: nn.Module, place: ModulePlace) -> None:
         """Attach the adapters planned for one module."""
-        placements, storage = self._attaching.modules[current_key], self._attaching.storage(current_key)
+        placements, storage = self._attaching.modules[place.path], self._attaching.storage(place.path)
         placement = placements[0]
         if storage == "linear" and isinstance(placement.shape, LowRank) and not isinstance(target, LinearLora):
-            config = copy.copy(lora_config)
+            config = copy.copy(config)
             config.r, config.lora_alpha = placement.rank, placement.alpha
-            super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
+            self.attach_lora(config, adapter_name, target, place)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         host_type = HOSTS[storage]
@@ -109,15 +92,15 @@ class ApportionModel(LoraModel):
         if isinstance(host, LinearLora) and isinstance(target, LoraLayer):
             host.adopt(target)
         if isinstance(host, ExpertLora):
-            shape: Adapter = make_expert_shapes(placements, host.places(), lora_config.sparse)
+            shape: Adapter = make_expert_shapes(placements, host.places(), config.sparse)
         else:
-            shape = make_shape(placement.shape, host.place(), lora_config.sparse)
-        host.add_adapter(adapter_name, shape, lora_config.lora_dropout)
+            shape = make_shape(placement.shape, host.place(), config.sparse)
+        host.add_adapter(adapter_name, shape, config.lora_dropout)
         if adapter_name not in self.active_adapters:
             host.requires_grad_(requires_grad=False)
-        host.set_adapter(self.active_adapters, inference_mode=lora_config.inference_mode)
+        host.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if host is not target:
-            setattr(parent, target_name, host)
+            setattr(place.parent, place.name, host)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the adapter, and keep the plan that is bound to the model until the factors are started."""
@@ -125,9 +108,8 @@ class ApportionModel(LoraModel):
         self.bound[adapter_name] = self._attaching
         self._not_started.add(adapter_name)
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Set the factors' types, and start those of a new adapter; PEFT calls this behind `inject_adapter`."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+    def start(self, adapter_name: str) -> None:
+        """Start the factors of a new adapter."""
         if adapter_name not in self._not_started:
             return
         self._not_started.remove(adapter_name)
@@ -189,7 +171,7 @@ class ApportionModel(LoraModel):
             inference_mode=first.inference_mode,
         )
         self.inject_adapter(self.model, adapter_name)
-        self._cast_adapter_dtype(adapter_name)
+        self.cast_and_start(adapter_name)
         write_combined(self.model, plans, weights, combination_type, adapter_name)
         if any(
             not bool(part.isfinite().all()) for _, *parts in site_factors(self.model, adapter_name) for part in parts
@@ -210,20 +192,30 @@ class ApportionModel(LoraModel):
         Raises:
             ConfigurationError: an adapter has gates, or a weight is quantised, sharded or not in memory.
         """
-        self._check_mergeable(adapter_names)
+        self.check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, **kwargs)
 
-    def _unload_and_optionally_merge(self, *args: Any, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """Remove the adapters, merging them first if `merge` is set."""
-        if merge:
-            self._check_mergeable(kwargs.get("adapter_names"))
-        experts = [module.base_layer for module in self.model.modules() if isinstance(module, ExpertLora)]
-        unloaded: nn.Module = super()._unload_and_optionally_merge(*args, merge=merge, **kwargs)
-        for base in experts:
-            leave(base)
+    def unload(self) -> nn.Module:
+        """Remove the adapters."""
+        with self._experts_left():
+            unloaded: nn.Module = super().unload()
         return unloaded
 
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge adapters into the weights, and remove all; the arguments are those of PEFT."""
+        with self._experts_left():
+            merged: nn.Module = super().merge_and_unload(*args, **kwargs)
+        return merged
+
+    @contextmanager
+    def _experts_left(self) -> Iterator[None]:
+        """Let transformers run the experts again at the end."""
+        experts = [module.base_layer for module in self.model.modules() if isinstance(module, ExpertLora)]
+        yield
+        for base in experts:
+            leave(base)
+
+    def check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Raise an error, before any weight changes, if an adapter cannot be merged."""
         for path, module in self.model.named_modules():
             if not isinstance(module, BaseTunerLayer):
@@ -249,33 +241,21 @@ class ApportionModel(LoraModel):
                     )
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: ApportionConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
+    def to_save(cls, model: nn.Module, config: ApportionConfig, adapter_name: str, tensors: Tensors) -> Tensors:
         """Return the adapter's tensors, gathered and one per expert, and record their digests."""
-        in_model: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        tensors = to_file(gathered(in_model), model, adapter_name)
-        named = {cls._remove_adapter_name_from_key(name, adapter_name): tensor for name, tensor in tensors.items()}
+        in_file = to_file(gathered(tensors), model, adapter_name)
+        named = {cls.name_in_file(name, adapter_name): tensor for name, tensor in in_file.items()}
         config.tensor_digests, config.promised_digests = digests(named), None
-        return tensors
+        return in_file
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: ApportionConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def to_load(
+        cls, model: nn.Module, config: ApportionConfig, adapter_name: str, tensors: Tensors
+    ) -> tuple[Tensors, Tensors]:
         """Check an adapter's tensors, and return them stacked, under their names in the model."""
         place = f"the adapter {adapter_name!r}"
-        check_tensors(state_dict, config.plan, find_sites(model), config.sparse, place)
+        check_tensors(tensors, config.plan, find_sites(model), config.sparse, place)
         if config.promised_digests is not None:
-            check_digests(state_dict, config.promised_digests, place)
+            check_digests(tensors, config.promised_digests, place)
             config.promised_digests = None
-        hosted_state, rest = from_file(state_dict, model, adapter_name)
-        named: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-        return named | hosted_state
+        return from_file(tensors, model, adapter_name)
