@@ -148,7 +148,7 @@ def _write(folder: Path, plan: Plan, loaded: dict[str, Loaded], config: LoraConf
     if bad:
         raise AdapterError(f"{bad[0]} is not finite.", fix="copy the adapter again, or train it again")
     ours = ApportionConfig(
-        plan=plan.as_dict(),
+        plan=plan,
         r=plan.rank,
         lora_alpha=plan.alpha,
         task_type=config.task_type,

@@ -26,7 +26,7 @@ PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # servers k
 
 def largest_rank(adapter: SavedAdapter) -> int:
     """Return the rank that everything is padded to."""
-    return max(placement.rank for placement in adapter.placements)
+    return max(placement.shape.lora_rank or 0 for placement in adapter.placements)
 
 
 def write(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None, targets: Iterable[str] | None = None) -> None:

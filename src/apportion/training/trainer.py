@@ -24,8 +24,8 @@ from transformers import (
     TrainerState,
 )
 from transformers.training_args import TrainingArguments
-from trl import SFTTrainer
 
+from apportion.compat.trl import CheckpointingTrainer
 from apportion.data.batches import TrainableRows
 from apportion.data.sources import Row
 from apportion.errors import TrainingError
@@ -110,7 +110,7 @@ def fit(model: PreTrainedModel | PeftModel, session: Session, hooks: TrainingHoo
     return trainer.result(seconds, session.checked, signal)
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(CheckpointingTrainer):
     """TRL's trainer with hooks, stopped by the first non-finite loss or weight."""
 
     tokens_before = 0
@@ -202,11 +202,7 @@ class _Trainer(SFTTrainer):
         if penalty is None:
             return result
         loss, *outputs = result if isinstance(result, tuple) else (result,)
-        penalty = penalty.to(loss.device)
-        if (
-            self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-        ):  # in this case transformers does not divide by the number of accumulated batches
-            penalty = penalty / self.current_gradient_accumulation_steps
+        penalty = self.added_once(penalty.to(loss.device), kwargs.get("num_items_in_batch"))
         return (loss + penalty, *outputs) if outputs else loss + penalty
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -218,13 +214,14 @@ class _Trainer(SFTTrainer):
             self._stop(f"the loss became {problem} at step {self.state.global_step + 1}")
         return loss
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint if all numbers are finite, then its manifest once all processes are done."""
+    def before_checkpoint(self, folder: Path) -> None:
+        """Stop if a number is not finite, and write the plan of this step with the adapter."""
         self.refuse_non_finite()
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         on_first(lambda: unseal_checkpoint(folder))
         self.record(self.hooks.plan_now())
-        super()._save_checkpoint(model, trial)
+
+    def after_checkpoint(self, folder: Path) -> None:
+        """Write the hooks' state, then the manifest once all processes are done."""
         state = self.hooks.state()
         wait_for_all()
         on_first(lambda: _write_state(folder, state))
