@@ -120,7 +120,7 @@ def test_nothing_is_left_of_what_differs_from_the_adapter(
 def test_the_readme_tells_what_was_written(saved: Any, tmp_path: Path) -> None:
     _, _, folder = saved("olmoe", "hellori", hot=2)
     text = (apportion.export(folder, tmp_path / "out", model=tmp_path / "base") / "README.md").read_text()
-    for fact in ("`hellori`", "12 experts", "The frozen A is written out", "times)", "PeftModel.from_pretrained"):
+    for fact in ("`hellori`", "12 experts", "The frozen A is written out", "times the adapter", "PeftModel.from_"):
         assert fact in text, text
 
 
@@ -156,6 +156,7 @@ def test_what_is_given_wrongly_is_refused(saved: Any, tmp_path: Path) -> None:
         ({"format": "pfet"}, ConfigurationError, "did you mean peft"),
         ({"dtype": "int4"}, ConfigurationError, "choose among float32"),
         ({"model": None}, ConfigurationError, "give --model"),
+        ({"model": "no/such-model"}, ConfigurationError, "configuration with --model"),
         ({"model": "olmoe-1b-7b"}, PlanMismatchError, "no place for"),
     ]
     for options, error, message in wrong:

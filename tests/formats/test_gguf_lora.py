@@ -25,6 +25,7 @@ from served import EXPERTS, FULL, TOKENS, Case, build_served, save_case
 CASES = [
     Case("olmoe", options=FULL),
     Case("olmoe", "marginal", {"budget": 3000}),
+    Case("olmoe", "melora", {"targets": "attention,router,experts"}),
     Case("mixtral", "hellori", FULL),
     Case("mixtral", options=EXPERTS),
     Case("qwen3_moe", options=FULL),

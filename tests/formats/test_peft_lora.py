@@ -29,6 +29,7 @@ CASES = [
     Case("qwen3_moe", options=FULL),
     Case("deepseek_v3", options={"hot": 3, "targets": "attention,router,experts,shared,dense"}),
     Case("gpt_oss", options=FULL | {"layers": "1"}),
+    Case("olmoe", "melora", {"targets": "attention,router,experts"}),
     Case("llama", "lora"),
 ]
 

@@ -15,7 +15,7 @@ from apportion.errors import ConfigurationError
 from apportion.formats import gguf_lora, peft_loaded, peft_lora, per_expert, sglang, vllm
 from apportion.formats.factors import SavedAdapter, read_adapter
 from apportion.formats.pairs import Pair
-from apportion.formats.readme import README_FILE, readme
+from apportion.formats.readme import README_FILE, Written, readme
 from apportion.formats.routers import BASE_FOLDER, without_routers, write_base
 from apportion.formats.verify import check_written
 from apportion.loading import DTYPES
@@ -117,12 +117,14 @@ def export(
     with whole_folder(folder) as temporary:
         if router == "merge":
             write_base(adapter, temporary / BASE_FOLDER)
-        form.write(written, temporary, None if dtype is None else DTYPES[dtype])
+        torch_dtype = None if dtype is None else DTYPES[dtype]
+        form.write(written, temporary, torch_dtype)
         if form.read_back is not None:
             check_written(written, form.read_back(written, temporary))
         base = os.fspath(folder / BASE_FOLDER) if router == "merge" else adapter.base
         use = None if form.use is None else form.use(written, folder, base)
-        write_text(temporary / README_FILE, readme(written, temporary, readers=form.summary, base=base, use=use))
+        text = readme(written, temporary, Written(form.summary, base, torch_dtype, use))
+        write_text(temporary / README_FILE, text)
     return folder
 
 

@@ -133,7 +133,10 @@ def read_adapter(
     plan, name = config.plan, model or config.plan.base_model
     if name is None:
         raise ConfigurationError(f"the adapter in {path} does not say which model it is for.", fix="give --model")
-    layout = layout_of(name, plan.fingerprint, trust_remote_code=trust_remote_code)
+    try:
+        layout = layout_of(name, plan.fingerprint, trust_remote_code=trust_remote_code)
+    except ConfigurationError as error:
+        raise error.adding(fix="give the base model's folder or configuration with --model") from error
     check_architecture(layout, plan)
     state = {key.removeprefix(PREFIX): value for key, value in read_state(path, config, layout).items()}
     frozen = None if config.store_a else draw_frozen(plan, layout.by_name, config.init_seed)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from apportion._version import __version__
 from apportion.formats.factors import SavedAdapter
@@ -14,15 +17,30 @@ README_FILE = "README.md"
 USE = "\n## Use\n\n"
 
 
-def readme(adapter: SavedAdapter, folder: Path, *, readers: str, base: str, use: str | None) -> str:
+@dataclass(frozen=True)
+class Written:
+    """How an adapter was written.
+
+    Args:
+        readers: What reads it.
+        base: The base model that it belongs to.
+        dtype: Type of the factors; as they were stored if None.
+        use: How to use it, in Markdown.
+    """
+
+    readers: str
+    base: str
+    dtype: torch.dtype | None
+    use: str | None
+
+
+def readme(adapter: SavedAdapter, folder: Path, form: Written) -> str:
     """Describe an exported adapter.
 
     Args:
         adapter: The adapter.
         folder: The folder that it was written to.
-        readers: What reads it.
-        base: The base model that it belongs to.
-        use: How to use it, in Markdown.
+        form: How it was written.
 
     Returns:
         The text.
@@ -30,15 +48,15 @@ def readme(adapter: SavedAdapter, folder: Path, *, readers: str, base: str, use:
     plan = adapter.plan
     kinds = Counter(adapter.layout.by_name[placement.site].kind for placement in adapter.placements)
     sites = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-    return f"""# LoRA adapter for {base}
+    return f"""# LoRA adapter for {form.base}
 
-For {readers}. Written by apportion {__version__} from {os.fspath(adapter.folder)}.
+For {form.readers}. Written by apportion {__version__} from {os.fspath(adapter.folder)}.
 
-- Base model: `{base}` ({adapter.layout.describe()}).
+- Base model: `{form.base}` ({adapter.layout.describe()}).
 - Placement: method `{plan.method}`; adapted matrices: {sites}.
 - {_folded(adapter)}
-- {_size(adapter, folder)}
-{"" if use is None else f"{USE}{use}"}"""
+- {_size(adapter, folder, form.dtype)}
+{"" if form.use is None else f"{USE}{form.use}"}"""
 
 
 def _folded(adapter: SavedAdapter) -> str:
@@ -51,11 +69,13 @@ def _folded(adapter: SavedAdapter) -> str:
     return text
 
 
-def _size(adapter: SavedAdapter, folder: Path) -> str:
+def _size(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None) -> str:
     """Compare the folder's size with the factors alone."""
     written = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    needed = sum(factor.numel() * factor.element_size() for _, a_RI, b_OR in folded(adapter) for factor in (a_RI, b_OR))
+    needed = sum(
+        factor.numel() * factor.element_size() for _, a_RI, b_OR in folded(adapter, dtype) for factor in (a_RI, b_OR)
+    )
     return (
-        f"Size: {written:,} bytes. The adapter's factors alone are {needed:,} bytes as they are stored "
-        f"({written / needed:.1f} times); the rest is zeros for experts and ranks that are not adapted, and headers."
+        f"Size: {written:,} bytes, {written / needed:.1f} times the adapter's own factors ({needed:,} bytes in this "
+        "type). The rest is zeros for experts and ranks that are not adapted, and headers."
     )
