@@ -84,6 +84,19 @@ def test_the_picture_of_the_layers_is_as_the_contract_says() -> None:
 
 def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text()
-    commands = ("profile", "plan", "cost", "train", "eval", "merge", "report", "methods", "demo", "compare")
+    commands = (
+        "profile",
+        "plan",
+        "cost",
+        "train",
+        "eval",
+        "merge",
+        "report",
+        "methods",
+        "demo",
+        "compare",
+        "export",
+        "import",
+    )
     for command in commands:
         assert f"apportion {command}" in text, command

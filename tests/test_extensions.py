@@ -49,7 +49,7 @@ def write_scales(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None)
 
 
 def refuse_experts(adapter: SavedAdapter) -> None:
-    if any(placement.name.expert is not None for placement in adapter.plan.placements):
+    if any(placement.name.expert is not None for placement in adapter.placements):
         raise ConfigurationError("norms of experts are not written.")
 
 

@@ -50,6 +50,10 @@ def test_llama_cpp_computes_the_same(case: Case, tmp_path: Path) -> None:
     plain = log_probs(serve(base), TOKENS, 64)
     assert (plain - expected).abs().max() > 0.5
     assert (log_probs(serve(base, [adapter]), TOKENS, 64) - expected).abs().max() < 1e-4
+    num_experts = {each.name: each.shape[-1] for each in gguf.GGUFReader(base).tensors if "_exps" in each.name}
+    for tensor in gguf.GGUFReader(adapter).tensors:  # with fewer, llama.cpp reads past the end
+        name = tensor.name.rpartition(".lora_")[0]
+        assert name not in num_experts or tensor.shape[-1] == num_experts[name]
 
 
 def test_every_architecture_in_the_table_is_run() -> None:

@@ -13,13 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import apportion
-from apportion.errors import ConfigurationError, OutputWriteError
+from apportion.errors import OutputWriteError
 from apportion.formats.factors import read_adapter
 from apportion.formats.peft_loaded import read_back
 from apportion.formats.verify import check_written
-from apportion.profiling.run import profile
-from architectures import build
-from served import EXPERTS, FULL, TOKENS, Case, save_case
+from served import EXPERTS, FULL, Case, save_case
 
 CASES = [
     Case("olmoe", options=FULL),
@@ -104,17 +102,3 @@ def test_a_wrong_layout_fails_the_check(mutate: Callable[[Tensor, Tensor], None]
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OutputWriteError, match=r"experts\.\d\.gate_proj"):
         check_written(adapter, read_back(adapter, out))
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("dbrx", "no form for adapters"), ("laguna", "does not load this adapter whole")]
-)
-def test_architectures_that_peft_does_not_apply_whole_are_refused(name: str, reason: str, tmp_path: Path) -> None:
-    model = build(name)
-    model.config.save_pretrained(tmp_path / "base")
-    measured = profile(model, [{"input_ids": TOKENS}])
-    adapted = apportion.apply(model, apportion.plan(measured, "lora", rank=2))
-    adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigurationError, match=reason):
-        apportion.export(tmp_path / "adapter", tmp_path / "out", model=tmp_path / "base")
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

@@ -70,12 +70,7 @@ VLLM = Engine(
         "olmoe": _ALL, "mixtral": _ALL, "gpt_oss": _ALL, "qwen3_moe": _EXPERTS,
         "llama": _DENSE, "mistral": _DENSE, "qwen2": _DENSE, "qwen3": _DENSE,
     },
-    {
-        "router": dict.fromkeys(
-            ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "exaone_moe", "step3p5", "axk1", "k2_horizon"),
-            _PLAIN_GATE,
-        )
-    },
+    {"router": {"qwen3_moe": _PLAIN_GATE}},
 )  # fmt: skip
 
 SGLANG = Engine(
