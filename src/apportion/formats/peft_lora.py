@@ -105,6 +105,15 @@ def contents(adapter: SavedAdapter, dtype: torch.dtype | None, rank: int | None 
     return result
 
 
+def largest_rank(adapter: SavedAdapter) -> int:
+    """Return the largest rank in PEFT's terms: where projections of an expert share a parameter, the sum of theirs."""
+    path_of = {site.name: each.path for each in stacked_parameters(adapter) for site in each.sites.values()}
+    ranks: Counter[tuple[str, int | None]] = Counter()
+    for placement in adapter.placements:
+        ranks[path_of.get(placement.site, placement.site), placement.name.expert] += placement.shape.lora_rank or 0
+    return max(ranks.values())
+
+
 def _target(adapter: SavedAdapter, site: Site, result: Contents) -> str:
     """Name a site as a target, and return the path that PEFT finds its rank by."""
     last = site.name.rpartition(".")[2]

@@ -71,7 +71,7 @@ def _rank(adapter: SavedAdapter) -> int:
     """Return the rank that the file has everywhere: for fused gate and up, the sum of theirs."""
     if not _is_fused(adapter):
         return per_expert.largest_rank(adapter)
-    return max(peft_lora.contents(adapter, None).ranks.values())
+    return peft_lora.largest_rank(adapter)
 
 
 def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
