@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from apportion.cli.quiet import quiet
 from apportion.loading import load_model
 from apportion.peft.load import check_mergeable, load, read_adapter_plan
 from apportion.records.outputs import check_output_folder
+from apportion.records.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,12 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     loaded, tokenizer = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
     merged = load(loaded, args.adapter).merge_and_unload(safe_merge=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{args.output.name}.", dir=args.output.parent))
-    try:
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
+    with temporary_folder(args.output.parent, args.output.name) as temporary:
+        model = temporary / "model"
+        merged.save_pretrained(model)
+        tokenizer.save_pretrained(model)
         if args.output.exists():
             args.output.rmdir()
-        temporary.replace(args.output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        model.replace(args.output)
     console.print(f"{args.adapter} merged into {name} -> {args.output}")
     return {"model": str(args.output), "base": name}

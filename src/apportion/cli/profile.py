@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +25,7 @@ from apportion.profiling.totals import own_partial, remove_partial
 from apportion.records.files import write_error
 from apportion.records.outputs import check_output
 from apportion.records.profile import Profile
+from apportion.records.temporary import temporary_folder
 
 _MAX_SIZE_RATIO = 10
 
@@ -139,10 +139,10 @@ def _save(measured: Profile, output: Path, partial: str) -> None:
     remove_partial(partial)
 
 
-def _weights_on_disk(output: Path) -> TemporaryDirectory[str]:
+def _weights_on_disk(output: Path) -> AbstractContextManager[Path]:
     """Create a folder next to the output for weights that the checkpoint stores in another form."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    return TemporaryDirectory(dir=output.parent, prefix=".weights-")
+    return temporary_folder(output.parent, "weights")
 
 
 def _with_labels(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:

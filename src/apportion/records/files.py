@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 
 from apportion.errors import ApportionError, OutputExistsError, OutputWriteError
 from apportion.records.locks import LOCK_FILES
+from apportion.records.temporary import remove_leftovers, temporary_folder
 
 
 @contextmanager
@@ -32,23 +32,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputWriteError: writing failed, for example because the disk is full. The old file is unchanged.
     """
     target = Path(path)
-    temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        use_default_mode(temporary)
-        sync(temporary)
-        temporary.replace(target)
+        with temporary_folder(target.parent, target.name) as folder:
+            temporary = folder / target.name
+            yield temporary
+            use_default_mode(temporary)
+            sync(temporary)
+            temporary.replace(target)
     except (OSError, SafetensorError) as error:
         if isinstance(error, ApportionError) or not (isinstance(error, OSError) or "os error" in str(error)):
             raise
         raise write_error(target, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_error(path: str | os.PathLike[str], error: Exception) -> OutputWriteError:
@@ -113,7 +108,7 @@ def seal(data: dict[str, Any]) -> str:
 
 
 def require_empty(folder: str | os.PathLike[str]) -> Path:
-    """Check that an output folder is missing or empty.
+    """Check that an output folder is missing or empty, and remove what killed processes left in it.
 
     Args:
         folder: An output folder, which may be missing.
@@ -127,6 +122,7 @@ def require_empty(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if path.is_file():
         raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
+    remove_leftovers(path)
     names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
     if names:
         raise OutputExistsError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from peft import PeftModel
@@ -15,6 +14,7 @@ from apportion.errors import AdapterError
 from apportion.peft.attach import apply
 from apportion.peft.state import non_finite
 from apportion.records.files import use_default_mode, write_text
+from apportion.records.temporary import temporary_folder
 from apportion.training.checked_rows import check_rows
 from apportion.training.procedures.balance import BalanceLoss
 from apportion.training.procedures.base import Phase
@@ -83,7 +83,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         raise AdapterError(f"the adapter cannot be saved: {bad[0]} is not finite.", fix="lower the learning rate")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=target) as temporary:
+    with temporary_folder(target, "adapter") as temporary:
         model.save_pretrained(temporary)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             use_default_mode(Path(temporary, name))
