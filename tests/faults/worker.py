@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from apportion.errors import ApportionError
-from faults.kinds import Kind, all_kinds, restore
+from faults.kind import Kind, restore
+from faults.kinds import all_kinds
 
 MEMORY_BYTES = 6 * 2**30  # of address space, of which the libraries take less than one
 MUTANT_S = 20

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal
 from apportion.loading import load_model
 from apportion.peft.load import check_mergeable, load, read_adapter_plan
 from apportion.records.outputs import check_output_folder
@@ -27,7 +26,7 @@ class Arguments:
     trust_remote_code: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Merge and save. The output folder is written atomically."""
     quiet()
     name = base_of(args.adapter, args.model)

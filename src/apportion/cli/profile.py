@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from apportion.cli.options import Loading
 from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map, sensitivity_table
+from apportion.cli.terminal import Terminal
 from apportion.data.batches import TrainableRows, batches, encode, trainable_rows
 from apportion.data.sources import Row, named_sources, read_rows
 from apportion.errors import ApportionWarning, ConfigurationError, DataError, OutputWriteError
@@ -47,7 +47,7 @@ class Arguments:
     force: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Read the data, run the model on it, save the profile and show it."""
     quiet()
     if args.procedure and not args.sensitivity:
@@ -115,13 +115,13 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, measured: Profile, notes: list[str]) -> None:
+def _show(console: Terminal, measured: Profile, notes: list[str]) -> None:
     """Show the notes on truncated and skipped rows, and the measurements."""
     for note in notes:
-        console.print(note, markup=False)
+        console.print(note)
     if measured.layout.is_moe:
         for task in measured.tasks:
-            console.print(heat_map(measured, task=task))
+            console.print(heat_map(measured, task=task, digits=not console.has_colours))
     if measured.sensitivity:
         console.print(sensitivity_table(measured))
 

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, PlanError
+from apportion.records.demonstration import read_results
 from apportion.records.files import seal
 from apportion.records.json_file import read_json
 from apportion.records.mask import load_mask
@@ -224,11 +225,8 @@ def _demonstration(path: Path) -> Item:
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(f"{path} is damaged.", found=found)
 
-    results = read_json(path, damaged)
-    runs = results.get("runs")
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        raise damaged("it does not contain results of a demonstration")
-    names = {key: list(dict.fromkeys(str(run.get(key)) for run in runs)) for key in ("task", "method")}
+    runs = read_results(path, damaged)["runs"]
+    names = {key: list(dict.fromkeys(run[key] for run in runs)) for key in ("task", "method")}
     facts = {"tasks": names["task"], "methods": names["method"], "runs": len(runs)}
     return Item("demonstration", facts | {"next": f"apportion report {path.parent}"})
 
@@ -283,7 +281,10 @@ def _adapter(folder: Path) -> Item:
         return Item("adapter of another library", facts)
     if not isinstance(config.get("plan"), dict):
         raise damaged("it has no plan")
-    plan = Plan.from_dict(config["plan"])
+    try:
+        plan = Plan.from_dict(config["plan"])
+    except PlanError as error:
+        raise error.within(str(file)) from error
     below = config.get("on_top_of")
     facts = _plan_facts(plan) | {
         "tensors": _num_tensors(folder / ADAPTER_TENSORS_FILE),
