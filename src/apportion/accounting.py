@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from apportion.configurations import config_source, keep_layout, known_layout
+from apportion.configurations import EMBEDDED, config_source, keep_layout, known_configurations, known_layout
 from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, shortened
 from apportion.methods.planning import check_settings, cost_on
-from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
+from apportion.models.auto import auto_class
+from apportion.models.sources import find_model, first_line, read_config
 from apportion.records.cost import Cost
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
@@ -89,27 +89,23 @@ def layout_of(
         return _sites_of(config, trust_remote_code=trust_remote_code)
     layout = None if trust_remote_code else known_layout(config, fingerprint)
     if layout is None:
-        read = _read(config_source(config), trust_remote_code=trust_remote_code)
-        layout = _sites_of(read, trust_remote_code=trust_remote_code)
+        read = _read(os.fspath(config), trust_remote_code=trust_remote_code)
+        try:
+            layout = _sites_of(read, trust_remote_code=trust_remote_code)
+        except ConfigurationError as error:
+            raise error.within(os.fspath(config)) from error
         if not trust_remote_code:
             keep_layout(config, layout)
     return layout
 
 
-def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+def _read(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     """Read a configuration."""
+    source = config_source(name)
     # transformers finds remote code only from the model's folder.
-    place = Path(path).parent if trust_remote_code and Path(path).name == "config.json" else path
-    try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        if needs_remote_code(error):
-            raise remote_code_refusal(ConfigurationError, path) from error
-        raise ConfigurationError(
-            f"the configuration {path} cannot be read.",
-            found=_first_line(error),
-            fix="give a config.json of a model type that this version of transformers supports",
-        ) from error
+    place = source.removesuffix("config.json") if trust_remote_code else source
+    options = find_model(source, (EMBEDDED, *known_configurations()), ConfigurationError)
+    return read_config(place, ConfigurationError, trust_remote_code=trust_remote_code, **options)
 
 
 def _sites_of(config: PreTrainedConfig, *, trust_remote_code: bool) -> Layout:
@@ -118,15 +114,10 @@ def _sites_of(config: PreTrainedConfig, *, trust_remote_code: bool) -> Layout:
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:  # transformers raises errors of many kinds
         raise ConfigurationError(
             f"a model of type {config.model_type} cannot be built from this configuration.",
-            found=_first_line(error),
+            found=shortened(first_line(error), 300),
             fix="correct the sizes in the configuration",
         ) from error
     return find_sites(model)
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error, without the advice that other libraries append."""
-    return str(error).strip().partition("\n")[0]

@@ -47,7 +47,7 @@ class Terminal(Console):
                 _fit(table, self.width)
         super().print(*(Text(printable(one)) if isinstance(one, str) else one for one in objects), **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Convert the text of a cell or a title.
 
         Args:

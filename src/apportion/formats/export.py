@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from apportion.errors import ConfigurationError
 from apportion.formats import plain_lora
 from apportion.formats.factors import SavedAdapter, read_adapter
 from apportion.loading import DTYPES
+from apportion.records.names import suggestion
 from apportion.records.outputs import check_output_folder
 
 
@@ -65,11 +65,9 @@ def export(
         OutputExistsError: the output folder has something in it.
     """
     if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(FORMATS)}"
-        raise ConfigurationError(f"there is no format {format!r}.", fix=hint)
+        raise ConfigurationError(f"there is no format {format!r}.", fix=suggestion(format, FORMATS))
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=f"choose among {', '.join(DTYPES)}")
+        raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=suggestion(dtype, DTYPES))
     folder = check_output_folder(output, inputs=(path,))
     adapter = read_adapter(path, model, trust_remote_code=trust_remote_code)
     if adapter.config.on_top_of:
