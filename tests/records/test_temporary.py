@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from apportion.records.files import require_empty, whole_file, write_text
+from apportion.records.files import whole_file, write_text
+from apportion.records.outputs import require_empty
 
 WRITER = """
 import sys

@@ -11,8 +11,8 @@ from apportion.cli.quiet import quiet
 from apportion.cli.terminal import Terminal
 from apportion.loading import load_model
 from apportion.peft.load import check_mergeable, load, read_adapter_plan
+from apportion.records.files import whole_folder
 from apportion.records.outputs import check_output_folder
-from apportion.records.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,8 @@ def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     check_mergeable(read_adapter_plan(args.adapter), args.adapter)
     loaded, tokenizer = load_model(name, args.dtype, trust_remote_code=args.trust_remote_code)
     merged = load(loaded, args.adapter).merge_and_unload(safe_merge=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(args.output.parent, args.output.name) as temporary:
-        model = temporary / "model"
-        merged.save_pretrained(model)
-        tokenizer.save_pretrained(model)
-        if args.output.exists():
-            args.output.rmdir()
-        model.replace(args.output)
+    with whole_folder(args.output) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     console.print(f"{args.adapter} merged into {name} -> {args.output}")
     return {"model": str(args.output), "base": name}

@@ -20,6 +20,7 @@ __all__ = ["DEFAULT_TASK_ROWS", "FILE_FORMATS", "Row", "named_source", "named_so
 Row = dict[str, Any]
 
 DEFAULT_TASK_ROWS = 1000
+_UNREADABLE = "the data set {!r} is not a file and cannot be read from the hub."
 _FIX = "give a file, task:NAME, or a hub data set (which needs a connection to the hub)"
 
 _TASK = re.compile(r"task:(?P<name>[^:?]+)(?::(?P<split>[^?]*))?(?:\?(?P<options>.*))?")
@@ -117,7 +118,7 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
     except Exception as error:  # the hub's clients raise errors of many kinds
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the data set {source!r} is not a file and cannot be read from the hub.",
+            _UNREADABLE.format(source),
             found=reason,
             fix=_FIX,
         ) from error

@@ -13,6 +13,7 @@ from apportion.errors import ConfigurationError
 from apportion.formats import plain_lora
 from apportion.formats.factors import SavedAdapter, read_adapter
 from apportion.loading import DTYPES
+from apportion.records.files import whole_folder
 from apportion.records.names import suggestion
 from apportion.records.outputs import check_output_folder
 
@@ -68,7 +69,7 @@ def export(
         raise ConfigurationError(f"there is no format {format!r}.", fix=suggestion(format, FORMATS))
     if dtype is not None and dtype not in DTYPES:
         raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=suggestion(dtype, DTYPES))
-    folder = check_output_folder(output, inputs=(path,))
+    folder = check_output_folder(output, inputs=(path,), renamed=True)
     adapter = read_adapter(path, model, trust_remote_code=trust_remote_code)
     if adapter.config.on_top_of:
         raise ConfigurationError(
@@ -76,6 +77,6 @@ def export(
             fix="merge it instead",
         )
     FORMATS[format].check(adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    FORMATS[format].write(adapter, folder, None if dtype is None else DTYPES[dtype])
+    with whole_folder(folder) as temporary:
+        FORMATS[format].write(adapter, temporary, None if dtype is None else DTYPES[dtype])
     return folder

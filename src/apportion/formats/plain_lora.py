@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,8 +10,7 @@ from safetensors.torch import save_file
 
 from apportion.errors import ConfigurationError
 from apportion.formats.factors import SavedAdapter
-from apportion.records.files import whole_file, write_text
-from apportion.records.outputs import ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE
+from apportion.records.outputs import ADAPTER_TENSORS_FILE
 
 
 def check(adapter: SavedAdapter) -> None:
@@ -57,13 +55,5 @@ def write(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None) -> Non
         base_model_name_or_path=adapter.config.base_model_name_or_path,
         inference_mode=True,
     )
-    with whole_file(folder / ADAPTER_TENSORS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_text(folder / ADAPTER_CONFIG_FILE, _as_json(config))
-
-
-def _as_json(config: LoraConfig) -> str:
-    """Write a configuration as PEFT does."""
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        return Path(folder, ADAPTER_CONFIG_FILE).read_text()
+    save_file(tensors, folder / ADAPTER_TENSORS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)

@@ -11,10 +11,11 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from apportion.errors import OutputExistsError, OutputPathError
-from apportion.records.files import is_full, require_empty, write_error
+from apportion.records.files import is_full, write_error
 from apportion.records.json_file import MAX_JSON_BYTES, parse_record
+from apportion.records.locks import LOCK_FILES
 from apportion.records.profile import PROFILE_HEADER
-from apportion.records.temporary import temporary_folder
+from apportion.records.temporary import remove_leftovers, temporary_folder
 
 OutputKind = Literal["profile", "plan", "report", "study page", "study data", "picture"]
 
@@ -100,6 +101,32 @@ def check_output_folder(
     if renamed:
         _try_to_write(folder.parent, folder.name)
     return folder
+
+
+def require_empty(folder: str | os.PathLike[str]) -> Path:
+    """Check that an output folder is missing or empty, and remove what killed processes left in it.
+
+    Args:
+        folder: An output folder, which may be missing.
+
+    Returns:
+        The folder as a path.
+
+    Raises:
+        OutputExistsError: the path is a file or a folder that is not empty.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
+    remove_leftovers(path)
+    names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
+    if names:
+        raise OutputExistsError(
+            f"the output folder {path} is not empty.",
+            found=names,
+            fix="choose another folder or empty this one (to continue a training run, use --resume)",
+        )
+    return path
 
 
 def _check_no_input(target: Path, source: Path, kind: OutputKind) -> None:

@@ -30,6 +30,7 @@ from apportion.data.batches import TrainableRows
 from apportion.data.sources import Row
 from apportion.errors import TrainingError
 from apportion.peft.state import non_finite
+from apportion.records.files import naming_output
 from apportion.records.plan import Plan
 from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, seal_checkpoint, unseal_checkpoint
 from apportion.training.interrupts import StopOnSignal
@@ -222,13 +223,14 @@ class _Trainer(SFTTrainer):
         """Write a checkpoint if all numbers are finite, then its manifest once all processes are done."""
         self.refuse_non_finite()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        on_first(lambda: unseal_checkpoint(folder))
-        self.record(self.hooks.plan_now())
-        super()._save_checkpoint(model, trial)
-        state = self.hooks.state()
-        wait_for_all()
-        on_first(lambda: _write_state(folder, state))
-        on_first(lambda: seal_checkpoint(folder))
+        with naming_output(folder, left=f"an incomplete {folder.name}, which is removed when the run is resumed"):
+            on_first(lambda: unseal_checkpoint(folder))
+            self.record(self.hooks.plan_now())
+            super()._save_checkpoint(model, trial)
+            state = self.hooks.state()
+            wait_for_all()
+            on_first(lambda: _write_state(folder, state))
+            on_first(lambda: seal_checkpoint(folder))
 
     def refuse_non_finite(self) -> None:
         """Stop if a trainable weight or its optimizer state is not finite on any process."""
