@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench study docs clean
+.PHONY: help install demo test check format bench faults study docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,13 @@ study: install ## Compare placements at equal budgets (about an hour on two core
 	$(BIN)/apportion compare recipes/$(STUDY).toml -o build/$(STUDY) --jobs $(JOBS)
 	$(BIN)/apportion report build/$(STUDY) -o build/$(STUDY)/report.html
 	$(BIN)/apportion compare build/$(STUDY) --page $(if $(QUICK),build/$(STUDY)/page.md,docs/results/placement.md)
+
+# The same seed gives the same mutants; more seconds give more of them.
+SECONDS ?= 120
+SEED    ?= 0
+
+faults: install ## Damage files and kill writers for SECONDS=120, and refresh docs/reliability.md
+	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --seconds $(SECONDS) --seed $(SEED) --page docs/reliability.md
 
 docs: install ## Build the documentation into build/site
 	$(BIN)/mkdocs build --strict --site-dir build/site

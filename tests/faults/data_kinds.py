@@ -38,7 +38,7 @@ def data_kinds(folder: Path) -> list[Kind]:
 
         kinds.append(Kind(f"data .{ending}", path, read, chosen, anything))
         if ending == "parquet":
-            kinds.append(Kind("data .parquet, rewritten", path, read, (_rewritten,), anything, 100, refusals=0))
+            kinds.append(Kind("data .parquet, rewritten", path, read, (_rewritten,), anything, 100))
     return kinds
 
 

@@ -13,17 +13,25 @@ from random import Random
 from typing import Any
 
 from faults.kills import DefectError, Writer, forked, kill_one, limit_one, wait
+from faults.pickles import loaded_with_pickles, resumed_with_pickles, unpickled
 from faults.writers import quick_writers, slow_writers
 
 
-def main(folder: Path, seed: int, seconds: float, *, slow: bool) -> None:
+def main(folder: Path, seed: int, seconds: float, mode: str) -> None:
     """Kill every writer in turn; print one line of JSON for each."""
     warnings.simplefilter("ignore")
+    if mode == "pickles":
+        for number, work in enumerate((unpickled, loaded_with_pickles, resumed_with_pickles)):
+            place = folder / f"pickles-{number}"
+            place.mkdir()
+            for facts in work(place):
+                print(json.dumps(facts), flush=True)
+        return
     sources = folder / "sources"
     sources.mkdir()
     end = time.monotonic() + seconds
     writers = [(writer, *_undisturbed(writer, folder)) for writer in quick_writers(sources)]
-    if slow:
+    if mode == "slow":
         writers += [(writer, *_undisturbed(writer, folder)) for writer in slow_writers(sources)]
     number = 0
     while number == 0 or time.monotonic() < end:
@@ -65,4 +73,4 @@ def _undisturbed(writer: Writer, folder: Path) -> tuple[Any, float, list[int]]:
 
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), slow=sys.argv[4] == "slow")
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])

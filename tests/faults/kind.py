@@ -31,7 +31,6 @@ class Kind:
         judge: Says what is wrong with other contents than the good file's; None where they are possible.
         mutants: Number of mutants.
         named: What a refusal's message has to contain, if not the file's name.
-        refusals: The share of the mutants that is refused, at least.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Kind:
     judge: Callable[[Any], str | None]
     mutants: int = 120
     named: str = ""
-    refusals: float = 1 / 8
 
 
 def restore(kind: Kind, data: bytes) -> None:

@@ -46,7 +46,7 @@ def shown_kinds(others: list[Kind]) -> list[Kind]:
         kind = by_name[name]
         kinds.append(Kind(f"show {name}", kind.path, _shown(kind.path), kind.mutations, judge, 60, named=kind.named))
     tensors = by_name["adapter tensors, plan"].path
-    kinds.append(Kind("show adapter tensors", tensors, _shown(tensors.parent), TENSORS, anything, 60, refusals=0))
+    kinds.append(Kind("show adapter tensors", tensors, _shown(tensors.parent), TENSORS, anything, 60))
     return kinds
 
 

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
 import apportion
+from apportion.configurations import config_source
 from apportion.data.sources import Row
 from apportion.formats.export import export
 from apportion.peft.masks import random_mask
 from apportion.profiling import totals
-from apportion.records.files import require_empty
 from apportion.records.mask import load_mask
-from apportion.records.outputs import check_output_folder
+from apportion.records.outputs import check_output_folder, require_empty
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.study.matrix import run_study
@@ -91,14 +92,7 @@ def slow_writers(folder: Path) -> list[Writer]:
     Returns:
         The writers.
     """
-    _, tokenizer = apportion.embedded()
-    model = build_tiny("olmoe", vocab_size=len(tokenizer))
-    profile = apportion.profile(model, [{"input_ids": torch.arange(3, 63).reshape(5, 12)}])
-    plans = {
-        "training": apportion.plan(profile, "hellora", hot=2, rank=2),
-        "training, sparse": apportion.plan(profile, "hellori", hot=2, rank=2),
-    }
-    return [*(_training(name, model, tokenizer, plan) for name, plan in plans.items()), _study(folder)]
+    return [tiny_training(), tiny_training("hellori"), _study(folder)]
 
 
 def _digest(one: Any) -> str:
@@ -191,14 +185,25 @@ def _measured(profile: Profile) -> Any:
     return {task: counts[task].tolist() for task in profile.tasks}, profile.sensitivity, profile.tokens
 
 
-def _training(name: str, model: nn.Module, tokenizer: Any, plan: Plan) -> Writer:
-    """Train with a checkpoint at every step; a killed run is resumed."""
+def tiny_training(method: str = "hellora") -> Writer:
+    """Train a tiny model with a checkpoint at every step; a killed run is resumed.
+
+    Args:
+        method: The method that plans.
+
+    Returns:
+        The writer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(config_source("embedded"))
+    model = build_tiny("olmoe", vocab_size=len(tokenizer))
+    profile = apportion.profile(model, [{"input_ids": torch.arange(3, 63).reshape(5, 12)}])
+    plan = apportion.plan(profile, method, hot=2, rank=2)
 
     def write(folder: Path) -> None:
         copied = copy.deepcopy(model)
         train(copied, tokenizer, plan, ROWS, folder / "run", SETTINGS, resume=True, progress=False)
 
-    return Writer(name, write, lambda folder: _load(model, folder / "run"))
+    return Writer(f"training, {method}", write, lambda folder: _load(model, folder / "run"))
 
 
 def _study(folder: Path) -> Writer:

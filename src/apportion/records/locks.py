@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from apportion.errors import FolderInUseError, OutputExistsError
-from apportion.records.files import naming_output
+from apportion.records.files import naming_output, write_error
 from apportion.records.json_file import parse_record
 
 LOCK_FILE = ".lock"
@@ -46,15 +46,16 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     owner = path / _OWNER_FILE
     lock = FileLock(path / LOCK_FILE)
     try:
-        with naming_output(path / LOCK_FILE):
-            path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
     except Timeout as error:
         raise FolderInUseError(
             f"{path} is in use by another process.",
             found=_describe_owner(owner),
             fix=f"wait for it to end, choose another folder, or delete {LOCK_FILE} there if the process is gone",
         ) from error
+    except OSError as error:
+        raise write_error(path / LOCK_FILE, error) from error
     try:
         with naming_output(owner):
             owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
