@@ -59,7 +59,7 @@ SECONDS ?= 120
 SEED    ?= 0
 
 faults: install ## Damage files and kill writers for SECONDS=120, and refresh docs/reliability.md
-	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --seconds $(SECONDS) --seed $(SEED) --page docs/reliability.md
+	$(BIN)/python tests/faults/campaign.py --seconds $(SECONDS) --seed $(SEED) --page docs/reliability.md
 
 docs: install ## Build the documentation into build/site
 	$(BIN)/mkdocs build --strict --site-dir build/site

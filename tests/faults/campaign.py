@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parents[1])]
+from faults.limits import MEMORY_BYTES, MUTANT_S, PER_ROUND  # noqa: E402
+
 HERE = Path(__file__).parent
 MUTANTS_SHARE = 0.55
 DEFECTS = {"crash", "accepted", "unclear", "defect"}
@@ -24,40 +27,41 @@ DEFECTS = {"crash", "accepted", "unclear", "defect"}
 PAGE = """# Reliability
 
 <!-- written by tests/faults/campaign.py -->
-`make faults SECONDS=N SEED=S` damages files and kills writers for N seconds, writes this page, and ends with exit code 1
-if it finds a defect. The last campaign had seed {seed} and {seconds} seconds, in which it came to the counts below. A mutant
-depends on the seed, the kind of its file and its number alone, so that each can be made again. The tests run a small part of it.
+`make faults SECONDS=N SEED=S` damages files and kills writers for N seconds, writes this page, and ends with exit
+code 1 if it finds a defect. The last campaign had seed {seed} and {seconds} seconds, in which it came to the counts
+below. A mutant depends only on the seed, the kind of its file and its number, so each can be made again. The tests run
+a small part of the campaign.
 
 ## Damaged files
 
 A good file of each kind is changed: bits and bytes, whole values of its JSON, tensors, or values under a hash that was
-computed anew. Then it is read as the commands read it. *Same*: it was read with its old contents. *Refused*: one error of
-this package, which names the file. *Possible*: it was read with other contents that the file could hold; of files under a
-hash this counts as a defect. *Defects* are all else: another exception, no answer within {mutant_s} seconds, more than
-{memory_gb} GB, impossible contents, or a message that does not name the file.
+computed again. Then it is read as the commands read it. *Same*: it was read with its old contents. *Refused*: one error
+of this package, which names the file. *Possible*: it was read with other contents that such a file can hold; for files
+under a hash this is a defect. All else is a defect: another exception, no answer within {mutant_s} seconds, more than
+{memory_gb} GB of memory, impossible contents, or a message that does not name the file.
 
 {files}
 
 ## Killed writers
 
-Every writer is killed (SIGKILL) once or twice at a random moment and then started again. *Absent*, *whole* and *refused* say
-what was there after the last kill; *ended*: the writer was faster. A defect is an output that is half written and accepted,
-another result than without a kill, a next writer that fails, or temporary files that stay. `save_pretrained` is PEFT's
-and writes file by file, so a killed one may be refused when it is loaded.
+Every writer is killed (SIGKILL) once or twice at a random moment, then started again. *Absent*, *whole* and *refused*
+say what was there after the last kill; *ended*: the writer was faster. It is a defect if an output is half written and
+accepted, if the result differs from that without a kill, if the next writer fails, or if temporary files stay.
+`save_pretrained` is PEFT's and writes file by file, so the adapter of a killed one may be refused by `load`.
 
 {kills}
 
 ## Full disks
 
-Every writer may write files only up to a random size. *Refused*: one error that names the output. A defect is another error,
-or an output that is half written and accepted.
+Every writer may write files only up to a random size. *Refused*: one error that names the output. Another error is a
+defect, and so is an output that is half written and accepted.
 
 {limits}
 
 ## Pickles
 
-Every file that `train --resume` and `load` read is replaced by pickles that would make a folder, with the checkpoint's list of
-files sealed anew. {pickles} such attempts; a defect is one that ran.
+Every file that `train --resume` and `load` read is replaced by pickles that would make a folder, with the checkpoint's
+list of files sealed again. In {pickles} attempts, none may run.
 """
 
 
@@ -98,7 +102,7 @@ def _mutants(folder: Path, seed: int, seconds: float) -> Iterator[dict[str, Any]
             return
         last = lines[-1] if lines else {"kind": "all", "number": 0}
         yield {"kind": last.get("kind", "all"), "number": last.get("number", 0), "outcome": "crash", "words": str(code)}
-        start += 1 + last.get("number", 0)
+        start = last.get("number", 0) // PER_ROUND + 1
 
 
 def kills(folder: Path, seed: int, seconds: float, mode: str) -> list[dict[str, Any]]:
@@ -140,8 +144,6 @@ def _run(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], obje
 
 def _page(counts: dict[str, Counter[str]], seed: int, seconds: float) -> str:
     """Write the page."""
-    from faults.worker import MEMORY_BYTES, MUTANT_S
-
     names = {end: [kind for kind in counts if kind.endswith(end)] for end in (": kill", ": limit")}
     pickles = [kind for kind in counts if kind.startswith("pickle: ") and kind != "pickle: unpickled"]
     others = {*names[": kill"], *names[": limit"], *pickles, "pickle: unpickled"}

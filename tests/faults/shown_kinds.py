@@ -40,7 +40,7 @@ def shown_kinds(others: list[Kind]) -> list[Kind]:
     """
     by_name = {kind.name: kind for kind in others}
     named = {"plan": sealed, "profile": sealed, "mask": sealed, "study run": anything, "run.json": anything,
-             "checkpoint manifest": sealed, "adapter_config.json, plan": sealed, "STUDY.toml": anything}  # fmt: skip
+             "checkpoint manifest": sealed, "adapter_config.json, plan": anything, "STUDY.toml": anything}  # fmt: skip
     kinds = []
     for name, judge in named.items():
         kind = by_name[name]
@@ -149,7 +149,7 @@ def layout_kinds(folder: Path, model: nn.Module) -> list[Kind]:
 
     def count() -> Any:
         kept.unlink(missing_ok=True)
-        return apportion.cost(base, "hellora", hot=2, rank=4).as_dict()
+        return layout_of(base).as_dict()
 
     config = base / "config.json"
     return [

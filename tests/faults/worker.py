@@ -19,10 +19,8 @@ import torch
 from apportion.errors import ApportionError
 from faults.kind import Kind, restore
 from faults.kinds import all_kinds
+from faults.limits import MEMORY_BYTES, MUTANT_S, PER_ROUND
 
-MEMORY_BYTES = 6 * 2**30  # of address space, of which the libraries take less than one
-MUTANT_S = 20
-PER_ROUND = 4  # of each kind
 _MOST_CHARS = 3000
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError, safe_open
-
 from apportion.errors import OutputExistsError, OutputPathError
+from apportion.records.arrays import read_header
 from apportion.records.files import is_full, write_error
 from apportion.records.json_file import MAX_JSON_BYTES, parse_record
 from apportion.records.locks import LOCK_FILES
@@ -168,14 +167,13 @@ def _may_be_replaced(path: Path, kind: OutputKind) -> bool:
     """Return whether a file is empty or of the given kind."""
     try:
         return path.stat().st_size == 0 or _KINDS[kind](path)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError):
         return False
 
 
 def _is_profile(path: Path) -> bool:
     """Recognise a profile by its header."""
-    with safe_open(path, framework="np") as opened:
-        return PROFILE_HEADER in (opened.metadata() or {})
+    return PROFILE_HEADER in read_header(path)[0]
 
 
 def _has_fields(path: Path, fields: Iterable[str]) -> bool:

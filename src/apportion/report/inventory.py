@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 
 from apportion.errors import ConfigurationError, PlanError
+from apportion.records.arrays import ArrayFileError, read_header
 from apportion.records.demonstration import read_results
 from apportion.records.files import seal
 from apportion.records.json_file import read_json
@@ -103,9 +103,8 @@ def _unknown(path: Path) -> Item:
 def _safetensors(path: Path) -> Item | None:
     """Identify a safetensors file by its metadata."""
     try:
-        with safe_open(path, framework="np") as opened:
-            metadata, names = opened.metadata() or {}, list(opened.keys())
-    except (SafetensorError, OSError) as error:
+        metadata, names = read_header(path)
+    except ArrayFileError as error:
         raise ConfigurationError(f"{path} is damaged.", found=str(error)) from error
     if PROFILE_HEADER in metadata:
         return _profile(load_profile(path))
@@ -296,9 +295,8 @@ def _adapter(folder: Path) -> Item:
 def _num_tensors(path: Path) -> int | str:
     """Count a file's tensors."""
     try:
-        with safe_open(path, framework="np") as opened:
-            return len(list(opened.keys()))
-    except (SafetensorError, OSError) as error:
+        return len(read_header(path)[1])
+    except ArrayFileError as error:
         return f"none: {error}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,9 @@ from apportion.data.tasks import task_names
 from apportion.errors import ConfigurationError, DataError, shortened
 from apportion.methods.registry import METHODS
 from apportion.records.files import seal
-from apportion.records.json_file import check_depth
 from apportion.records.names import suggestion
 from apportion.records.option_texts import parse_hot
+from apportion.records.toml_file import read_toml
 from apportion.study.records import Metric, Unit
 
 FULL = "full"
@@ -284,12 +283,11 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
     file = Path(path)
     if not file.is_file():
         raise ConfigurationError(f"there is no study file {file}.", fix="give a .toml file, or options")
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-        check_depth(data)
-    except (ValueError, RecursionError) as error:
-        found = "tables and lists are nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ConfigurationError(f"the study file {file} is not TOML.", found=found) from error
+
+    def refusal(found: str) -> ConfigurationError:
+        return ConfigurationError(f"the study file {file} is not TOML.", found=found)
+
+    data = read_toml(file, refusal)
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 
 
