@@ -37,7 +37,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Session]:
     hub.reason_without_hub.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["olmoe-1b7b", "OLMoE-1B-7B", "embeded", "mixtral-8x7"])
+@pytest.mark.parametrize("name", ["olmoe-1b7b", "OLMoE-1B-7B", "embeddd", "mixtral-8x7"])
 def test_a_near_name_is_suggested_before_any_network_is_asked(unreachable: _Session, name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"did you mean (olmoe-1b-7b|embedded|mixtral-8x7b)"):
         apportion.cost(name)
@@ -46,7 +46,7 @@ def test_a_near_name_is_suggested_before_any_network_is_asked(unreachable: _Sess
 
 def test_a_misspelt_embedded_model_is_not_loaded_from_the_hub(unreachable: _Session) -> None:
     with pytest.raises(ModelLoadError, match="did you mean embedded"):
-        load_model("embeded")
+        load_model("embeddd")
     assert unreachable.asked == 0
 
 
