@@ -5,17 +5,18 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # Without an NVIDIA GPU the CPU build of PyTorch is pinned: a plain "torch" would bring gigabytes of CUDA.
-CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints/cpu.txt)
+HAS_GPU     := $(shell command -v nvidia-smi 2>/dev/null)
+CONSTRAINTS := $(if $(HAS_GPU),,-c constraints/cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench faults study docs clean
+.PHONY: help install demo test test-lowest test-newest check format bench faults study docs clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP) ## Make .venv with the package and all that the other targets need
 
-$(STAMP): pyproject.toml constraints/cpu.txt
+$(STAMP): pyproject.toml constraints/cpu.txt constraints/torch.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(CONSTRAINTS) -e '.[dev]'
 	@touch $(STAMP)
@@ -25,6 +26,20 @@ demo: install ## Profile, plan, train and compare on the embedded model (about 7
 
 test: install ## Run all tests
 	$(BIN)/python -m pytest
+
+# The tests of all that reaches into other libraries, in environments of their own.
+VERSIONED := tests/adapters tests/experts tests/peft tests/profiling tests/training tests/test_compat.py tests/test_fixtures.py
+
+test-lowest: ## Run the tests of adapters, PEFT and training with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/lowest.txt -e '.[gguf,test]'
+	build/lowest/bin/python -m pytest -W default $(VERSIONED)  # old libraries warn of each other
+
+test-newest: ## Run the same tests with the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		$(if $(HAS_GPU),,-c constraints/torch.txt) -e '.[gguf,test]'
+	build/newest/bin/python -m pytest -W default $(VERSIONED)
 
 check: install ## Format, lint, types, docstrings, imports, spelling, docs
 	$(BIN)/ruff format --check .

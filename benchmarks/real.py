@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 import apportion
 from apportion.cli.quiet import quiet
+from apportion.compat.transformers import activation_checkpointing
 from apportion.data.batches import batches, encode
 from apportion.data.sources import read_rows
 from apportion.evaluation import evaluate
@@ -81,7 +82,7 @@ def plain_peft(name: str, rows: Any, held_out: Any, settings: dict[str, Any]) ->
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
             bf16=False,
-            gradient_checkpointing=False,
+            **activation_checkpointing(is_on=False),
         )
         trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=config)
         trainer.train()

@@ -35,12 +35,6 @@ def purpose(name: str) -> str:
     return docstring.partition("\n")[0].rstrip(".").replace("`", "")
 
 
-def num_files(name: str) -> int:
-    """Count the files of a package; 1 for a module."""
-    path = ROOT / "src" / "apportion" / name
-    return len(list(path.rglob("*.py"))) if path.is_dir() else 1
-
-
 def box(name: str, left: float, top: float, width: float) -> str:
     """Draw one package."""
     lines = textwrap.wrap(purpose(name), int((width - 16) / LINE_CHARS_PX), max_lines=3, placeholder=" …")
@@ -48,10 +42,9 @@ def box(name: str, left: float, top: float, width: float) -> str:
         f'<text x="{left + 8:.0f}" y="{top + 32 + 12 * number:.0f}" class="what">{escape(line)}</text>'
         for number, line in enumerate(lines)
     )
-    size = f' <tspan class="what">{num_files(name)} files</tspan>' if num_files(name) > 1 else ""
     return (
         f'<rect x="{left:.0f}" y="{top:.0f}" width="{width:.0f}" height="{ROW}" rx="6"/>'
-        f'<text x="{left + 8:.0f}" y="{top + 18:.0f}" class="name">{escape(name)}{size}</text>{words}'
+        f'<text x="{left + 8:.0f}" y="{top + 18:.0f}" class="name">{escape(name)}</text>{words}'
     )
 
 

@@ -30,7 +30,7 @@ from apportion.data.mixture import mix
 from apportion.data.sources import read_rows
 from apportion.evaluation import evaluate_tasks
 from apportion.loading import load_model
-from apportion.methods.lora_smoe import num_kept
+from apportion.methods.lora_smoe import num_voted
 from apportion.records.files import seal, write_text
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
@@ -230,7 +230,7 @@ def voted(profile: Profile, task: str) -> dict[str, set[str]]:
         group = [site.name for site in profile.layout.sites() if site.kind == kind]
         ranked = sorted(group, key=lambda name: -profile.sensitivity[task].get(name, 0.0))
         if group:
-            chosen[kind] = set(ranked[: num_kept(KEEP, len(group))])
+            chosen[kind] = set(ranked[: num_voted(KEEP, len(group))])
     return chosen
 
 

@@ -7,6 +7,18 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "apportion"
 MAX_PARAMETERS = 7
+FUNCTION_LINES, FILE_LINES, LONGEST_FILE = 32, 250, 400
+
+
+def test_nine_of_ten_functions_and_files_are_short_and_no_file_is_long() -> None:
+    texts = [path.read_text() for path in SOURCE.rglob("*.py")]
+    files = sorted(len(text.splitlines()) for text in texts)
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = sorted(1 + (node.end_lineno or 0) - node.lineno for node in nodes if isinstance(node, kinds))
+    assert functions[len(functions) * 9 // 10] <= FUNCTION_LINES
+    assert files[len(files) * 9 // 10] <= FILE_LINES
+    assert files[-1] <= LONGEST_FILE
 
 
 def test_no_function_has_more_than_seven_parameters() -> None:

@@ -1,15 +1,19 @@
-"""Quantised layers: the sites and the fingerprint are those of the model that they were made from."""
+"""Quantised linear layers: sites and fingerprint of the model that they were made from, and PEFT's own LoRA layers."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig, quantize_
 
 import apportion
 from apportion.discovery import find_sites
@@ -123,31 +127,6 @@ def test_a_plan_of_a_model_fits_its_quantised_twin(tokens: Tensor) -> None:
     assert torch.allclose(adapted(input_ids=tokens).logits, expected, atol=1e-5)
 
 
-class _HalfPrecision(nn.Module):
-    """What bitsandbytes puts on a stacked parameter."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.quant_state = type("State", (), {"shape": shape})()
-
-    def forward(self, packed: Tensor) -> Tensor:
-        return packed.view(-1).view(torch.float32).view(self.quant_state.shape)
-
-
-def test_stacked_experts_behind_a_quantising_parametrisation_keep_the_layout(tokens: Tensor) -> None:
-    model = build_tiny("olmoe")
-    twin = copy.deepcopy(model)
-    for block in find_sites(model).blocks:
-        experts = twin.get_submodule(block.name)
-        for name in ("gate_up_proj", "down_proj"):
-            weight = getattr(experts, name).detach()
-            packed = nn.Parameter(weight.view(torch.uint8).reshape(-1, 1), requires_grad=False)
-            setattr(experts, name, packed)
-            parametrize.register_parametrization(experts, name, _HalfPrecision(weight.shape), unsafe=True)
-    assert find_sites(twin) == find_sites(model)
-    assert torch.equal(twin(input_ids=tokens).logits, model(input_ids=tokens).logits)
-
-
 class _Projection(nn.Module):
     """A layer of a model's own that only looks like a quantised one."""
 
@@ -189,29 +168,130 @@ def test_block_coordinate_refuses_weights_that_it_cannot_move(tokens: Tensor) ->
         apportion.profile(twin, [batch], sensitivity="block-coordinate")
 
 
+def four_bits(linear: nn.Linear) -> nn.Module:
+    has_bias = linear.bias is not None
+    layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, has_bias, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def eight_bits(linear: nn.Linear) -> nn.Module:
+    has_bias = linear.bias is not None
+    layer = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_bias, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def by_torchao(config: Any, linear: nn.Linear) -> nn.Module:
+    layer = copy.deepcopy(linear).requires_grad_(False)
+    quantize_(layer, config)
+    return layer
+
+
+# The layer, the class of PEFT that adapts it, and what transformers sets on a model that it loads so.
+QUANTISED: dict[str, tuple[Callable[[nn.Linear], nn.Module], str, str | None]] = {
+    "bitsandbytes, 4 bits": (four_bits, "peft.tuners.lora.bnb.Linear4bit", "is_loaded_in_4bit"),
+    "bitsandbytes, 8 bits": (eight_bits, "peft.tuners.lora.bnb.Linear8bitLt", "is_loaded_in_8bit"),
+    "torchao, int8": (
+        partial(by_torchao, Int8WeightOnlyConfig()),
+        "peft.tuners.lora.torchao.TorchaoLoraLinear",
+        None,
+    ),
+    "torchao, float8": (
+        partial(by_torchao, Float8WeightOnlyConfig()),
+        "peft.tuners.lora.torchao.TorchaoLoraLinear",
+        None,
+    ),
+    "GPTQ": (Packed, "peft.tuners.lora.gptq.GPTQLoraLinear", None),
+    "AWQ": (Packed, "peft.tuners.lora.awq.AwqLoraLinear", None),
+}
+
+
+def known_to_peft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PEFT take the stand-in for a layer of GPTQModel, which needs a GPU to be installed."""
+    qlinear = ModuleType("gptqmodel.nn_modules.qlinear")
+    qlinear.BaseQuantLinear = Packed if name == "GPTQ" else type(None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gptqmodel.nn_modules.qlinear", qlinear)
+    for module in ("gptq", "awq"):
+        monkeypatch.setattr(f"peft.tuners.lora.{module}.is_gptqmodel_available", lambda: True)
+    monkeypatch.setattr(
+        "peft.tuners.lora.awq.is_gptqmodel_awq_layer", lambda layer: name == "AWQ" and isinstance(layer, Packed)
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_plan_fits_the_twin_in_four_bits(tokens: Tensor) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-
-    def four_bits(linear: nn.Linear) -> nn.Module:
-        has_bias = linear.bias is not None
-        layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, has_bias, quant_type="nf4")
-        layer.load_state_dict(linear.state_dict())
-        return layer.to("cpu")
-
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_plan_of_a_model_trains_its_quantised_twin_by_pefts_own_layers(
+    name: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    layer, layer_class, flag = QUANTISED[name]
     model = build_tiny("olmoe", hidden_size=64, intermediate_size=64)
-    layout = find_sites(model)
-    profile = apportion.profile(model, [{"input_ids": tokens}])
-    plan = apportion.plan(profile, "hellora", hot=2, rank=2)
-    twin = quantised(model, four_bits)
+    plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), "hellora", hot=2, rank=2)
+    twin = quantised(model, layer)
+    if flag:
+        setattr(twin, flag, True)
+    if layer is Packed:
+        known_to_peft(name, monkeypatch)
     with torch.no_grad():
         expected = twin(input_ids=tokens).logits  # packs the weights, where that was still to be done
-    weight = twin.get_submodule("model.layers.0.self_attn.q_proj").weight
-    assert weight.shape[1] == 1
-    assert find_sites(twin) == layout
+    assert find_sites(twin) == find_sites(model)
     adapted = apportion.apply(twin, plan)
     assert adapted.receipt.trainable_parameters == plan.cost.trainable_parameters
+    adapter = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert f"{type(adapter).__module__}.{type(adapter).__name__}" == layer_class
+    assert (adapter.in_features, adapter.out_features) == (64, 64)
     with torch.no_grad():
         assert torch.allclose(adapted(input_ids=tokens).logits, expected, atol=1e-5)
-    adapted(input_ids=tokens, labels=tokens).loss.backward()
-    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    with pytest.raises(ConfigurationError, match=r"(?s)cannot be merged.*layers\.0\.self_attn\.q_proj\.weight"):
+        adapted.merge_adapter()
+
+
+def _last(model: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    attention = model.get_submodule("model.layers.1.self_attn")
+    attention.o_proj = replace(attention.o_proj)
+    return model
+
+
+def test_a_layer_that_peft_does_not_know_is_refused_before_anything_changes(tokens: Tensor) -> None:
+    model = build_tiny("olmoe")
+    plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), "hellora", hot=2, rank=2)
+    twin = _last(copy.deepcopy(model), Packed)
+    before = [(path, type(module)) for path, module in twin.named_modules()]
+    message = r"(?s)PEFT has no LoRA layer.*place: +model\.layers\.1\.self_attn\.o_proj.*found: +Packed.*fix: +load"
+    with pytest.raises(ConfigurationError, match=message):
+        apportion.apply(twin, plan)
+    assert [(path, type(module)) for path, module in twin.named_modules()] == before
+
+
+def test_a_router_whose_weight_is_quantised_is_refused(tokens: Tensor) -> None:
+    model = build_tiny("olmoe")
+    plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), "hellora", hot=2, rank=2)
+    quantize_(
+        model.requires_grad_(False), FqnToConfig({"model.layers.1.mlp.gate.weight": Int8WeightOnlyConfig()}), None
+    )
+    message = r"(?s)plain floating-point weight.*place: +model\.layers\.1\.mlp\.gate.*its weight a Int8Tensor"
+    with pytest.raises(ConfigurationError, match=message):
+        apportion.apply(model, plan)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_sparse_adapters_of_ours_stand_on_packed_layers_too(tokens: Tensor) -> None:
+    model = build_tiny("olmoe")
+    plan = apportion.plan(apportion.profile(model, [{"input_ids": tokens}]), "lori", rank=2)
+    adapted = [apportion.apply(one, plan) for one in (quantised(model, Packed), model)]
+    losses = [one(input_ids=tokens, labels=tokens).loss for one in adapted]
+    assert torch.allclose(*losses, atol=1e-5)
+    losses[0].backward()
+    assert all(parameter.grad is not None for parameter in adapted[0].parameters() if parameter.requires_grad)

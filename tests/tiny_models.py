@@ -69,6 +69,12 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Have a model compute activations again in the backward pass; the method's name changed in transformers 5.23."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def build_tiny(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Build one of the models with random weights, in evaluation mode."""
     torch.manual_seed(seed)

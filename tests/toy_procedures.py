@@ -1,4 +1,4 @@
-"""Procedures as a user would define them, registered outside the package."""
+"""Procedures as a user would define them, outside the package."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from apportion.discovery import find_sites
-from apportion.peft.site_factors import site_factors
 from apportion.peft.replace import replace_adapter
+from apportion.peft.site_factors import site_factors
 from apportion.records.options import Options
 from apportion.records.plan import Plan
 from apportion.records.shapes import LowRank
 from apportion.training.procedures.base import BornGroup, Procedure
 from apportion.training.procedures.plans import with_placements
-from apportion.training.procedures.registry import register_procedure
 
 BIRTH = 3  # steps before every A starts to train
 
@@ -28,7 +27,6 @@ class PruningOptions(Options):
     weight: float = 0.01
 
 
-@register_procedure("test_pruning")
 class Pruning(Procedure):
     """Penalise B by its running norm, zero random entries of it, train A late, and keep half of the ranks."""
 
@@ -77,7 +75,6 @@ class Pruning(Procedure):
         return plan
 
 
-@register_procedure("test_halving")
 class Halving(Procedure):
     """Keep the first half of all ranks of PEFT's own layers after the third step, and Adam's moments of it."""
 
@@ -104,7 +101,6 @@ class Halving(Procedure):
         return getattr(self, "halved", None)
 
 
-@register_procedure("test_recording")
 class Recording(Procedure):
     """Note every call."""
 

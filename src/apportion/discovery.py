@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from apportion.compat.accelerate import offloading_device
 from apportion.errors import ConfigurationError
 from apportion.experts.forms import ExpertForm, form_of
+from apportion.experts.weights import refuse_unreadable
 from apportion.linear_forms import (
     has_own_forward,
     is_linear,
@@ -87,9 +89,8 @@ def execution_device(model: nn.Module) -> torch.device:
         The device for its inputs.
     """
     for module in base_model(model).modules():
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None and getattr(hook, "offload", False):
-            return torch.device(hook.execution_device)
+        if (device := offloading_device(module)) is not None:
+            return device
     return next(base_model(model).parameters()).device
 
 
@@ -206,8 +207,13 @@ def _linears(module: nn.Module) -> list[tuple[str, Any]]:
 def _expert_block(path: str, module: Any, modules: dict[str, nn.Module], config: object) -> ExpertBlock | None:
     """Describe an experts module; return None for other modules."""
     storage: Storage
-    form = form_of(module)
+    refuse_unreadable(module, path)
+    try:
+        form = form_of(module)
+    except ConfigurationError as error:
+        raise error.at(path) from None
     if form is not None:
+        refuse_unreadable(module, path, form.parameters)
         storage, num_experts, projections = "fused", form.num_experts, _stacked_projections(module, form)
     elif is_expert_list(module) and "expert" in path.rpartition(".")[2]:
         storage, num_experts = "linear", len(module)
@@ -242,9 +248,9 @@ def _refuse_unknown_experts(modules: dict[str, nn.Module], blocks: tuple[ExpertB
 
 def _stacked_projections(module: nn.Module, form: ExpertForm) -> tuple[Projection, ...]:
     """Return the shapes of stacked projections."""
-    shapes = {name: form.weights(module, name).shape for name in form.projections}
+    shapes = {name: form.shape(module, name) for name in form.projections}
     return tuple(
-        Projection(name.removesuffix("_proj"), name, int(width_in), int(width_out))
+        Projection(name.removesuffix("_proj"), name, width_in, width_out)
         for name, (_, width_out, width_in) in shapes.items()
     )
 

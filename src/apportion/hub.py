@@ -6,11 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils._http import get_session
-from huggingface_hub.utils._validators import validate_repo_id
 
 _TIMEOUT_S = 5.0
 
@@ -18,7 +15,7 @@ _TIMEOUT_S = 5.0
 def is_hub_id(name: str) -> bool:
     """Return whether a name can be a hub id."""
     try:
-        validate_repo_id(name)
+        try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         return False
     return True
@@ -26,7 +23,7 @@ def is_hub_id(name: str) -> bool:
 
 def is_downloaded(name: str, kind: Literal["model", "dataset"]) -> bool:
     """Return whether files of a model or a data set are in the hub's cache on this machine."""
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind)).is_dir()
+    return Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}").is_dir()
 
 
 @cache

@@ -6,6 +6,7 @@ of ``out_features`` by ``in_features``. This is its logical shape, which sites a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -75,6 +76,22 @@ def matrix_shape(module: Any) -> tuple[int, int] | None:
         width_out, width_in = weight.shape
         return int(width_out), int(width_in)
     return None
+
+
+def compute_place(module: Any) -> tuple[torch.device, torch.dtype]:
+    """Return where a linear layer computes, and the type for factors beside it.
+
+    Args:
+        module: A linear layer, quantised or not.
+
+    Returns:
+        The device of its numbers; the type of its weight, or PyTorch's default where that is quantised.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in PLAIN_TYPES:
+        return weight.device, weight.dtype
+    stored = next(itertools.chain(module.parameters(), module.buffers()))
+    return stored.device, torch.get_default_dtype()
 
 
 def logical_parameters(modules: Mapping[str, Any]) -> Iterator[LogicalParameter]:

@@ -14,7 +14,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 import apportion
 from apportion.adapters.hosts.experts import ExpertLora
-from apportion.experts.dispatch import enter, is_dispatched, leave
+from apportion.compat.transformers import is_dispatched
+from apportion.experts.dispatch import enter, leave
 from apportion.records.profile import Profile
 from architectures import build
 from tiny_models import build_tiny

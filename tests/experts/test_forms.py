@@ -38,7 +38,7 @@ def test_the_sorted_run_is_the_models_own(name: str, tokens: Tensor) -> None:
 
     def product(parameter: str, x: Tensor, ends: Tensor) -> Tensor:
         seen.append(parameter)
-        out = base_product(module, parameter, x, ends)
+        out = base_product(module, known_form(module), parameter, x, ends)
         assert len(x) == len(out) == int(ends[-1])
         parts = known_form(module).split(parameter, out)
         return known_form(module).join(parameter, parts)
@@ -77,7 +77,7 @@ def test_rows_know_their_tokens(name: str, tokens: Tensor) -> None:
 
     def product(parameter: str, x: Tensor, ends: Tensor) -> Tensor:
         assert parameter == "down_proj" or torch.equal(x, hidden[rows])
-        return base_product(module, parameter, x, ends)
+        return base_product(module, known_form(module), parameter, x, ends)
 
     run_experts(module, hidden, ids, weights, product)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ApportionWarning, ConfigurationError, PlanError, ProfileError
-from apportion.methods.lora_smoe import num_kept
+from apportion.methods.lora_smoe import num_voted
 from apportion.methods.mola import spread
 from apportion.records.option_texts import parse_budget
 from apportion.records.profile import Profile
@@ -72,8 +72,8 @@ def test_numbers_kept_follow_the_percentile_of_the_release() -> None:
         values = numpy.random.default_rng(0).permutation(matrices).astype(float)
         for keep in (0.1, 0.25, 0.5, 0.6, 0.9):
             above = int((values > numpy.percentile(values, 100 * (1 - keep))).sum())
-            assert num_kept(keep, matrices) == max(above, 1)
-    assert num_kept(1.0, 144) == 144
+            assert num_voted(keep, matrices) == max(above, 1)
+    assert num_voted(1.0, 144) == 144
 
 
 @settings(max_examples=100)
@@ -90,14 +90,14 @@ def test_budgets_are_exact(layers: int, tasks: int, keep: float, groups: Any, me
     profile = _profile(layout, tasks, seed)
     plan = apportion.plan(profile, method, keep=keep, groups=groups, rank=2, seed=seed)
     sizes = {"attention/mlp": [4 * layers, 3 * layers], "type": [layers] * 7, "all": [7 * layers]}[groups]
-    assert plan.num_lora_experts == tasks * sum(num_kept(keep, size) for size in sizes)
+    assert plan.num_lora_experts == tasks * sum(num_voted(keep, size) for size in sizes)
     sites = layout.by_name
     by_half = [
         sum(p.num_experts for p in plan.placements if (sites[p.site].kind == "attention") == attention)
         for attention in (True, False)
     ]
     if groups == "attention/mlp":
-        assert by_half == [tasks * num_kept(keep, size) for size in sizes]
+        assert by_half == [tasks * num_voted(keep, size) for size in sizes]
     routers = sum(p.num_experts * sites[p.site].in_features for p in plan.placements if p.num_experts > 1)
     factors = sum(p.num_experts * 2 * (sites[p.site].in_features + sites[p.site].out_features) for p in plan.placements)
     assert plan.cost.trainable_parameters == routers + factors
@@ -110,7 +110,7 @@ def test_votes_go_to_the_most_sensitive_matrices() -> None:
     for site in layout.sites():
         group = [other.name for other in layout.sites() if (other.kind == "attention") == (site.kind == "attention")]
         votes = sum(
-            sorted(group, key=lambda name: -norms[name]).index(site.name) < num_kept(0.5, len(group))
+            sorted(group, key=lambda name: -norms[name]).index(site.name) < num_voted(0.5, len(group))
             for norms in profile.sensitivity.values()
         )
         assert plan.by_site[site.name].num_experts == votes if votes else site.name not in plan.by_site

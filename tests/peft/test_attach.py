@@ -18,7 +18,7 @@ import apportion
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
-from tiny_models import build_dense, build_tiny
+from tiny_models import build_dense, build_tiny, checkpoint_activations
 
 ProfileOf = Callable[[nn.Module], Profile]
 
@@ -90,13 +90,14 @@ def test_merged_equals_unmerged(any_model: nn.Module, profile_of: ProfileOf, tok
     adapted = apportion.apply(any_model, _plan(any_model, profile_of))
     _train(adapted, tokens)
     expected = _logits(adapted, tokens)
+    atol = 5e-6 * float(expected.abs().max())
     adapted.merge_adapter()
-    assert torch.allclose(_logits(adapted, tokens), expected, atol=1e-5, rtol=0)
+    assert torch.allclose(_logits(adapted, tokens), expected, atol=atol, rtol=0)
     adapted.unmerge_adapter()
-    assert torch.allclose(_logits(adapted, tokens), expected, atol=1e-5, rtol=0)
+    assert torch.allclose(_logits(adapted, tokens), expected, atol=atol, rtol=0)
     merged = adapted.merge_and_unload()
     assert type(merged) is type(any_model)
-    assert torch.allclose(_logits(merged, tokens), expected, atol=1e-5, rtol=0)
+    assert torch.allclose(_logits(merged, tokens), expected, atol=atol, rtol=0)
 
 
 def test_saved_and_loaded_is_identical(
@@ -158,7 +159,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     adapted(input_ids=tokens, labels=tokens).loss.backward()
     expected = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
     adapted.zero_grad()
-    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(adapted)
     adapted(input_ids=tokens, labels=tokens).loss.backward()
     found = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()

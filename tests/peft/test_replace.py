@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import apportion
 from apportion.discovery import find_sites
 from apportion.errors import ConfigurationError
-from apportion.peft.site_factors import site_factors
 from apportion.peft.replace import replace_adapter
+from apportion.peft.site_factors import site_factors
 from apportion.records.placement import Placement
 from apportion.records.shapes import LowRank
 from apportion.training.procedures.plans import with_placements

@@ -16,7 +16,7 @@ from apportion.errors import ConfigurationError
 from apportion.records.plan import Plan
 from apportion.records.profile import Profile
 from apportion.training.procedures.balance import BalanceLoss
-from tiny_models import build_dense, build_tiny
+from tiny_models import build_dense, build_tiny, checkpoint_activations
 
 
 @pytest.fixture(params=["dense", "olmoe", "qwen2_moe"])
@@ -140,7 +140,7 @@ def test_gradient_checkpointing_changes_nothing(tokens: Tensor) -> None:
         torch.manual_seed(0)
         _shake(adapted)
         if checkpointing:
-            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(adapted)
             adapted.enable_input_require_grads()
         adapted.train()
         balance = BalanceLoss(weight=0.5)

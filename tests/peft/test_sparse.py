@@ -28,7 +28,7 @@ from apportion.peft.masks import random_mask
 from apportion.peft.site_factors import site_factors
 from apportion.records.mask import Mask, load_mask
 from apportion.records.profile import Profile
-from tiny_models import build_dense, build_tiny
+from tiny_models import build_dense, build_tiny, checkpoint_activations
 
 ProfileOf = Callable[[nn.Module], Profile]
 
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_changes_nothing(profile_of: ProfileOf, tokens: T
                 if parameter.requires_grad:
                     parameter.normal_(std=0.05)
         if checkpointing:
-            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(adapted)
             adapted.enable_input_require_grads()
         adapted(input_ids=tokens, labels=tokens).loss.backward()
         gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})

@@ -34,6 +34,9 @@ ROWS = read_rows("task:syllogism", num_rows=24)
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, save_every=2, warmup_frac=0.4, weight_decay=0.1)
 STATE = "procedure.safetensors"
 
+for _name, _procedure in {"test_pruning": Pruning, "test_halving": Halving, "test_recording": Recording}.items():
+    register_procedure(_name)(_procedure)
+
 
 @pytest.fixture(scope="module")
 def profile(embedded_model: tuple[Any, Any]) -> apportion.Profile:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import apportion
 from apportion.adapters.hosts.experts import ExpertLora
-from tiny_models import build_tiny
+from tiny_models import build_tiny, checkpoint_activations
 
 STEPS = 50
 
@@ -84,7 +84,7 @@ def test_no_copy_of_expert_weights_is_kept_or_made() -> None:
     for checkpointing in (False, True):
         if checkpointing:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(_Keep(kept), lambda tensor: tensor):
             loss = model(input_ids=tokens, labels=tokens).loss

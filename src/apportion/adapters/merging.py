@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from apportion.compat.torch import stored_parameters
 from apportion.linear_forms import PLAIN_TYPES
 
 
@@ -25,7 +26,7 @@ def obstacle(module: nn.Module, parameter: str) -> str | None:
     """
     owner_path, _, name = parameter.rpartition(".")
     owner: Any = module.get_submodule(owner_path)
-    stored = vars(owner)["_parameters"].get(name)
+    stored = stored_parameters(owner).get(name)
     if stored is None:
         return "is computed from other parameters"
     if isinstance(stored, DTensor):

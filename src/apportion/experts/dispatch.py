@@ -1,6 +1,10 @@
 """Run rows inside a stacked experts module's own forward, through transformers' registries of experts functions.
 
 Whatever hangs on the call of that module then works with adapters: FSDP units, hooks, offloading.
+
+Experts of families outside the registries (Llama 4, DBRX) have a direct path: adapted rows run beside the module's own
+forward, which is not called, so hooks on the module do not run and it cannot be an FSDP unit of its own. Experts in
+module lists are no stacked experts: each linear layer has an adapter of its own and is called as before.
 """
 
 from __future__ import annotations
@@ -9,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.integrations import finegrained_fp8
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import Tensor
+
+from apportion.compat.transformers import ConfigWithExperts, experts_registries, run_chosen_experts
 
 # Shapes: T tokens, K experts per token, D model width.
 
@@ -20,64 +24,21 @@ NAME = "apportion"
 RunRows = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class _ConfigWithDispatch:
-    """A configuration as one experts module sees it: everything is the model's, but the name of the experts function.
-
-    Other modules, and other models that share the configuration, keep the function that it names.
-
-    Args:
-        config: The model's configuration.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    _experts_implementation = NAME
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the configuration's attribute."""
-        if name == "config" or name.startswith("__"):  # not there yet while a copy is made
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-
-def is_dispatched(experts: nn.Module) -> bool:
-    """Tell whether transformers calls an experts module through one of its registries.
-
-    Experts of families outside the registries have a direct path: adapted rows run beside the module's own forward,
-    which is not called, so hooks on the module do not run and it cannot be an FSDP unit of its own. These are Llama 4's
-    and DBRX's. Experts in module lists are no stacked experts: each linear layer has an adapter of its own and is
-    called as before.
-
-    Args:
-        experts: A module of stacked experts.
-
-    Returns:
-        Whether `enter` works on it.
-    """
-    return hasattr(type(experts).forward, "__wrapped__") and hasattr(experts, "config")
-
-
 def enter(experts: Any) -> None:
-    """Have an experts module run the function that is passed with a call, where one is passed."""
-    if not isinstance(experts.config, _ConfigWithDispatch):
-        experts.config = _ConfigWithDispatch(experts.config)
+    """Have an experts module run the function that is passed with a call, where one is passed.
+
+    Args:
+        experts: A module for which `apportion.compat.transformers.is_dispatched` holds.
+    """
+    if not isinstance(experts.config, ConfigWithExperts):
+        experts.config = ConfigWithExperts(experts.config, NAME)
 
 
 def leave(experts: Any) -> None:
     """Undo `enter`."""
     config = getattr(experts, "config", None)
-    if isinstance(config, _ConfigWithDispatch):
+    if isinstance(config, ConfigWithExperts):
         experts.config = config.config
-
-
-def _registries() -> list[Any]:
-    """List transformers' registries of experts functions.
-
-    FP8 experts look their function up in one of their own, which not every supported version has.
-    """
-    fp8 = getattr(finegrained_fp8, "ALL_FP8_EXPERTS_FUNCTIONS", None)
-    return [ALL_EXPERTS_FUNCTIONS] if fp8 is None else [ALL_EXPERTS_FUNCTIONS, fp8]
 
 
 def _run(
@@ -92,11 +53,8 @@ def _run(
     """Run what was passed with the call; without it, the experts function of the model's configuration."""
     if run_rows is not None:
         return run_rows(hidden_TD, ids_TK, weights_TK)
-    chosen = experts.config.config._experts_implementation
-    function = registry.get_interface(chosen, type(experts).forward.__wrapped__)
-    output_TD: Tensor = function(experts, hidden_TD, ids_TK, weights_TK)
-    return output_TD
+    return run_chosen_experts(registry, experts, experts.config.config, hidden_TD, ids_TK, weights_TK)
 
 
-for _registry in _registries():
+for _registry in experts_registries():
     _registry.register(NAME, partial(_run, _registry))

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import use_experts_implementation
+
+from apportion.compat.transformers import apply_gate, has_default_gate, is_marked
+from apportion.experts.weights import StackedWeight, stacked_weight
 
 # Shapes: S routed rows sorted by expert, E experts, O a parameter's output width, P the shape of a parameter as it is
 # stored: (E, out, in), (E, in, out), or either of them with the experts' rows one under the other.
@@ -104,24 +106,52 @@ class ExpertForm:
         interleaved = any(stacked.rows.step for stacked in self.projections_in(parameter).values())
         return torch.stack(tensors, dim=2).flatten(1) if interleaved else torch.cat(tensors, dim=1)
 
-    def matrices(self, module: nn.Module, parameter: str) -> tuple[Tensor, bool]:
-        """Return a parameter with the experts first, as it is stored otherwise.
+    def matrices(self, module: nn.Module, parameter: str) -> tuple[StackedWeight, bool]:
+        """Return a parameter's matrices as they are stored; nothing is dequantised.
 
         Args:
             module: The experts module.
             parameter: The parameter's path.
 
         Returns:
-            A view of shape (experts, out, in), or (experts, in, out) where it is stored transposed; whether it is.
+            The matrices; whether they are (experts, in, out) and not (experts, out, in).
         """
-        transposed = any(stacked.transposed for stacked in self.projections_in(parameter).values())
-        return self._experts_first(attrgetter(parameter)(module)), transposed
+        places = self.projections.values()
+        transposed = any([place.transposed for place in places if place.parameter == parameter])  # noqa: C419 - quicker
+        return stacked_weight(module, parameter), transposed
 
-    def weights(self, module: nn.Module, projection: str) -> Tensor:
-        """Return one projection of every expert.
+    def stored(self, module: nn.Module, projection: str) -> StackedWeight:
+        """Return the matrices of the parameter that holds a projection.
 
         Args:
             module: The experts module.
+            projection: The projection.
+
+        Returns:
+            The matrices; nothing is dequantised.
+        """
+        return stacked_weight(module, self.projections[projection].parameter)
+
+    def shape(self, module: nn.Module, projection: str) -> tuple[int, int, int]:
+        """Return the shape of one projection of every expert; no value is read.
+
+        Args:
+            module: The experts module.
+            projection: The projection.
+
+        Returns:
+            (experts, out, in).
+        """
+        stacked = self.projections[projection]
+        num_experts, rows, columns = self.stored(module, projection).shape
+        width_out, width_in = (columns, rows) if stacked.transposed else (rows, columns)
+        return num_experts, len(range(width_out)[stacked.rows]), width_in
+
+    def weights(self, module: nn.Module, projection: str) -> Tensor:
+        """Return one projection of every expert, to write to.
+
+        Args:
+            module: The experts module, its parameters plain.
             projection: The projection.
 
         Returns:
@@ -168,6 +198,9 @@ def form_of(module: Any) -> ExpertForm | None:
 
     Returns:
         Its form, or None where it is no module of stacked experts, or of a form that is not supported.
+
+    Raises:
+        ConfigurationError: its weights are stored in a form that cannot be read.
     """
     for recognise in (_marked, _every_expert_at_once, _rows_of_all_experts):
         form = recognise(module)
@@ -196,12 +229,12 @@ def known_form(module: Any) -> ExpertForm:
 
 def _marked(module: Any) -> ExpertForm | None:
     """Read what transformers' decorator says about a module."""
-    if not all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "down_proj")):
+    if not is_marked(module):
         return None
     transposed = module.is_transposed
     down = Stacked("down_proj", transposed)
     if module.has_gate:
-        width = module.gate_up_proj.shape[2 if transposed else 1] // 2
+        width = stacked_weight(module, "gate_up_proj").shape[2 if transposed else 1] // 2
         halves = (slice(0, width), slice(width, None)) if module.is_concatenated else _interleaved()
         entering = {
             name: Stacked("gate_up_proj", transposed, rows)
@@ -211,12 +244,12 @@ def _marked(module: Any) -> ExpertForm | None:
     else:
         entering, activate = {"up_proj": Stacked("up_proj", transposed)}, _no_gate
     return ExpertForm(
-        num_experts=int(module.down_proj.shape[0]),
+        num_experts=stacked_weight(module, "down_proj").shape[0],
         projections={**entering, "down_proj": down},
         activate=activate,
         has_bias=module.has_bias,
         norm="post_expert_norm" if module.has_post_expert_norm else None,
-        is_swiglu=module.has_gate and _has_default_gate(module) and isinstance(module.act_fn, nn.SiLU | SiLUActivation),
+        is_swiglu=module.has_gate and has_default_gate(module) and isinstance(module.act_fn, nn.SiLU | SiLUActivation),
     )
 
 
@@ -224,9 +257,10 @@ def _every_expert_at_once(module: Any) -> ExpertForm | None:
     """Recognise Llama 4: a batched product over all experts, gate and up in one transposed parameter."""
     if type(module).__name__ != "Llama4TextExperts":
         return None
-    width = module.gate_up_proj.shape[2] // 2
+    num_experts, _, both_widths = stacked_weight(module, "gate_up_proj").shape
+    width = both_widths // 2
     return ExpertForm(
-        num_experts=int(module.down_proj.shape[0]),
+        num_experts=num_experts,
         projections={
             "gate_proj": Stacked("gate_up_proj", transposed=True, rows=slice(0, width)),
             "up_proj": Stacked("gate_up_proj", transposed=True, rows=slice(width, None)),
@@ -260,16 +294,9 @@ def _interleaved() -> tuple[slice, slice]:
     return slice(0, None, 2), slice(1, None, 2)
 
 
-def _has_default_gate(module: Any) -> bool:
-    """Tell whether a marked module's gating is the one that transformers' decorator adds: halves, gate first."""
-    gate = type(module)._apply_gate  # noqa: SLF001 - transformers' hook for this
-    return bool(gate.__module__ == use_experts_implementation.__module__)
-
-
 def _own_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
     """Call the gating of a marked module."""
-    gated: Tensor = module._apply_gate(entered["gate_up_proj"])  # noqa: SLF001 - transformers' hook for this
-    return gated
+    return apply_gate(module, entered["gate_up_proj"])
 
 
 def _no_gate(module: Any, entered: Mapping[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from apportion.experts.dequantising import dequantised_linear
 from apportion.experts.forms import ExpertForm, known_form
 from apportion.experts.grouped import grouped_linear, inverse_order, reorder_rows
 
@@ -84,11 +85,12 @@ def token_of_rows(base: nn.Module, hidden_ND: Tensor, ids_TK: Tensor | None) -> 
     return ids_TK.reshape(-1).sort(stable=True).indices // ids_TK.shape[1]
 
 
-def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+def base_product(base: nn.Module, form: ExpertForm, parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply sorted rows by one stacked parameter, bias included.
 
     Args:
-        base: A module that `form_of` knows.
+        base: A module of stacked experts.
+        form: Its form.
         parameter: The parameter's path.
         x_SI: Rows sorted by expert.
         ends_E: Where each expert's rows end, int32.
@@ -96,9 +98,12 @@ def base_product(base: nn.Module, parameter: str, x_SI: Tensor, ends_E: Tensor) 
     Returns:
         Shape (S, O), in the parameter's type.
     """
-    form = known_form(base)
-    matrices, transposed = form.matrices(base, parameter)
-    out_SO = grouped_linear(x_SI, matrices, ends_E, transposed=transposed)
+    weight, transposed = form.matrices(base, parameter)
+    out_SO: Tensor
+    if weight.is_packed:
+        out_SO = dequantised_linear(x_SI, weight, ends_E, transposed=transposed)
+    else:
+        out_SO = grouped_linear(x_SI, weight.whole(), ends_E, transposed=transposed)
     bias_EO = form.bias(base, parameter)
     return out_SO if bias_EO is None else out_SO + bias_EO[expert_of_rows(x_SI, ends_E)]
 

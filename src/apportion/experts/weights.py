@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apportion.compat.torch import parametrisations, stored_buffers, stored_parameters
 from apportion.errors import ConfigurationError
 from apportion.linear_forms import PLAIN_TYPES
 
@@ -40,6 +41,7 @@ class StackedWeight(NamedTuple):
         dtype: Type of the matrices, which quantised numbers are dequantised to.
         device: Where the numbers are.
         is_exact: Whether they are a plain floating-point parameter, which may be written to in place.
+        is_packed: Whether reading dequantises them, which makes new tensors and passes no gradient on.
         read: Gives the matrices from one expert up to another, in any shape.
     """
 
@@ -47,7 +49,13 @@ class StackedWeight(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     is_exact: bool
+    is_packed: bool
     read: Callable[[int, int], Tensor]
+
+    def whole(self) -> Tensor:
+        """Give all matrices in their own type: a view of a plain parameter, dequantised ones of a packed one."""
+        matrices = self.read(0, self.shape[0])
+        return matrices if matrices.shape == self.shape else matrices.view(self.shape)
 
     def dense(self, experts: Sequence[int] | slice, dtype: torch.dtype) -> Tensor:
         """Give the matrices of some experts, as the function `dense` does."""
@@ -77,7 +85,7 @@ def stacked_weight(module: nn.Module, parameter: str) -> StackedWeight:
     path, _, name = parameter.rpartition(".")
     owner: Any = module.get_submodule(path) if path else module
     try:
-        if name in getattr(owner, "parametrizations", ()):
+        if name in parametrisations(owner):
             return _parametrised(module, owner, name)
         return _unparametrised(module, owner, name)
     except _UnreadableError as reason:
@@ -187,25 +195,26 @@ def _runs(experts: Sequence[int] | slice, num_experts: int) -> list[tuple[int, i
 
 def _unparametrised(module: Any, owner: Any, name: str) -> StackedWeight:
     """Describe a parameter that a module holds itself."""
-    value: Any = getattr(owner, name)
+    own = stored_parameters(owner)
+    value: Any = own.get(name)
+    exact = type(value) is nn.Parameter
+    if value is None:
+        value = getattr(owner, name)
     if not isinstance(value, Tensor):
         raise _UnreadableError(f"a {type(value).__name__}")
-    state = getattr(value, "quant_state", None)
+    state = None if exact else getattr(value, "quant_state", None)
     if state is not None:
         return _four_bit(module, value, state)
     shape = _stacked_shape(module, value.shape)
-    own = vars(owner)["_parameters"]
-    scale = next((key for key in (*own, *vars(owner)["_buffers"]) if key.startswith(f"{name}_scale")), None)
-    if scale is not None:
-        raise _UnreadableError(f"{value.dtype} with {scale}")
-    if value.dtype not in PLAIN_TYPES:
-        raise _UnreadableError(f"a {type(value).__name__} of {value.dtype}")
-    if type(value).dequantize is not Tensor.dequantize:
-        read = functools.partial(_read_dequantising, value, shape)
-        return StackedWeight(shape, value.dtype, value.device, is_exact=False, read=read)
-    exact = type(own.get(name)) is nn.Parameter
-    read = functools.partial(_read_plain, value, shape)
-    return StackedWeight(shape, value.dtype, value.device, is_exact=exact, read=read)
+    dtype, scale_name = value.dtype, f"{name}_scale"
+    for key in (*own, *stored_buffers(owner)):
+        if key.startswith(scale_name):
+            raise _UnreadableError(f"{dtype} with {key}")
+    if dtype not in PLAIN_TYPES:
+        raise _UnreadableError(f"a {type(value).__name__} of {dtype}")
+    packed = not exact and type(value).dequantize is not Tensor.dequantize
+    read = functools.partial(_read_dequantising if packed else _read_plain, value, shape)
+    return StackedWeight(shape, dtype, value.device, exact, packed, read)
 
 
 def _parametrised(module: Any, owner: Any, name: str) -> StackedWeight:
@@ -222,6 +231,7 @@ def _parametrised(module: Any, owner: Any, name: str) -> StackedWeight:
         original.dtype,
         original.device,
         is_exact=False,
+        is_packed=False,
         read=lambda first, last: _read_plain(getattr(owner, name), shape, first, last),
     )
 
@@ -229,9 +239,8 @@ def _parametrised(module: Any, owner: Any, name: str) -> StackedWeight:
 def _four_bit(module: Any, packed: Tensor, state: Any) -> StackedWeight:
     """Describe numbers that bitsandbytes packed."""
     shape = _stacked_shape(module, state.shape)
-    return StackedWeight(
-        shape, state.dtype, packed.device, is_exact=False, read=functools.partial(_read_four_bit, packed, state, shape)
-    )
+    read = functools.partial(_read_four_bit, packed, state, shape)
+    return StackedWeight(shape, state.dtype, packed.device, is_exact=False, is_packed=True, read=read)
 
 
 def _stacked_shape(module: Any, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -245,8 +254,10 @@ def _stacked_shape(module: Any, shape: Sequence[int]) -> tuple[int, int, int]:
 
 def _read_plain(tensor: Tensor, shape: tuple[int, int, int], first: int, last: int) -> Tensor:
     """Give a part of a plain tensor."""
+    if last - first == shape[0]:
+        return tensor
     rows = len(tensor) // shape[0]
-    return tensor if last - first == shape[0] else tensor[first * rows : last * rows]
+    return tensor[first * rows : last * rows]
 
 
 @torch.no_grad()

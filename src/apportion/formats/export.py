@@ -38,6 +38,24 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def register_format(name: str, form: Format) -> Format:
+    """Make a format known under a name, to `export` and to the command line.
+
+    Args:
+        name: The name.
+        form: The format.
+
+    Returns:
+        The same format.
+
+    Raises:
+        ValueError: another format has the name.
+    """
+    if FORMATS.setdefault(name, form) is not form:
+        raise ValueError(f"there is a format {name!r} already.")
+    return form
+
+
 def export(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -79,7 +79,7 @@ def place_random_votes(profile: Profile, options: VoteOptions, settings: Adapter
     return _place_votes(profile, drawn, options, settings)
 
 
-def num_kept(keep: float, num_matrices: int) -> int:
+def num_voted(keep: float, num_matrices: int) -> int:
     """Return how many matrices of a group a task votes for.
 
     As in the released code, these are the matrices strictly above the group's (1 - keep) percentile with linear
@@ -93,7 +93,7 @@ def num_kept(keep: float, num_matrices: int) -> int:
         Number of matrices, at least 1.
 
     Example:
-        >>> num_kept(0.6, 144) * 8
+        >>> num_voted(0.6, 144) * 8
         688
     """
     return num_matrices if keep >= 1 else max(1, math.ceil(round(keep * (num_matrices - 1), 9)))
@@ -114,7 +114,7 @@ def count_votes(norms: Norms, groups: Sequence[Sequence[Site]], keep: float) -> 
     for task_norms in norms.values():
         for group in groups:
             ranked = sorted(group, key=lambda site: -task_norms[site.name])
-            votes.update(site.name for site in ranked[: num_kept(keep, len(group))])
+            votes.update(site.name for site in ranked[: num_voted(keep, len(group))])
     return votes
 
 

@@ -21,6 +21,23 @@ _ALL = (
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
+def register_method(method: Method) -> Method:
+    """Make a method known under its name, to `apportion.plan` and to the command line.
+
+    Args:
+        method: The method.
+
+    Returns:
+        The same method.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if METHODS.setdefault(method.name, method) is not method:
+        raise ValueError(f"there is a method {method.name!r} already.")
+    return method
+
+
 def find_method(name: str) -> Method:
     """Return a method by name.
 

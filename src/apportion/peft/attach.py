@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from apportion.counting import count
 from apportion.discovery import find_sites, walk_modules
@@ -17,8 +16,10 @@ from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.peft.config import ApportionConfig
 from apportion.peft.masks import random_mask
 from apportion.peft.start import drawn_checksum, start_factors
+from apportion.peft.unsupported import Kinds, refuse_elsewhere, refuse_unsupported
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.plan import Plan
+from apportion.records.shapes import LowRank
 from apportion.records.site import Layout
 
 
@@ -151,26 +152,14 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         if routed:
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
     planned = {path for placement in plan.placements for path in (placement.site, placement.name.module)}
+    by_peft = {placement.site for placement in plan.placements if isinstance(placement.shape, LowRank)}
+    known: Kinds = set()
     for path, _, module in walk_modules(model):
         if path in planned:
-            _check_weights(path, module)
-
-
-def _check_weights(path: str, module: nn.Module) -> None:
-    """Raise an error if a module's weights are split over processes or not in memory."""
-    reason = None
-    if getattr(module, "_is_expert_parallel", False):
-        reason = "are split over processes (expert parallelism)"
-    elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        reason = "are sharded over processes"
-    elif getattr(getattr(module, "_hf_hook", None), "offload", False):
-        reason = "are offloaded and not in memory"
-    if reason:
-        raise ConfigurationError(
-            f"no adapter can be attached to a model whose weights {reason}: its factors would not train correctly.",
-            place=path,
-            fix="attach the adapters before sharding or offloading the model",
-        )
+            refuse_elsewhere(path, module)
+        site = layout.by_name.get(path)
+        if site is not None and (path in by_peft or (path in planned and site.storage == "weight")):
+            refuse_unsupported(path, module, site.storage, known)
 
 
 def check_architecture(layout: Layout, plan: Plan) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import ConfigurationError
 from apportion.experts.forms import known_form
+from apportion.experts.weights import stacked_weight
 from apportion.linear_forms import is_quantised
 from apportion.profiling.routing import Batch, RunBatch, counting_hooks, evaluation_mode
 from apportion.profiling.sensitivity import check_loss, frozen, rows_of, summed_sample_losses
@@ -89,19 +90,26 @@ def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, d
     for site in layout.sites():
         if site.storage == "linear":
             weight = getattr(modules[site.name], "weight", None)
-            if is_quantised(modules[site.name]) or not isinstance(weight, nn.Parameter):
-                raise ConfigurationError(
-                    "block-coordinate updates weights, but those of this model are quantised.",
-                    details={"first": site.name},
-                    fix="measure with the one-pass procedure",
-                )
+            if is_quantised(modules[site.name]) or type(weight) is not nn.Parameter:
+                raise _quantised(site.name)
             layers[site.layer][weight] = site.name
     for block in layout.blocks:
         if block.storage == "fused":
             base = modules[block.name]
-            for stacked in known_form(base).projections.values():
-                layers[block.layer][attrgetter(stacked.parameter)(base)] = block
+            for parameter in known_form(base).parameters:
+                if not stacked_weight(base, parameter).is_exact:
+                    raise _quantised(f"{block.name}.{parameter}")
+                layers[block.layer][attrgetter(parameter)(base)] = block
     return dict(layers)
+
+
+def _quantised(first: str) -> ConfigurationError:
+    """Say that weights cannot be updated."""
+    return ConfigurationError(
+        "block-coordinate updates weights, but those of this model are quantised.",
+        details={"first": first},
+        fix="measure with the one-pass procedure",
+    )
 
 
 def _norms(owners: dict[nn.Parameter, str | ExpertBlock], modules: dict[str, Any]) -> dict[str, float]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast, get_args
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from apportion._version import __version__
 from apportion.discovery import base_model, execution_device, find_sites
@@ -126,10 +126,21 @@ def weights_sample(model: nn.Module, layout: Layout) -> str:
     """Hash the architecture, and the type and first numbers of every weight, to identify the weights."""
     total = hashlib.sha256(layout.fingerprint.encode())
     for name, parameter in base_model(model).named_parameters():
-        total.update(f"{name}|{parameter.dtype}".encode())
-        if not parameter.is_meta:  # offloaded weights contribute only their name and type
-            total.update(parameter.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
+        for stored in _stored_tensors(parameter):
+            total.update(f"{name}|{stored.dtype}".encode())
+            if not stored.is_meta:  # offloaded weights contribute only their name and type
+                total.update(stored.detach().reshape(-1)[:8].float().cpu().numpy().tobytes())
     return total.hexdigest()
+
+
+def _stored_tensors(parameter: Any) -> Iterator[Tensor]:
+    """Give a tensor, or those that a tensor of a quantiser's class is stored in."""
+    flatten = getattr(parameter, "__tensor_flatten__", None)
+    if flatten is None:
+        yield parameter
+        return
+    for name in flatten()[0]:
+        yield from _stored_tensors(getattr(parameter, name))
 
 
 def _chained(before: str, batch: Batch) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from apportion.compat.accelerate import forward_attribute
 from apportion.discovery import base_model, walk_modules
 from apportion.errors import DataError, ProfileError
 from apportion.experts.forms import known_form
@@ -236,7 +237,7 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, base: Any) -> 
         samples_S = token_of_rows(base, hidden_states, top_k_index) // (tokens // num_samples)
 
         def product(parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
-            out_SO = base_product(base, parameter, x_SI, ends_E)
+            out_SO = base_product(base, form, parameter, x_SI, ends_E)
             inputs = [x_SI.detach()]
 
             def on_gradient(grad_SO: Tensor) -> None:
@@ -262,7 +263,7 @@ def _experts_forward(meter: _Meter, path: str, called: nn.Module, base: Any) -> 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace a module's forward inside the context, below accelerate's hooks if there are any."""
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    name = forward_attribute(module)
     before = vars(module).get(name)
     setattr(module, name, forward)
     try:

@@ -15,7 +15,7 @@ from apportion.study.records import CellSummary, Comparison, Interval, Run, Summ
 from apportion.study.settings import FULL
 from apportion.study.store import StoredStudy, load_study
 
-_UNITS = {"parameters": "trainable parameters", "flops": "adapter FLOPs a token"}
+_UNITS = {"parameters": "trainable parameters", "flops": "adapter FLOPs per token"}
 
 
 def write_page(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

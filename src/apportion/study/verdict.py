@@ -105,7 +105,7 @@ def _is_better(one: Comparison) -> bool:
 
 def _amount(budget: int, unit: Unit) -> str:
     """Format a budget with its unit."""
-    return f"{budget:,} {unit if unit == 'parameters' else 'FLOPs a token'}"
+    return f"{budget:,} {unit if unit == 'parameters' else 'FLOPs per token'}"
 
 
 def _budget(one: Comparison, settings: StudySettings) -> str:

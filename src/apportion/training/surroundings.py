@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from apportion.compat.transformers import activation_checkpointing
 from apportion.cpu_caches import CPU_CACHES
 from apportion.errors import ApportionWarning
 from apportion.training.settings import TrainSettings
@@ -42,7 +43,7 @@ def arguments(folder: Path, settings: TrainSettings, *, progress: bool) -> SFTCo
         max_grad_norm=settings.max_grad_norm,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        **activation_checkpointing(is_on=settings.gradient_checkpointing),
         router_aux_loss_coef=settings.router_aux_loss,
         max_length=settings.max_length,
         bf16=settings.bf16,

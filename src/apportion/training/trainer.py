@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,8 +25,8 @@ from transformers import (
     TrainerState,
 )
 from transformers.training_args import TrainingArguments
-from trl import SFTTrainer
 
+from apportion.compat.trl import CheckpointingTrainer
 from apportion.data.batches import TrainableRows
 from apportion.data.sources import Row
 from apportion.errors import TrainingError
@@ -111,7 +112,7 @@ def fit(model: PreTrainedModel | PeftModel, session: Session, hooks: TrainingHoo
     return trainer.result(seconds, session.checked, signal)
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(CheckpointingTrainer):
     """TRL's trainer with hooks, stopped by the first non-finite loss or weight."""
 
     tokens_before = 0
@@ -203,11 +204,7 @@ class _Trainer(SFTTrainer):
         if penalty is None:
             return result
         loss, *outputs = result if isinstance(result, tuple) else (result,)
-        penalty = penalty.to(loss.device)
-        if (
-            self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-        ):  # in this case transformers does not divide by the number of accumulated batches
-            penalty = penalty / self.current_gradient_accumulation_steps
+        penalty = self.added_once(penalty.to(loss.device), kwargs.get("num_items_in_batch"))
         return (loss + penalty, *outputs) if outputs else loss + penalty
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -219,14 +216,14 @@ class _Trainer(SFTTrainer):
             self._stop(f"the loss became {problem} at step {self.state.global_step + 1}")
         return loss
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint if all numbers are finite, then its manifest once all processes are done."""
+    @contextmanager
+    def around_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Stop if a number is not finite; write this step's plan and the hooks' state, and then the manifest."""
         self.refuse_non_finite()
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with naming_output(folder, left=f"an incomplete {folder.name}, which is removed when the run is resumed"):
             on_first(lambda: unseal_checkpoint(folder))
             self.record(self.hooks.plan_now())
-            super()._save_checkpoint(model, trial)
+            yield
             state = self.hooks.state()
             wait_for_all()
             on_first(lambda: _write_state(folder, state))

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.kernels.composed import add_terms
+from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
 from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.adapters.kernels.cpu.run import run_on_cpu
 from apportion.adapters.kernels.terms import LowRankTerm
 from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
 from apportion.adapters.specs import DEFAULT_OPTIONS, ExpertFactors, FactorOptions
-from apportion.experts.dispatch import enter, is_dispatched
+from apportion.compat.transformers import is_dispatched
+from apportion.experts.dispatch import enter
 from apportion.experts.forms import known_form
 from apportion.experts.run import base_product, run_experts
 
@@ -66,15 +68,14 @@ class ExpertLora(WrappedModule):
         a: dict[str, Any] = {}
         b: dict[str, Any] = {}
         for name, planned in factors.items():
-            weights_EOI = self.form.weights(self.base_layer, name)
-            (_, width_out, width_in), rank = weights_EOI.shape, sum(planned.ranks)
-            kwargs: dict[str, Any] = {"device": weights_EOI.device, "dtype": weights_EOI.dtype}
-            a[name] = nn.Parameter(torch.empty(rank, width_in, **kwargs))
-            b[name] = nn.Parameter(torch.zeros(rank, width_out, **kwargs))
+            stored = self.form.stored(self.base_layer, name)
+            (_, width_out, width_in), rank = self.form.shape(self.base_layer, name), sum(planned.ranks)
+            a[name] = nn.Parameter(torch.empty(rank, width_in, device=stored.device, dtype=stored.dtype))
+            b[name] = nn.Parameter(torch.zeros(rank, width_out, device=stored.device, dtype=stored.dtype))
             if options.frozen_a:
-                a[name] = FrozenFactor(rank, width_in, weights_EOI.device, stored=options.stored_a)
+                a[name] = FrozenFactor(rank, width_in, stored.device, stored=options.stored_a)
             if planned.indices is not None:
-                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), weights_EOI.device)
+                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), stored.device)
             nn.init.kaiming_uniform_(matrix_of(a[name]), a=math.sqrt(5))
         self.factors[adapter_name] = dict(factors)
         for container, made in ((self.lora_A, a), (self.lora_B, b)):
@@ -120,7 +121,7 @@ class ExpertLora(WrappedModule):
             output = self.base_layer(hidden_states, *routing)
         elif self.is_dispatched:
             output = self.base_layer(hidden_states, *routing, run_rows=run_rows)
-        else:  # the direct path that `is_dispatched` describes
+        else:  # the direct path that `apportion.experts.dispatch` describes
             output = run_rows(hidden_states, *routing)
         return output
 
@@ -139,12 +140,14 @@ class ExpertLora(WrappedModule):
             return run_experts(
                 self.base_layer, hidden_states, top_k_index, top_k_weights, partial(self.adapted_product, active)
             )
-        dropout = self.lora_dropout[active[0]]
+        base, form, dropout = self.base_layer, self.form, self.lora_dropout[active[0]]
+        matrices = {name: FrozenMatrices.of(*form.matrices(base, name)) for name in form.parameters}
         routed = RoutedExperts(
-            module=self.base_layer,
-            form=self.form,
+            module=base,
+            form=form,
+            matrices=matrices,
             ids_TK=top_k_index,
-            terms={name: list(self._terms(active[0], name).values()) for name in self.form.parameters},
+            terms={name: list(self._terms(active[0], name).values()) for name in matrices},
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
         return run_on_cpu(routed, hidden_states, top_k_weights)
@@ -185,7 +188,7 @@ class ExpertLora(WrappedModule):
         Returns:
             Shape (S, O).
         """
-        out_SO = base_product(self.base_layer, parameter, x_SI, ends_E)
+        out_SO = base_product(self.base_layer, self.form, parameter, x_SI, ends_E)
         return self.after_product(active, parameter, x_SI, out_SO, ends_E)
 
     def after_product(
@@ -243,5 +246,5 @@ class ExpertLora(WrappedModule):
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""
-        weight = known_form(base_layer).weights(base_layer, "down_proj")
+        weight = known_form(base_layer).stored(base_layer, "down_proj")
         return weight.device, weight.dtype

@@ -14,7 +14,7 @@ from apportion.adapters.balance import BalanceSums
 from apportion.adapters.factors import factor_pair
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.specs import DEFAULT_OPTIONS, FactorOptions, FactorSpec
-from apportion.linear_forms import PLAIN_TYPES
+from apportion.linear_forms import compute_place
 
 # Shapes: T tokens (over any leading dimensions), E LoRA experts, K of them used per token, R rank of each, N = E·R,
 # I and O input and output width.
@@ -52,14 +52,12 @@ class LinearLora(WrappedModule):
             spec: What is planned for the layer.
             options: How the factors train and are stored; dropout applies to the experts' inputs, not the router's.
         """
-        weight = self.base_layer.weight
-        is_plain = weight.dtype in PLAIN_TYPES
-        dtype = weight.dtype if is_plain else torch.get_default_dtype()  # quantised weights are of types of their own
+        device, dtype = compute_place(self.base_layer)
         width_out, width_in = self.base_layer.out_features, self.base_layer.in_features
-        a, b = factor_pair(spec, options, (width_out, width_in), weight.device, dtype)
+        a, b = factor_pair(spec, options, (width_out, width_in), device, dtype)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = a, b
         if spec.num_experts > 1:
-            router = nn.Linear(width_in, spec.num_experts, bias=False, device=weight.device, dtype=dtype)
+            router = nn.Linear(width_in, spec.num_experts, bias=False, device=device, dtype=dtype)
             nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
             self.lora_router[adapter_name] = router
         self.lora_dropout[adapter_name] = nn.Dropout(options.dropout) if options.dropout else nn.Identity()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from apportion.adapters.factors import factor_pair
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.specs import DEFAULT_OPTIONS, FactorOptions, FactorSpec
+from apportion.compat.accelerate import hook_of
+from apportion.compat.torch import copy_with_weight
 
 # Shapes: O and I output and input width of the weight, R rank.
 
@@ -72,13 +73,13 @@ class WeightLora(WrappedModule):
         base = self.base_layer
         if not active:
             return base(*args, **kwargs)
-        hook = vars(base).get("_hf_hook")  # accelerate's, which may fetch the weight for the call alone
+        hook = hook_of(base)  # accelerate's, which may fetch the weight for the call alone
         if hook is not None:
             args, kwargs = hook.pre_forward(base, *args, **kwargs)
         weight_OI = base.weight
         for adapter in active:
             weight_OI = weight_OI + self.delta(adapter).to(weight_OI.dtype)
-        output = _twin_with_weight(base, weight_OI)(*args, **kwargs)
+        output = copy_with_weight(base, weight_OI)(*args, **kwargs)
         return output if hook is None else hook.post_forward(base, output)
 
     def is_finite(self, adapter_name: str) -> bool:
@@ -90,22 +91,3 @@ class WeightLora(WrappedModule):
         """Add an adapter's delta, times the sign, to the weight."""
         weight = self.base_layer.weight
         weight.data += sign * self.delta(adapter_name).to(weight.dtype)
-
-
-def _twin_with_weight(base: Any, weight_OI: Tensor) -> Any:
-    """Make a copy of a module that shares everything with it but its weight; the module itself stays as it is.
-
-    Other threads may run the module meanwhile. `torch.func.functional_call` would swap the weight in place.
-    """
-    twin = object.__new__(type(base))
-    attributes = vars(twin)
-    attributes.update(vars(base))
-    attributes["_parameters"] = {**base._parameters, "weight": weight_OI}
-    attributes["_compiled_call_impl"] = None  # compiled for the module's own weight
-    attributes.pop("weight", None)  # FSDP1 keeps its view of the weight here
-    forward = attributes.pop("_old_forward", attributes.get("forward"))  # under accelerate's hook
-    if isinstance(forward, MethodType):
-        attributes["forward"] = MethodType(forward.__func__, twin)
-    elif forward is not None:
-        raise TypeError(f"{type(base).__name__} was given a forward of its own, which an adapter cannot run through.")
-    return twin

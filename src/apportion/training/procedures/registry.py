@@ -14,7 +14,7 @@ from apportion.training.procedures.plain import Plain
 
 AnyProcedure = TypeVar("AnyProcedure", bound=type[Procedure])
 
-_PROCEDURES: dict[str, type[Procedure]] = {PLAIN: Plain, LORI: Lori}
+PROCEDURES: dict[str, type[Procedure]] = {PLAIN: Plain, LORI: Lori}
 
 
 def register_procedure(name: str) -> Callable[[AnyProcedure], AnyProcedure]:
@@ -28,7 +28,7 @@ def register_procedure(name: str) -> Callable[[AnyProcedure], AnyProcedure]:
     """
 
     def register(procedure: AnyProcedure) -> AnyProcedure:
-        if _PROCEDURES.setdefault(name, procedure) is not procedure:
+        if PROCEDURES.setdefault(name, procedure) is not procedure:
             raise ValueError(f"there is a procedure {name!r} already.")
         return procedure
 
@@ -49,11 +49,11 @@ def find_procedure(plan: Plan) -> Procedure:
         ConfigurationError: an option in the plan is unknown or wrong.
     """
     name, values = plan.procedure["name"], {key: value for key, value in plan.procedure.items() if key != "name"}
-    if name not in _PROCEDURES:
+    if name not in PROCEDURES:
         raise PlanError(
             f"the plan is trained by the procedure {shortened(name)!r}, which is not known here.",
-            expected=f"one of {', '.join(_PROCEDURES)}",
+            expected=f"one of {', '.join(PROCEDURES)}",
             fix="import the module that registers it, or install the version that made the plan",
         )
-    procedure = _PROCEDURES[name]
+    procedure = PROCEDURES[name]
     return procedure(plan, read_options(procedure.option_model, values, f"procedure {name}"))

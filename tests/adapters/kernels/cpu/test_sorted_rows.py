@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adapted_experts import adapted_experts, routed_inputs
+from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
 from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.adapters.kernels.cpu.sorted_rows import SortedRows
 
@@ -12,7 +13,8 @@ def test_experts_with_the_same_terms_run_as_one_batch() -> None:
     layer = adapted_experts("olmoe")
     _, ids, _ = routed_inputs(layer, tokens=200)
     terms = {name: list(layer._terms("default", name).values()) for name in layer.form.parameters}
-    run = SortedRows(RoutedExperts(module=layer.base_layer, form=layer.form, ids_TK=ids, terms=terms))
+    matrices = {name: FrozenMatrices.of(*layer.form.matrices(layer.base_layer, name)) for name in layer.form.parameters}
+    run = SortedRows(RoutedExperts(layer.base_layer, layer.form, matrices, ids, terms))
     assert len(run.chunks) > 1
     assert all(len(chunk.experts) > 1 for chunk in run.chunks)
     for chunk in run.chunks:

@@ -76,14 +76,15 @@ class ForwardPass(_Pass):
 
     def __init__(self, rows: SortedRows, factors: Sequence[TermFactors], saved: SavedProducts | None) -> None:
         super().__init__(rows, factors, saved)
-        turned = {name: matrices_EOI.transpose(1, 2) for name, matrices_EOI in rows.matrices.items()}
-        self.matrices = {name: _by_expert(matrices_EIO, rows.present) for name, matrices_EIO in turned.items()}
+        self.matrices = {
+            name: frozen.by_expert(len(rows.present), turned=True) for name, frozen in rows.matrices.items()
+        }
 
     def multiply(self, parameter: str, x_CI: Tensor, chunk: Chunk, out_CO: Tensor) -> None:
         """Multiply a chunk's rows by one parameter, with its bias and its terms, into `out_CO`."""
-        matrices, bias_EO = self.matrices[parameter], self.rows.biases[parameter]
+        expert_matrix, bias_EO = self.matrices[parameter], self.rows.biases[parameter]
         for expert, x_nI, out_nO in zip(chunk.experts, chunk.cut(x_CI), chunk.cut(out_CO), strict=True):
-            multiply(x_nI, matrices[expert], out_nO, None if bias_EO is None else bias_EO[expert])
+            multiply(x_nI, expert_matrix(expert), out_nO, None if bias_EO is None else bias_EO[expert])
         terms = self.terms(parameter, chunk)
         if not terms:
             return
@@ -115,7 +116,7 @@ class BackwardPass(_Pass):
         self, rows: SortedRows, factors: Sequence[TermFactors], saved: SavedProducts, gradients: Gradients
     ) -> None:
         super().__init__(rows, factors, saved)
-        self.matrices = {name: _by_expert(matrices_EOI, rows.present) for name, matrices_EOI in rows.matrices.items()}
+        self.matrices = {name: frozen.by_expert(len(rows.present)) for name, frozen in rows.matrices.items()}
         self.entered, self.codes, self.gradients = saved.entered, saved.codes, gradients
 
     def multiply(
@@ -165,16 +166,9 @@ class BackwardPass(_Pass):
         self, parameter: str, grad_CO: Tensor, chunk: Chunk, grad_x_CI: Tensor, *, add: bool
     ) -> None:
         """Take a chunk's gradient back through the parameter itself."""
-        matrices = self.matrices[parameter]
+        expert_matrix = self.matrices[parameter]
         for expert, grad_nO, grad_x_nI in zip(chunk.experts, chunk.cut(grad_CO), chunk.cut(grad_x_CI), strict=True):
             product_nI = torch.empty_like(grad_x_nI) if add else grad_x_nI
-            multiply(grad_nO, matrices[expert], product_nI)
+            multiply(grad_nO, expert_matrix(expert), product_nI)
             if add:
                 grad_x_nI.add_(product_nI)
-
-
-def _by_expert(matrices_EIO: Tensor, experts: list[int]) -> dict[int, Tensor]:
-    """Return the experts' matrices: in one call, unless they are few."""
-    if 4 * len(experts) > len(matrices_EIO):
-        return dict(enumerate(matrices_EIO.unbind()))
-    return {expert: matrices_EIO[expert] for expert in experts}

@@ -57,7 +57,7 @@ class _FusedExperts(torch.autograd.Function):
         saved = SavedProducts.room_for(rows, hidden_TD)
         out_TD = _forward(rows, hidden_TD, weights_TK, by_term(TermFactors, flat_factors), saved)
         ctx.rows, ctx.num_factors, ctx.code_keys = rows, len(flat_factors), list(saved.codes)
-        ctx.save_for_backward(hidden_TD, weights_TK, *flat_factors, *saved.tensors(), *rows.matrices.values())
+        ctx.save_for_backward(hidden_TD, weights_TK, *flat_factors, *saved.tensors(), *rows.plain_matrices())
         return out_TD
 
     @staticmethod
@@ -97,12 +97,12 @@ def _forward(
         Shape (T, D).
     """
     down = rows.form.parameters[-1]
-    out_MD = hidden_TD.new_empty(rows.room, rows.matrices[down].shape[1])
+    out_MD = hidden_TD.new_empty(rows.room, rows.matrices[down].width_out)
     forward = ForwardPass(rows, factors, saved)
     for chunk in rows.chunks:
         x_CD = hidden_TD.index_select(0, rows.tokens[chunk.window])
         if saved is None:
-            entered = {name: x_CD.new_empty(len(x_CD), rows.matrices[name].shape[1]) for name in rows.form.entering}
+            entered = {name: x_CD.new_empty(len(x_CD), rows.matrices[name].width_out) for name in rows.form.entering}
         else:
             entered = {name: whole_MO[chunk.window] for name, whole_MO in saved.entered.items()}
         for name, out_CO in entered.items():

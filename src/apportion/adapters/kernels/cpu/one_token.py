@@ -24,19 +24,20 @@ def run_one_token(routed: RoutedExperts, hidden_1D: Tensor, weights_1K: Tensor) 
         Shape (1, D).
     """
     form, ids = routed.form, routed.ids_TK[0].tolist()
-    entered = {name: _product(routed, name, ids, hidden_1D.repeat(len(ids), 1)) for name in form.entering}
-    out_KD = _product(routed, form.parameters[-1], ids, form.activate(routed.module, entered))
+    *entering, down = routed.matrices
+    entered = {name: _product(routed, name, ids, hidden_1D.repeat(len(ids), 1)) for name in entering}
+    out_KD = _product(routed, down, ids, form.activate(routed.module, entered))
     return (weights_1K @ out_KD.to(weights_1K.dtype)).to(hidden_1D.dtype)
 
 
 def _product(routed: RoutedExperts, parameter: str, ids: list[int], x_KI: Tensor) -> Tensor:
     """Multiply each expert's row by one parameter, with its bias and its terms; shape (K, O)."""
-    matrices, transposed = routed.form.matrices(routed.module, parameter)
-    matrices_EIO = matrices if transposed else matrices.transpose(1, 2)
+    matrices = routed.matrices[parameter]
+    expert_matrix = matrices.by_expert(len(ids), turned=True)
     bias_EO = routed.form.bias(routed.module, parameter)
-    out_KO = x_KI.new_empty(len(ids), matrices_EIO.shape[2])
+    out_KO = x_KI.new_empty(len(ids), matrices.width_out)
     for expert, x_1I, out_1O in zip(ids, x_KI.unsqueeze(1).unbind(), out_KO.unsqueeze(1).unbind(), strict=True):
-        multiply(x_1I, matrices_EIO[expert], out_1O, None if bias_EO is None else bias_EO[expert])
+        multiply(x_1I, expert_matrix(expert), out_1O, None if bias_EO is None else bias_EO[expert])
     for term in routed.terms[parameter]:
         a_RI, b_RO, rows_of_experts = term.a_RI, matrix_of(term.b_RO), term.planned.rows_of_experts
         for slot, expert in enumerate(ids):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from apportion.compat.torch import HAS_ONEDNN_PRODUCT, onednn_product
+
 # PyTorch's float32 `mm` goes to MKL, which on AMD's processors runs at half of what oneDNN reaches. PyTorch offers
 # oneDNN's float32 product to its compiler alone, by this operator; where a build lacks it, `mm` does.
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def multiply(rows_NI: Tensor, matrix_IO: Tensor, out_NO: Tensor, bias_O: Tensor | None = None) -> None:
@@ -21,8 +20,8 @@ def multiply(rows_NI: Tensor, matrix_IO: Tensor, out_NO: Tensor, bias_O: Tensor 
         out_NO: Where the product goes.
         bias_O: What is added to each row.
     """
-    if _ONEDNN is not None and rows_NI.dtype == torch.float32 and torch.backends.mkldnn.enabled:
-        out_NO.copy_(_ONEDNN(rows_NI, matrix_IO.t(), bias_O, "none", [], ""))
+    if HAS_ONEDNN_PRODUCT and rows_NI.dtype == torch.float32 and torch.backends.mkldnn.enabled:
+        out_NO.copy_(onednn_product(rows_NI, matrix_IO.t(), bias_O))
     elif bias_O is None:
         torch.mm(rows_NI, matrix_IO, out=out_NO)
     else:

@@ -29,7 +29,7 @@ def run_on_cpu(routed: RoutedExperts, hidden_TD: Tensor, weights_TK: Tensor) -> 
     Returns:
         The shape and the type of `hidden_TD`.
     """
-    dtype = routed.form.weights(routed.module, "down_proj").dtype
+    dtype = routed.dtype
     if torch.is_grad_enabled() or routed.ids_TK.numel() > _FEW_ROWS:
         rounded = {name: [term.to(dtype) for term in terms] for name, terms in routed.terms.items()}
         routed = replace(routed, terms={name: join_terms(terms) for name, terms in rounded.items()})

@@ -96,7 +96,7 @@ class SavedProducts:
     @classmethod
     def room_for(cls, rows: SortedRows, hidden_TD: Tensor) -> SavedProducts:
         """Make room, and draw the masks."""
-        entered = {name: hidden_TD.new_empty(rows.room, rows.matrices[name].shape[1]) for name in rows.form.entering}
+        entered = {name: hidden_TD.new_empty(rows.room, rows.matrices[name].width_out) for name in rows.form.entering}
         return cls(entered, rows.draw_masks())
 
     def tensors(self) -> list[Tensor]:
@@ -139,7 +139,7 @@ class Gradients:
         """Make room."""
         terms = []
         for (parameter, term), order, (a_RI, b, _), need in zip(rows.terms, rows.orders, factors, needs, strict=True):
-            width_out = len(range(rows.matrices[parameter].shape[1])[term.columns])
+            width_out = len(range(rows.matrices[parameter].width_out)[term.columns])
             num_experts, rank = len(order), max(term.planned.ranks)
             a_GrI = a_RI.new_empty(num_experts, rank, a_RI.shape[1]) if need.a else None
             b_GrO = b.new_empty(num_experts, rank, width_out) if need.b else None

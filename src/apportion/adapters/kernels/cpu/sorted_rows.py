@@ -37,12 +37,7 @@ class SortedRows:
     """
 
     def __init__(self, routed: RoutedExperts) -> None:
-        self.routed, self.form = routed, routed.form
-        stored = {name: routed.form.matrices(routed.module, name) for name in routed.form.parameters}
-        # as (E, O, I), however they are stored
-        self.matrices = {
-            name: matrix.transpose(1, 2) if turned else matrix for name, (matrix, turned) in stored.items()
-        }
+        self.routed, self.form, self.matrices = routed, routed.form, routed.matrices
         self.biases = {name: routed.form.bias(routed.module, name) for name in routed.form.parameters}
         self.terms = [ParameterTerm(name, term) for name, terms in routed.terms.items() for term in terms]
         self.masked = [name for name, terms in routed.terms.items() if terms and routed.dropout]
@@ -106,10 +101,14 @@ class SortedRows:
         """Bring a number of each row back to its slot, shape (T, K)."""
         return rows_M.index_select(0, self.place_TK.view(-1)).view(self.place_TK.shape)
 
+    def plain_matrices(self) -> list[Tensor]:
+        """Return the matrices that are not dequantised anew for each product."""
+        return [frozen.plain_EOI for frozen in self.matrices.values() if frozen.plain_EOI is not None]
+
     def draw_masks(self) -> dict[str, Tensor]:
         """Draw where dropout leaves the terms' inputs."""
         return {
-            name: torch.empty(self.room, self.matrices[name].shape[2], dtype=torch.bool).bernoulli_(
+            name: torch.empty(self.room, self.matrices[name].width_in, dtype=torch.bool).bernoulli_(
                 1 - self.routed.dropout
             )
             for name in self.masked
