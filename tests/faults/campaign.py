@@ -126,7 +126,7 @@ def kills(folder: Path, seed: int, seconds: float, mode: str) -> list[dict[str, 
 
 def _run(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], object]:
     """Run one process, and return the lines that it printed and its end."""
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE.parent), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
     settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as log:
         settings |= {"PYTHONPATH": os.pathsep.join(paths), "APPORTION_CACHE": cache}
@@ -135,7 +135,7 @@ def _run(command: list[str], seconds: float) -> tuple[list[dict[str, Any]], obje
                 [sys.executable, *command], env=os.environ | settings, stdout=log, stderr=subprocess.PIPE, text=True,
                 timeout=seconds + 600, check=False,
             )  # fmt: skip
-            code: object = done.returncode if done.returncode == 0 else f"{done.returncode}: {done.stderr[-1500:]}"
+            code: object = done.returncode if done.returncode == 0 else f"{done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired as error:
             code = error
         log.seek(0)
