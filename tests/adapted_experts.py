@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from apportion.adapters.hosts.experts import ExpertLora
-from apportion.adapters.specs import ExpertFactors, FactorOptions
+from apportion.adapters.shapes.experts import ExpertShapes
+from apportion.adapters.shapes.low_rank_stack import LowRankStack, low_rank_stack
+from apportion.adapters.specs import ExpertFactors
 from apportion.discovery import find_sites
 from apportion.experts.forms import known_form
 from architectures import build
@@ -32,11 +34,19 @@ def adapted_experts(
         if alike:
             planned[projection] = ExpertFactors((1, 3), (2, 2), (0.5, 2.0))
     torch.manual_seed(0)
-    layer.add_adapter("default", planned, FactorOptions(dropout=dropout))
+    shapes = ExpertShapes({"low_rank": low_rank_stack(planned, layer.places())})
+    layer.add_adapter("default", shapes, dropout)
     layer.set_adapter("default")
-    for parameter in [*layer.lora_A.parameters(), *layer.lora_B.parameters()]:
+    for parameter in [*layer.lora_shape.parameters()]:
         parameter.data.normal_(std=0.3)
     return layer.train()
+
+
+def stack_of(layer: ExpertLora) -> LowRankStack:
+    """Return the low-rank shapes of a layer's experts."""
+    stack = layer.lora_shape["default"].low_rank
+    assert isinstance(stack, LowRankStack)
+    return stack
 
 
 def routed_inputs(
@@ -57,8 +67,9 @@ def run_merged(layer: ExpertLora, hidden: Tensor, ids: Tensor, weights: Tensor) 
     if hasattr(base, "config"):
         base.config._experts_implementation = "eager"
     stacked = {name: base.get_parameter(name).detach().clone() for name in form.parameters}
-    for projection, factors in layer.factors["default"].items():
-        a, b = layer.lora_A["default"][projection], layer.lora_B["default"][projection]
+    stack = stack_of(layer)
+    for projection, factors in stack.planned.items():
+        a, b = stack.lora_A[projection], stack.lora_B[projection]
         parameter = form.projections[projection].parameter
         delta = torch.zeros_like(form.view(stacked[parameter], projection))
         cut = zip(factors.by_expert(a).items(), factors.by_expert(b).values(), factors.scales, strict=True)

@@ -110,7 +110,7 @@ def test_outputs_and_gradients_equal_those_on_dequantised_weights_in_every_form(
     results = []
     for layer in layers:
         out = layer(*inputs)
-        trained = [*layer.lora_A.parameters(), *layer.lora_B.parameters(), inputs[0], inputs[2]]
+        trained = [*layer.lora_shape.parameters(), inputs[0], inputs[2]]
         with torch.no_grad():
             one = layer(*(tensor[:1] for tensor in inputs))
         results.append([out, layer(*inputs).detach(), one, *gradients_of(out, trained)])
@@ -199,10 +199,10 @@ def test_factors_are_in_the_type_that_is_computed_in(quantiser: str, profile_of:
     packed, plain = build_twins(quantiser, dtype=torch.bfloat16)
     adapted = apportion.apply(packed, apportion.plan(profile_of(plain), "hellora", hot=2, rank=2))
     experts = adapted.get_submodule("base_model.model.model.layers.0.mlp.experts")
-    assert {factor.dtype for factor in experts.lora_A.parameters()} <= {torch.float32, torch.bfloat16}
-    assert {factor.device.type for factor in experts.lora_A.parameters()} == {"cpu"}
+    assert {factor.dtype for factor in experts.lora_shape.parameters()} <= {torch.float32, torch.bfloat16}
+    assert {factor.device.type for factor in experts.lora_shape.parameters()} == {"cpu"}
     adapted(input_ids=tokens, labels=tokens).loss.backward()
-    assert all(bool(factor.grad.isfinite().all()) for factor in experts.lora_B.parameters())
+    assert all(bool(factor.grad.isfinite().all()) for factor in experts.lora_shape.parameters())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # newer versions of transformers have another name for it

@@ -33,7 +33,7 @@ def adapter_kinds(folder: Path, model: nn.Module, plans: Mapping[str, Plan]) -> 
             loaded = apportion.load(copy.deepcopy(model), adapter)
             config = loaded.peft_config["default"]
             tensors = {name: tensor.tolist() for name, tensor in get_peft_model_state_dict(loaded).items()}
-            return config.plan["seal"], tensors
+            return config.plan.seal, tensors
 
         config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
         kinds.append(Kind(f"adapter_config.json, {name}", config, read, JSON, sealed, named=adapter.name))

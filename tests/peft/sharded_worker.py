@@ -62,7 +62,7 @@ def check_training(family: str, units: str) -> None:
     for layer in inner.model.layers:
         experts = layer.mlp.experts
         assert all(isinstance(parameter, DTensor) for parameter in experts.base_layer.parameters())
-        factors = [*experts.lora_A.parameters(), *experts.lora_B.parameters()]
+        factors = [*experts.lora_shape.parameters()]
         assert all(isinstance(factor, DTensor) == (units == "layers") for factor in factors)
     found = gradients(sharded, tokens[dist.get_rank() :: 2])
     assert found.keys() == expected.keys()
@@ -87,7 +87,7 @@ def check_fsdp1() -> None:
         found = {name.replace("_fsdp_wrapped_module.", ""): p.grad for name, p in wrapped.named_parameters()}
         for name, grad in expected.items():
             assert torch.allclose(found[name], grad, atol=1e-6), name
-    assert any(bool(grad.any()) for name, grad in expected.items() if "mlp.gate.lora_B" in name)
+    assert any(bool(grad.any()) for name, grad in expected.items() if "mlp.gate.lora_shape.default.lora_B" in name)
 
 
 def check_saving(method: str, folder: Path) -> None:
@@ -116,7 +116,7 @@ def check_refusals() -> None:
     """Neither attach to a sharded model nor merge into one."""
     mesh = init_device_mesh("cpu", (2,))
     peft_model, base = adapted("olmoe")
-    plan = peft_model.peft_config["default"].read_plan()
+    plan = peft_model.peft_config["default"].plan
     for model, act in ((base, lambda: apportion.apply(base, plan)), (peft_model, peft_model.merge_and_unload)):
         inner: Any = model.get_base_model() if model is peft_model else model
         for layer in inner.model.layers:

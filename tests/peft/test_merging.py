@@ -75,7 +75,7 @@ def test_weights_that_merging_would_not_change_are_refused(
 def test_a_merge_that_fails_leaves_a_model_that_runs(profile_of: ProfileOf, tokens: Tensor) -> None:
     adapted = _adapted(profile_of).eval()
     expected = adapted(input_ids=tokens).logits
-    factor = adapted.get_base_model().model.layers[1].mlp.experts.lora_B["default"]["up_proj"]
+    factor = adapted.get_base_model().model.layers[1].mlp.experts.lora_shape["default"].low_rank.lora_B["up_proj"]
     before = factor.detach().clone()
     factor.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs"):

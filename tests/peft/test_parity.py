@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import apportion
+from adapted_experts import stack_of
 from apportion.adapters.hosts.experts import ExpertLora
 from apportion.profiling.run import profile as measure
 from tiny_models import build_tiny
@@ -25,7 +26,7 @@ def _adapted(model: nn.Module, tokens: Tensor, method: str, **options: object) -
     with torch.no_grad():
         for module in adapted.modules():
             if isinstance(module, ExpertLora):
-                for parameter in module.lora_B["default"].parameters():
+                for parameter in stack_of(module).lora_B.parameters():
                     parameter.normal_(std=0.1)
     return adapted
 
@@ -65,9 +66,10 @@ def test_output_and_gradients_equal_dense_algebra(tokens: Tensor) -> None:
     adapted = _adapted(model, tokens, "hellora", hot=3)
     layer = next(module for module in adapted.modules() if isinstance(module, ExpertLora))
     factors = {}
-    for name, planned in layer.factors["default"].items():
-        for side, stacked in (("A", layer.lora_A), ("B", layer.lora_B)):
-            parts = stacked["default"][name].detach().split(list(planned.ranks))
+    stack = stack_of(layer)
+    for name, planned in stack.planned.items():
+        for side, stacked in (("A", stack.lora_A), ("B", stack.lora_B)):
+            parts = stacked[name].detach().split(list(planned.ranks))
             for expert, part in zip(planned.experts, parts, strict=True):
                 value = part.clone() if side == "A" else part.t().clone()
                 factors[f"{expert}.{name}.{side}"] = value.requires_grad_()
@@ -87,9 +89,9 @@ def test_output_and_gradients_equal_dense_algebra(tokens: Tensor) -> None:
     assert torch.allclose(found_grads[0], hidden.grad, atol=1e-5)
     assert torch.allclose(found_grads[1], weights.grad, atol=1e-5)
     assert len(factors) == 3 * 3 * 2
-    for name, planned in layer.factors["default"].items():
-        for side, stacked in (("A", layer.lora_A), ("B", layer.lora_B)):
-            parts = stacked["default"][name].grad.split(list(planned.ranks))
+    for name, planned in stack.planned.items():
+        for side, stacked in (("A", stack.lora_A), ("B", stack.lora_B)):
+            parts = stacked[name].grad.split(list(planned.ranks))
             for expert, part in zip(planned.experts, parts, strict=True):
                 grad = factors[f"{expert}.{name}.{side}"].grad
                 assert torch.allclose(part if side == "A" else part.t(), grad, atol=1e-5), (expert, name, side)
@@ -128,8 +130,8 @@ def _copy_into(ours: ExpertLora, outer: nn.Module, inner: nn.Module) -> None:
     """Write our factors as PEFT's: A is expert-slowest, B expert-fastest; the outer wrapper holds ``down_proj``."""
     by_parameter = {wrapper.parameter_name: wrapper for wrapper in (outer, inner)}
     num_experts = ours.base_layer.down_proj.shape[0]
-    a = {n: ours.lora_A["default"][n].view(num_experts, RANK, -1) for n in ("gate_proj", "up_proj", "down_proj")}
-    b = {n: ours.lora_B["default"][n].view(num_experts, RANK, -1) for n in a}
+    a = {n: stack_of(ours).lora_A[n].view(num_experts, RANK, -1) for n in ("gate_proj", "up_proj", "down_proj")}
+    b = {n: stack_of(ours).lora_B[n].view(num_experts, RANK, -1) for n in a}
     width = b["gate_proj"].shape[-1]
 
     gate_up = by_parameter["gate_up_proj"]

@@ -253,12 +253,12 @@ def test_sparse_factors_compose_with_routed_experts(tokens: Tensor, tmp_path: Pa
 
 DRAW = """
 import torch
-from apportion.peft.start import drawn_checksum
+from apportion.peft.start import draw_frozen
 from apportion.records.plan import load_plan
 from apportion.records.profile import load_profile
 import sys
 
-print(drawn_checksum(load_plan(sys.argv[1]), load_profile(sys.argv[2]).layout.by_name, 0))
+print(draw_frozen(load_plan(sys.argv[1]), load_profile(sys.argv[2]).layout.by_name, 0).checksum)
 """
 
 
@@ -280,8 +280,8 @@ def test_the_draw_is_that_of_pytorchs_uniform(profile_of: ProfileOf) -> None:
     model = build_tiny("olmoe")
     adapted = apportion.apply(model, _plan(model, profile_of), phase=PhaseOptions(store_a=True))
     for name, tensor in adapted.state_dict().items():
-        if name.endswith("q_proj.lora_A.default.weight"):
-            site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+        if name.endswith("q_proj.lora_shape.default.lora_A.weight"):
+            site = name.removeprefix("base_model.model.").removesuffix(".lora_shape.default.lora_A.weight")
             digest = hashlib.sha256(f"0/{site}".encode()).digest()[:7]
             generator = torch.Generator().manual_seed(int.from_bytes(digest))
             bound = 1 / math.sqrt(tensor.shape[1])

@@ -242,7 +242,7 @@ def test_a_run_whose_ranks_have_changed_resumes_with_the_checkpoint_s_plan(
     resumed = _train(embedded_model, start, tmp_path / "run", resume=True)
     assert _equal(tmp_path / "whole", tmp_path / "run")
     for result in (whole, resumed):
-        ended = result.model.peft_config["default"].read_plan()
+        ended = result.model.peft_config["default"].plan
         assert {p.rank for p in ended.placements} == {2}
         assert ended.derived_from == (start.seal,)
         assert result.model.receipt.trainable_parameters == ended.cost.trainable_parameters

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import apportion
+from adapted_experts import stack_of
 from apportion.adapters.hosts.experts import ExpertLora
 from tiny_models import build_tiny, checkpoint_activations
 
@@ -20,8 +21,9 @@ def _merged_forward(self: ExpertLora, hidden: Tensor, ids: Tensor, weights: Tens
     """Run the wrapped module with ``W + scale·BA`` written out for every planned expert."""
     base = self.base_layer
     stacked = {name: base.get_parameter(name).detach() for name in self.form.parameters}
-    for projection, factors in self.factors["default"].items():
-        a, b = self.lora_A["default"][projection], self.lora_B["default"][projection]
+    stack = stack_of(self)
+    for projection, factors in stack.planned.items():
+        a, b = stack.lora_A[projection], stack.lora_B[projection]
         name = self.form.projections[projection].parameter
         whole = torch.zeros_like(stacked[name])
         cut = zip(factors.by_expert(a).items(), factors.by_expert(b).values(), factors.scales, strict=True)

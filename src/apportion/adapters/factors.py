@@ -1,17 +1,37 @@
-"""Matrices that factors are kept in: plain ones, an A that is drawn and stays, a B of which only kept entries exist."""
+"""Modules that hold factors: trained ones, an A that is drawn and stays, a B of which only kept entries exist."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from apportion.adapters.specs import FactorOptions, FactorSpec
-
 # Shapes: T tokens (over any leading dimensions), k kept entries, O and I rows and columns of a matrix.
+
+NOT_STARTED = float("nan")  # the value of a factor that was neither drawn nor loaded: it makes every output NaN
+
+
+class DenseFactor(nn.Module):
+    """A matrix that trains.
+
+    Args:
+        size: Rows and columns, behind the number of stacked matrices, if any.
+        device: Where it lives.
+        dtype: Its type.
+        value: The value of all entries until they are drawn or loaded.
+    """
+
+    def __init__(
+        self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype, value: float = NOT_STARTED
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(size, value, device=device, dtype=dtype))
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """Multiply rows by the matrix."""
+        return functional.linear(x_TI, self.weight)
 
 
 class FrozenFactor(nn.Module):
@@ -30,7 +50,7 @@ class FrozenFactor(nn.Module):
 
     def __init__(self, num_rows: int, num_columns: int, device: torch.device, *, stored: bool = False) -> None:
         super().__init__()
-        weight_OI = torch.zeros(num_rows, num_columns, device=device, dtype=torch.float32)
+        weight_OI = torch.full((num_rows, num_columns), NOT_STARTED, device=device, dtype=torch.float32)
         self.register_buffer("weight", weight_OI, persistent=stored)
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -58,6 +78,7 @@ class SparseFactor(nn.Module):
         self.shape = (num_rows, num_columns)
         self.values = nn.Parameter(torch.zeros(len(indices_k), device=device, dtype=torch.float32))
         self.register_buffer("indices", indices_k.to(device=device, dtype=torch.int32))
+        self.register_load_state_dict_pre_hook(_keep_loaded_entries)  # type: ignore[no-untyped-call]
 
     def keep(self, indices_k: Tensor) -> None:
         """Keep other entries, all of them zero.
@@ -85,32 +106,11 @@ class SparseFactor(nn.Module):
         return out_TO
 
 
-def factor_pair(
-    spec: FactorSpec, options: FactorOptions, widths: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, nn.Module]:
-    """Make the factors of one matrix: a random A and a zero B, each under ``weight``.
-
-    Args:
-        spec: What is planned for the matrix.
-        options: Whether A is frozen and stored.
-        widths: Output and input width of the matrix.
-        device: Where they live.
-        dtype: Their type; frozen and sparse ones are in float32.
-
-    Returns:
-        A, which maps the input to the rank of all LoRA experts, and B.
-    """
-    width_out, width_in = widths
-    rank = spec.num_experts * spec.rank
-    a: nn.Module = nn.Linear(width_in, rank, bias=False, device=device, dtype=dtype)
-    b: nn.Module = nn.Linear(rank, width_out, bias=False, device=device, dtype=dtype)
-    nn.init.kaiming_uniform_(matrix_of(a), a=math.sqrt(5))
-    nn.init.zeros_(matrix_of(b))
-    if options.frozen_a:
-        a = FrozenFactor(rank, width_in, device, stored=options.stored_a)
-    if spec.indices is not None:
-        b = SparseFactor(width_out, rank, spec.indices, device)
-    return a, b
+def _keep_loaded_entries(factor: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Keep the entries of the state that is loaded next."""
+    indices_k = state.get(f"{prefix}indices")
+    if indices_k is not None and isinstance(factor, SparseFactor):
+        factor.keep(indices_k)
 
 
 def matrix_of(factor: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is planned for an adapter's factors: ranks, scales, experts, kept entries."""
+"""Where the rows of a stack of experts' factors are: each expert's rank and scale."""
 
 from __future__ import annotations
 
@@ -12,45 +12,8 @@ from torch import Tensor
 
 from apportion.adapters.constants import constant
 
-# Shapes: k kept entries of a matrix, H planned experts, R their summed rank, r rows per expert when padded,
-# N = H·r padded rows, O a projection's output width, W any width.
-
-
-@dataclass(frozen=True)
-class FactorOptions:
-    """How an adapter's factors train and are stored, wherever they stand.
-
-    Args:
-        dropout: Share of the adapter's inputs that is dropped in training.
-        frozen_a: Whether A stays as it is drawn.
-        stored_a: Whether checkpoints hold a frozen A.
-    """
-
-    dropout: float = 0.0
-    frozen_a: bool = False
-    stored_a: bool = False
-
-
-DEFAULT_OPTIONS = FactorOptions()
-
-
-@dataclass(frozen=True)
-class FactorSpec:
-    """What one adapter plans for one matrix.
-
-    Args:
-        rank: Rank of every LoRA expert.
-        scale: alpha / rank.
-        num_experts: LoRA experts.
-        top_k: LoRA experts that a token uses.
-        indices: Where B is sparse, its kept entries, laid out row by row (out, experts · rank).
-    """
-
-    rank: int
-    scale: float
-    num_experts: int = 1
-    top_k: int = 1
-    indices: Tensor | None = None
+# Shapes: H planned experts, R their summed rank, r rows per expert when padded,
+# N = H·r padded rows, W any width.
 
 
 class ExpertRows(NamedTuple):
@@ -68,13 +31,11 @@ class ExpertFactors:
         experts: Ids of the planned experts, in rising order.
         ranks: Rank of each.
         scales: alpha / rank of each.
-        indices: Where the factors are sparse, the kept entries of each expert's B, laid out row by row (out, rank).
     """
 
     experts: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    indices: tuple[Tensor, ...] | None = None
 
     def scale(self, factor_RW: Tensor) -> Tensor | float:
         """Return what a factor is multiplied by: each row's scale, shape (R, 1), or the one number that all have."""
@@ -132,20 +93,3 @@ class ExpertFactors:
         return constant(
             tuple(number * rows + row for number, rank in enumerate(self.ranks) for row in range(rank)), device
         )
-
-    def stacked_indices(self, width_out: int) -> Tensor:
-        """Return the kept entries' positions in the stacked factor of shape (R, O).
-
-        Args:
-            width_out: The projection's output width O.
-
-        Returns:
-            int64, expert after expert, each expert's in the order of `indices`.
-        """
-        starts = [sum(self.ranks[:number]) for number in range(len(self.ranks))]
-        of_experts = [indices.long() for indices in self.indices or ()]
-        parts = [
-            (start + i % rank) * width_out + i // rank
-            for start, rank, i in zip(starts, self.ranks, of_experts, strict=True)
-        ]
-        return torch.cat(parts)

@@ -19,7 +19,7 @@ class CheckpointingTrainer(SFTTrainer):
     """TRL's trainer with a context around the writing of a checkpoint."""
 
     @contextmanager
-    def around_checkpoint(self, folder: Path) -> Iterator[None]:  # noqa: ARG002 - for those that override it
+    def around_checkpoint(self, folder: Path) -> Iterator[None]:
         """Do what comes before and after the writing of a checkpoint's files, on every process.
 
         Args:

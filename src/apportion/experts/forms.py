@@ -202,11 +202,20 @@ def form_of(module: Any) -> ExpertForm | None:
     Raises:
         ConfigurationError: its weights are stored in a form that cannot be read.
     """
-    for recognise in (_marked, _every_expert_at_once, _rows_of_all_experts):
+    for recognise in _RECOGNISERS:
         form = recognise(module)
         if form is not None:
             return form
     return None
+
+
+def register_form(recognise: Callable[[Any], ExpertForm | None]) -> None:
+    """Support one more family of experts modules.
+
+    Args:
+        recognise: Returns the form of a module, or None for modules of other families.
+    """
+    _RECOGNISERS.append(recognise)
 
 
 def known_form(module: Any) -> ExpertForm:
@@ -316,3 +325,6 @@ def _swiglu_of_dbrx(module: Any, entered: Mapping[str, Tensor]) -> Tensor:
     """Gate one product with the other."""
     gated: Tensor = module.mlp.activation_fn(entered["mlp.w1"]) * entered["mlp.v1"]
     return gated
+
+
+_RECOGNISERS: list[Callable[[Any], ExpertForm | None]] = [_marked, _every_expert_at_once, _rows_of_all_experts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from apportion.accounting import layout_of
-from apportion.adapters.factors import scattered
+from apportion.adapters.shapes.base import Place, Shape
 from apportion.errors import AdapterError, ConfigurationError
 from apportion.peft.attach import check_architecture
 from apportion.peft.config import ApportionConfig
-from apportion.peft.load import read_adapter_config, read_plan, read_state
-from apportion.peft.start import draw, drawn_checksum
+from apportion.peft.load import read_adapter_config, read_state
+from apportion.peft.shapes import make_shape
+from apportion.peft.start import FrozenDraws, draw_frozen
 from apportion.peft.state import PREFIX
 from apportion.records.placement import Placement
 from apportion.records.plan import Plan
@@ -32,7 +34,7 @@ class SiteFactors(NamedTuple):
     Args:
         site: The site.
         placement: The plan's entry, with the scale alpha / rank.
-        a_RI: A, as trained or as drawn from the seed.
+        a_RI: A, as trained or as drawn from the seed, of the LoRA that equals the shape, or of all LoRA experts.
         b_OR: B, dense.
         router_EI: The router of routed LoRA experts; None for others.
     """
@@ -54,6 +56,7 @@ class SavedAdapter:
         plan: Its plan.
         layout: The base model's sites.
         state: Its tensors, by their names in the file without PEFT's prefix.
+        frozen: The frozen A matrices that the file lacks, drawn again.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class SavedAdapter:
     plan: Plan
     layout: Layout
     state: dict[str, Tensor]
+    frozen: FrozenDraws | None
 
     def factors(self) -> Iterator[SiteFactors]:
         """Go through the sites in the plan's order.
@@ -68,27 +72,24 @@ class SavedAdapter:
         Yields:
             The factors, on the CPU, in the type in which they are stored.
         """
+        tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in self.state.items():
+            site_name, _, name = key.rpartition(".lora_")
+            tensors[site_name][f"lora_{name}"] = tensor
         for placement in self.plan.placements:
             site = self.layout.by_name[placement.site]
-            router = self.state.get(f"{site.name}.lora_router.weight")
-            yield SiteFactors(site, placement, self._a(site, placement), self._b(site, placement), router)
+            shape = self._shape(site, placement, tensors[site.name])
+            (_, a_RI, b_OR), router = next(shape.factors()), tensors[site.name].get("lora_router.weight")
+            yield SiteFactors(site, placement, a_RI, b_OR, router)
 
-    def _a(self, site: Site, placement: Placement) -> Tensor:
-        """Give A, drawn again where the file has none."""
-        stored = self.state.get(f"{site.name}.lora_A.weight")
-        if stored is not None:
-            return stored
-        a_RI = torch.empty(placement.total_rank, site.in_features)
-        draw(a_RI, site.name, self.config.init_seed)
-        return a_RI
-
-    def _b(self, site: Site, placement: Placement) -> Tensor:
-        """Give B, scattered where the file has kept entries alone."""
-        stored = self.state.get(f"{site.name}.lora_B.weight")
-        if stored is not None:
-            return stored
-        values, indices = (self.state[f"{site.name}.lora_B.{part}"] for part in ("values", "indices"))
-        return scattered(values, indices, (site.out_features, placement.total_rank))
+    def _shape(self, site: Site, placement: Placement, tensors: dict[str, Tensor]) -> Shape:
+        """Make a site's shape, with its tensors from the file, or drawn where the file has none."""
+        place = Place(site.out_features, site.in_features, torch.device("cpu"), torch.float32)
+        shape = make_shape(placement.shape, place, self.config.sparse)
+        shape.load_state_dict(tensors, assign=True)
+        if self.frozen is not None and site.name in self.frozen.tensors and "lora_A.weight" not in tensors:
+            shape.get_buffer("lora_A.weight").copy_(self.frozen.tensors[site.name])
+        return shape
 
 
 def read_adapter(
@@ -112,22 +113,16 @@ def read_adapter(
         AdapterError: the folder is damaged, or the frozen A cannot be drawn again.
     """
     config = read_adapter_config(path)
-    plan = read_plan(config, path)
-    name = model or plan.base_model
+    plan, name = config.plan, model or config.plan.base_model
     if name is None:
         raise ConfigurationError(f"the adapter in {path} does not say which model it is for.", fix="give --model")
     layout = layout_of(name, plan.fingerprint, trust_remote_code=trust_remote_code)
     check_architecture(layout, plan)
-    state = {key.removeprefix(PREFIX): value for key, value in read_state(path, config, plan, layout).items()}
-    _check_drawn(path, config, plan, layout)
-    return SavedAdapter(Path(path), config, plan, layout, state)
-
-
-def _check_drawn(path: str | os.PathLike[str], config: ApportionConfig, plan: Plan, layout: Layout) -> None:
-    """Refuse an adapter whose frozen A this version of torch draws otherwise."""
-    expected = config.a_checksum
-    if expected and not config.store_a and drawn_checksum(plan, layout.by_name, config.init_seed) != expected:
+    state = {key.removeprefix(PREFIX): value for key, value in read_state(path, config, layout).items()}
+    frozen = None if config.store_a else draw_frozen(plan, layout.by_name, config.init_seed)
+    if frozen and config.a_checksum and frozen.checksum != config.a_checksum:
         raise AdapterError(
             f"the frozen A of the adapter in {os.fspath(path)} is not stored, and cannot be drawn again as it was.",
             fix="save it with store_a, using the version of torch that trained it",
         )
+    return SavedAdapter(Path(path), config, plan, layout, state, frozen)

@@ -40,17 +40,18 @@ def write(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None) -> Non
         folder: The output folder.
         dtype: Type of the factors; as they are stored if None.
     """
-    tensors = {}
-    for site, _, a_RI, b_OR, _ in adapter.factors():
+    tensors, ranks, alphas = {}, {}, {}
+    for site, placement, a_RI, b_OR, _ in adapter.factors():
+        ranks[site.name], alphas[site.name] = len(a_RI), placement.alpha * (len(a_RI) / placement.rank)
         for name, factor in (("lora_A", a_RI), ("lora_B", b_OR)):
             tensors[f"base_model.model.{site.name}.{name}.weight"] = factor.to(dtype or factor.dtype).contiguous()
     plan = adapter.plan
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
-        target_modules=[placement.site for placement in plan.placements],
-        rank_pattern={p.site: p.rank for p in plan.placements if p.rank != plan.rank},
-        alpha_pattern={p.site: p.alpha for p in plan.placements if p.alpha != plan.alpha},
+        target_modules=list(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != plan.rank},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != plan.alpha},
         task_type=adapter.config.task_type,
         base_model_name_or_path=adapter.config.base_model_name_or_path,
         inference_mode=True,

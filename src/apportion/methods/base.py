@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from apportion.errors import PlanError
 from apportion.records.options import MethodOptions
 from apportion.records.placement import Placement
-from apportion.records.shapes import lora_shape
+from apportion.records.shapes.registry import lora_shape
 from apportion.records.site import Site
 
 if TYPE_CHECKING:  # the registry is imported without tensors

@@ -13,7 +13,7 @@ from apportion.methods.budget import spending, spent
 from apportion.methods.gradient import sensitivity_shares
 from apportion.records.options import MarginalOptions
 from apportion.records.placement import Placement
-from apportion.records.shapes import lora_shape
+from apportion.records.shapes.registry import lora_shape
 
 if TYPE_CHECKING:
     from apportion.records.profile import Profile

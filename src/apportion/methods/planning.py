@@ -21,7 +21,7 @@ from apportion.records.placement import Placement
 from apportion.records.plan import LORI, PLAIN, Plan
 from apportion.records.plan_schema import in_file_order
 from apportion.records.profile import Profile
-from apportion.records.shapes import LARGEST_SCALE, MAX_WIDTH, SMALLEST_SCALE
+from apportion.records.shapes.base import LARGEST_SCALE, MAX_WIDTH, SMALLEST_SCALE
 from apportion.records.site import Layout
 from apportion.records.tensors import Tensors
 
@@ -243,13 +243,17 @@ def count_cost(
 
 
 def _check_placements(layout: Layout, placements: tuple[Placement, ...]) -> None:
-    """Refuse routed LoRA on sites other than linear layers, and ranks above a site's smaller side.
+    """Refuse shapes that a matrix cannot have, routed LoRA on other than linear layers, and too large ranks.
 
     Routers are exempt from the rank check: they have as few rows as experts, and the published accounting of Mixtral
     uses rank 32 for its router of eight rows.
     """
     for placement in placements:
         site = layout.by_name[placement.site]
+        try:
+            placement.shape.check(site.in_features, site.out_features)
+        except PlanError as error:
+            raise error.at(site.name) from error
         if placement.is_routed and site.storage != "linear":
             raise ConfigurationError(
                 f"{placement.num_experts} LoRA experts cannot be placed on {site.name}: it is not a linear layer.",

@@ -11,12 +11,13 @@ from apportion.methods.lora import ATTENTION, LORA
 from apportion.methods.lora_smoe import LORA_SMOE, RANDOM_VOTES
 from apportion.methods.lori import HELLORI, LORI
 from apportion.methods.marginal import MARGINAL
+from apportion.methods.melora import MELORA
 from apportion.methods.mola import MOLA, UNIFORM
 from apportion.records.names import suggestion
 
 _ALL = (
     *(HELLORA, LORA, ATTENTION, RANDOM, COLD, GRADIENT, MARGINAL),
-    *(LORI, HELLORI, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES),
+    *(LORI, HELLORI, LORA_SMOE, MOLA, UNIFORM, RANDOM_VOTES, MELORA),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from apportion.counting import count
 from apportion.discovery import find_sites, walk_modules
-from apportion.errors import ConfigurationError, PlanMismatchError
+from apportion.errors import ConfigurationError, PlanError, PlanMismatchError
+from apportion.peft.bound import BoundPlan, binding
 from apportion.peft.config import ApportionConfig
+from apportion.peft.hosted import hosted
 from apportion.peft.masks import random_mask
-from apportion.peft.start import drawn_checksum, start_factors
+from apportion.peft.start import draw_frozen
 from apportion.peft.unsupported import Kinds, refuse_elsewhere, refuse_unsupported
 from apportion.records.mask import Mask, b_shapes
 from apportion.records.plan import Plan
-from apportion.records.shapes import LowRank
+from apportion.records.shapes.low_rank import LowRank
 from apportion.records.site import Layout
 
 
@@ -107,10 +108,11 @@ def apply(
     _check(model, layout, plan, adapter_name, dropout)
     if plan.is_sparse and not phase.dense_b and mask is None:
         mask = random_mask(plan.placements, layout.by_name, seed)
-    checksum = drawn_checksum(plan, layout.by_name, seed)
+    frozen = draw_frozen(plan, layout.by_name, seed)
+    checksum = None if frozen is None else frozen.checksum
     _check_sparse(plan, layout, mask, checksum, phase)
     config = ApportionConfig(
-        plan=plan.as_dict(),
+        plan=plan,
         init_seed=seed,
         r=plan.rank,
         lora_alpha=plan.alpha,
@@ -121,14 +123,13 @@ def apply(
         on_top_of=phase.on_top_of,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
-    config.mask = mask
-    with torch.random.fork_rng(devices=[]):
+    bound = BoundPlan(plan, layout, frozen, None if mask is None else mask.indices)
+    with torch.random.fork_rng(devices=[]), binding(bound):
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
             peft_model = model
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    start_factors(peft_model, adapter_name, seed, frozen=False)
     peft_model.receipt = receipt_of(peft_model, layout, plan, adapter_name, dense_b=phase.dense_b)
     return peft_model
 
@@ -148,18 +149,22 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
         raise ConfigurationError(f"dropout={dropout} is out of range.", fix="give a number in [0, 1)")
     check_architecture(layout, plan)
     for placement in plan.placements:
-        routed = placement.is_routed and layout.by_name[placement.site].storage != "linear"
-        if routed:
+        site = layout.by_name[placement.site]
+        if placement.is_routed and site.storage != "linear":
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
+        try:
+            placement.shape.check(site.in_features, site.out_features)
+        except PlanError as error:
+            raise error.at(placement.site) from error
     planned = {path for placement in plan.placements for path in (placement.site, placement.name.module)}
     by_peft = {placement.site for placement in plan.placements if isinstance(placement.shape, LowRank)}
     known: Kinds = set()
     for path, _, module in walk_modules(model):
         if path in planned:
             refuse_elsewhere(path, module)
-        site = layout.by_name.get(path)
-        if site is not None and (path in by_peft or (path in planned and site.storage == "weight")):
-            refuse_unsupported(path, module, site.storage, known)
+        found = layout.by_name.get(path)
+        if found is not None and (path in by_peft or (path in planned and found.storage == "weight")):
+            refuse_unsupported(path, module, found.storage, known)
 
 
 def check_architecture(layout: Layout, plan: Plan) -> None:
@@ -237,8 +242,8 @@ def check_attachable(model: nn.Module, plan: Plan, *, mask: Mask | None = None, 
     """
     layout = find_sites(model)
     _check(model, layout, plan, "default", 0.0)
-    checksum = drawn_checksum(plan, layout.by_name, seed) if mask is not None else None
-    _check_sparse(plan, layout, mask, checksum, PhaseOptions())
+    frozen = draw_frozen(plan, layout.by_name, seed) if mask is not None else None
+    _check_sparse(plan, layout, mask, None if frozen is None else frozen.checksum, PhaseOptions())
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
@@ -251,13 +256,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter
     Returns:
         Its parameters, trainable or frozen, in model order.
     """
-    parameters: list[nn.Parameter] = []
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            for holder in ("lora_A", "lora_B", "lora_router"):
-                part = getattr(module, holder, {})
-                parameters += list(part[adapter_name].parameters()) if adapter_name in part else []
-    return parameters
+    return [parameter for _, adapter in hosted(model, adapter_name) for parameter in adapter.parameters()]
 
 
 def receipt_of(model: PeftModel, layout: Layout, plan: Plan, adapter_name: str, *, dense_b: bool = False) -> Receipt:

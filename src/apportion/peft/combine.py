@@ -16,7 +16,7 @@ from apportion.errors import ConfigurationError
 from apportion.peft.site_factors import site_factors
 from apportion.records.placement import Placement
 from apportion.records.plan import PLAIN, Plan
-from apportion.records.shapes import LowRank
+from apportion.records.shapes.low_rank import LowRank
 from apportion.records.site import Layout
 
 Combination = Literal["cat", "linear"]
@@ -79,7 +79,7 @@ def combined_plan(plans: Mapping[str, Plan], weights: Sequence[float], how: Comb
 
 def _combined_ranks(plans: Mapping[str, Plan], how: Combination) -> dict[str, int]:
     """Return the combined adapter's rank at every site."""
-    by_plan = {name: {p.site: p.rank for p in plan.placements} for name, plan in plans.items()}
+    by_plan = {name: {p.site: p.shape.lora_rank or 0 for p in plan.placements} for name, plan in plans.items()}
     first_name, first = next(iter(by_plan.items()))
     if how == "cat":
         ranks: Counter[str] = Counter()
@@ -125,10 +125,10 @@ def write_combined(
             placement = plan.by_site[site]
             scaled = weight * placement.alpha / placement.rank
             if how == "cat":
-                part = slice(start, start + placement.rank)
+                part = slice(start, start + len(a))
                 a_RI[part] = a
                 b_OR[:, part] = scaled * b
-                start += placement.rank
+                start += len(a)
             else:
                 a_RI.add_(a, alpha=math.copysign(math.sqrt(abs(scaled)), scaled))
                 b_OR.add_(b, alpha=math.sqrt(abs(scaled)))

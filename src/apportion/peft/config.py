@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,13 +12,10 @@ from peft import LoraConfig
 from peft.utils import PeftType
 from pydantic import Field, PydanticUserError, StrictBool, TypeAdapter, ValidationError
 
+from apportion.adapters.shapes.sparse import SparseOptions
 from apportion.errors import AdapterError, ConfigurationError
-from apportion.peft.state import Stores
-from apportion.records.mask import Mask
 from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
-from apportion.records.placement import Placement
 from apportion.records.plan import Plan
-from apportion.records.site import Storage
 
 PEFT_TYPE = "APPORTION"
 
@@ -37,6 +35,7 @@ class _Below:
 
 
 _TYPES: dict[str, Any] = {  # types of fields in the file that differ from PEFT's or from those in Python
+    "plan": dict[str, Any],
     "lora_alpha": AnyFloat,
     "alpha_pattern": dict[str, float],
     "rank_pattern": dict[str, int],
@@ -51,7 +50,7 @@ class ApportionConfig(LoraConfig):
     """Contents of ``adapter_config.json``.
 
     Args:
-        plan: The plan, as `Plan.as_dict` returns it. It alone determines which sites are adapted.
+        plan: The plan, as an object or as `Plan.as_dict` returns it. It alone determines which sites are adapted.
         init_seed: Seed of the factors' initial values.
         dense_b: Whether sparse placements train all of B, to find out which entries to keep.
         store_a: Whether checkpoints contain the frozen A. Otherwise it is drawn again from the seed.
@@ -60,9 +59,7 @@ class ApportionConfig(LoraConfig):
         on_top_of: The adapter that was merged into the base model before training: ``path`` and ``sha256``.
     """
 
-    plan: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "The plan, as apportion writes it to plan.json"}
-    )
+    plan: Any = field(default_factory=dict, metadata={"help": "The plan, as apportion writes it to plan.json"})
     init_seed: int = field(default=0, metadata={"help": "Seed of the factors' initial values"})
 
     dense_b: bool = field(default=False, metadata={"help": "Whether sparse placements train all of B"})
@@ -75,11 +72,9 @@ class ApportionConfig(LoraConfig):
         """Set the type, and reject LoRA variants that would apply only to some of the planned sites."""
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
-        self.planned_modules: dict[str, list[Placement]] = {}  # these three are set when the adapter is attached
-        self.storage: dict[str, Storage] = {}
-        self.routed_linear_sites: tuple[str, ...] = ()
         self.promised_digests, self.tensor_digests = self.tensor_digests, None  # as read; to be written
-        self.mask: Mask | None = None  # the kept entries; a checkpoint contains its own
+        if not isinstance(self.plan, Plan):
+            self.plan = Plan.from_dict(self.plan)
         for name in _VARIANTS:
             if getattr(self, name, None):
                 raise ConfigurationError(
@@ -116,9 +111,20 @@ class ApportionConfig(LoraConfig):
         return fields
 
     @property
-    def stores(self) -> Stores:
-        """Which parts of sparse factors the adapter's checkpoints contain."""
-        return Stores(frozen_a=self.store_a, dense_b=self.dense_b)
+    def sparse(self) -> SparseOptions:
+        """How sparse factors train and are stored."""
+        return SparseOptions(dense_b=self.dense_b, stored_a=self.store_a)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain data, as in its file.
+
+        Returns:
+            The fields by name.
+        """
+        shallow = copy.copy(self)
+        shallow.plan = {}
+        fields: dict[str, Any] = LoraConfig.to_dict(shallow)
+        return fields | {"plan": self.plan.as_dict()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``.
@@ -129,17 +135,6 @@ class ApportionConfig(LoraConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         self.tensor_digests = None  # they are those of the saved tensors, which may change from here on
-
-    def read_plan(self) -> Plan:
-        """Return the plan as an object.
-
-        Returns:
-            The plan.
-
-        Raises:
-            PlanError: the plan was changed after it was written.
-        """
-        return Plan.from_dict(self.plan)
 
 
 @cache

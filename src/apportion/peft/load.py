@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from apportion.discovery import find_sites
 from apportion.errors import AdapterError, ApportionError, ApportionWarning, ConfigurationError, PlanError, shortened
 from apportion.peft.attach import check_architecture
+from apportion.peft.bound import BoundPlan, binding
 from apportion.peft.config import PEFT_TYPE, ApportionConfig
 from apportion.peft.state import check_digests, check_tensors
 from apportion.records.json_file import read_json
@@ -45,17 +46,18 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
             then unchanged.
     """
     config = read_adapter_config(path)
-    plan, layout = read_plan(config, path), find_sites(model)
-    check_architecture(layout, plan)
-    if plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
+    layout = find_sites(model)
+    check_architecture(layout, config.plan)
+    if config.plan.is_sparse and kwargs.get("low_cpu_mem_usage"):
         raise ConfigurationError(
             "a sparse adapter cannot be loaded with low_cpu_mem_usage: its A is drawn, not read.", fix="leave it out"
         )
-    read_state(path, config, plan, layout)
-    _check_chain(path)
-    base = _with_adapter_below(model, path)
+    read_state(path, config, layout)
+    _check_chain(path, config)
+    base = _with_adapter_below(model, path, config)
     try:
-        return PeftModel.from_pretrained(base, os.fspath(path), **kwargs)
+        with binding(BoundPlan(config.plan, layout, is_loaded=True)):
+            return PeftModel.from_pretrained(base, os.fspath(path), config=config, **kwargs)
     except (AdapterError, ConfigurationError) as error:
         raise _named(error, path) from error
 
@@ -74,7 +76,8 @@ def read_adapter_plan(path: str | os.PathLike[str]) -> Plan:
         AdapterError: its configuration is damaged.
         PlanError: the plan in the folder was changed.
     """
-    return read_plan(read_adapter_config(path), path)
+    plan: Plan = read_adapter_config(path).plan
+    return plan
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
@@ -89,6 +92,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
     Raises:
         ConfigurationError: there is no adapter of this package in the folder.
         AdapterError: the configuration is damaged.
+        PlanError: the plan in it was changed.
     """
     folder = os.fspath(path)
     file = Path(folder, ADAPTER_CONFIG_FILE)
@@ -105,30 +109,11 @@ def read_adapter_config(path: str | os.PathLike[str]) -> ApportionConfig:
         raise ConfigurationError(f"the adapter in {folder} was not made by apportion.", fix="load it with peft itself")
     try:
         config: ApportionConfig = ApportionConfig.from_pretrained(folder)
-    except (AdapterError, ConfigurationError) as error:
+    except (AdapterError, ConfigurationError, PlanError) as error:
         raise _named(error, path) from error
     except (TypeError, ValueError, KeyError, AttributeError) as error:  # of PEFT, about its own fields
         raise damaged(shortened(str(error), 300)) from error
     return config
-
-
-def read_plan(config: ApportionConfig, path: str | os.PathLike[str]) -> Plan:
-    """Read the plan that an adapter's configuration holds.
-
-    Args:
-        config: The configuration.
-        path: The adapter's folder, for messages.
-
-    Returns:
-        The plan.
-
-    Raises:
-        PlanError: it was changed after it was written.
-    """
-    try:
-        return config.read_plan()
-    except PlanError as error:
-        raise _named(error, path) from error
 
 
 def _named(error: ApportionError, path: str | os.PathLike[str]) -> ApportionError:
@@ -174,13 +159,12 @@ def merge_below(model: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Modu
     return merged, {"path": str(Path(path).resolve()), "sha256": _weights_digest(path)}
 
 
-def read_state(path: str | os.PathLike[str], config: ApportionConfig, plan: Plan, layout: Layout) -> dict[str, Tensor]:
+def read_state(path: str | os.PathLike[str], config: ApportionConfig, layout: Layout) -> dict[str, Tensor]:
     """Read an adapter's tensors, and check that they are those that were saved for its plan.
 
     Args:
         path: The adapter's folder.
         config: Its configuration.
-        plan: Its plan.
         layout: The base model's sites.
 
     Returns:
@@ -191,7 +175,7 @@ def read_state(path: str | os.PathLike[str], config: ApportionConfig, plan: Plan
             that were saved.
     """
     state, place = _read_tensors(path), f"the adapter in {os.fspath(path)}"
-    check_tensors(state, plan, layout, config.stores, place)
+    check_tensors(state, config.plan, layout, config.sparse, place)
     if config.promised_digests is None:
         warnings.warn(
             f"{place} has no digests, so changes to its tensors cannot be detected: it was written by an older "
@@ -226,7 +210,7 @@ def _weights_digest(path: str | os.PathLike[str]) -> str:
     return hashlib.sha256(Path(path, ADAPTER_TENSORS_FILE).read_bytes()).hexdigest()
 
 
-def _check_chain(path: str | os.PathLike[str]) -> None:
+def _check_chain(path: str | os.PathLike[str], config: ApportionConfig) -> None:
     """Raise an error if adapters are trained on top of each other in a cycle."""
     seen = set()
     folder: Path | None = Path(path)
@@ -237,13 +221,14 @@ def _check_chain(path: str | os.PathLike[str]) -> None:
                 fix="copy the whole adapter again, or train it again",
             )  # fmt: skip
         seen.add(folder.resolve())
-        below = read_adapter_config(folder).on_top_of
+        below = config.on_top_of
         folder = Path(below["path"]) if below and Path(below["path"]).is_dir() else None
+        config = config if folder is None else read_adapter_config(folder)
 
 
-def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def _with_adapter_below(model: nn.Module, path: str | os.PathLike[str], config: ApportionConfig) -> nn.Module:
     """Merge the adapter that an adapter was trained on top of, if any."""
-    below = read_adapter_config(path).on_top_of
+    below = config.on_top_of
     if below is None:
         return model
     folder = Path(below["path"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.errors import ConfigurationError
+from apportion.peft.hosted import adapters_of
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
 
@@ -45,7 +46,7 @@ def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) ->
             fix="name one of these per row, or __base__ for none",
         )
     for name in used:
-        for site in tuner.peft_config[name].routed_linear_sites:
+        for site in tuner.bound[name].routed_linear_sites:
             raise ConfigurationError(
                 f"adapter {name!r} cannot be used per row: one of its layers receives tokens without their rows.",
                 place=site,
@@ -57,7 +58,7 @@ def adapter_per_row(tuner: Any, adapter_names: Sequence[str], num_beams: int) ->
         stack.callback(handle.remove)
         for module in tuner.modules():
             if isinstance(module, (LoraLayer, WrappedModule)):
-                layer_names = names if used & set(module.lora_A) else [BASE] * len(names)
+                layer_names = names if used & adapters_of(module) else [BASE] * len(names)
                 handle = module.register_forward_pre_hook(partial(_name_rows, layer_names), with_kwargs=True)
                 stack.callback(handle.remove)
         yield

@@ -14,7 +14,7 @@ from apportion.errors import ConfigurationError
 from apportion.peft.attach import receipt_of
 from apportion.peft.site_factors import site_factors
 from apportion.records.plan import Plan
-from apportion.records.shapes import LowRank
+from apportion.records.shapes.low_rank import LowRank
 
 
 @torch.no_grad()
@@ -53,8 +53,7 @@ def replace_adapter(
             )
     values = {placement.site: [part.clone() for part in factors[placement.site]] for placement in plan.placements}
     config = copy.copy(model.peft_config[adapter_name])
-    config.plan, config.r, config.lora_alpha = plan.as_dict(), plan.rank, plan.alpha
-    config.mask = config.a_checksum = None
+    config.plan, config.r, config.lora_alpha, config.a_checksum = plan, plan.rank, plan.alpha, None
     model.delete_adapter(adapter_name)
     model.add_adapter(adapter_name, config)
     model.set_adapter(adapter_name)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from apportion.adapters.factors import FrozenFactor, SparseFactor
-from apportion.adapters.hosts.experts import ExpertLora
-from apportion.adapters.hosts.linear import LinearLora
-from apportion.adapters.hosts.weight import WeightLora
+from apportion.adapters.hosts.wrapped import WrappedModule
+from apportion.adapters.shapes.base import Adapter, Size, Tensors
+from apportion.adapters.shapes.sparse import SparseOptions
 from apportion.counting import count
 from apportion.errors import AdapterError
+from apportion.peft.shapes import tensor_sizes
 from apportion.records.placement import Placement
 from apportion.records.plan import Plan
 from apportion.records.site import Layout, Site
@@ -23,15 +23,6 @@ from apportion.records.site import Layout, Site
 PREFIX = "base_model.model."
 _DIGEST_LENGTH = 8  # hexadecimal digits per tensor
 _FIX = "copy the whole adapter again, or train it again"
-
-TensorShape = tuple[int, ...]
-
-
-class Stores(NamedTuple):
-    """Contents of a sparse adapter's checkpoints: whether the frozen A is stored, and all of B or only kept entries."""
-
-    frozen_a: bool
-    dense_b: bool
 
 
 def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,107 +39,76 @@ def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _whole(state[name]) for name in sorted(state)}
 
 
-def unstacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Split stacked factors into one tensor per expert, each with its own name.
+def to_file(state: Mapping[str, Tensor], model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Name an adapter's tensors by site, as checkpoints do, and cut stacked ones into one per expert.
 
     Args:
-        state: The adapter's tensors under their names in the model.
+        state: The adapter's tensors under their names in the model. Missing ones stay missing.
         model: The model with the adapter.
         adapter: The adapter's name.
 
     Returns:
-        The tensors, with stacked factors replaced by one tensor per expert. Missing factors stay missing.
+        The tensors. Their names still contain the adapter's, which PEFT removes.
     """
-    rest = dict(state)
-    single: dict[str, Tensor] = {}
-    for path, module in _expert_modules(model, adapter):
-        for name, factors in module.factors[adapter].items():
-            ranks, keys = list(factors.ranks), [f"{path}.{expert}.{name}" for expert in factors.experts]
-            a_name, b_name = f"{path}.lora_A.{adapter}.{name}", f"{path}.lora_B.{adapter}.{name}"
-            a_RI = rest.pop(a_name, rest.pop(f"{a_name}.weight", None))
-            if a_RI is not None:
-                parts = zip(keys, torch.split(a_RI, ranks), strict=True)
-                single |= {f"{key}.lora_A.{adapter}.weight": part.clone() for key, part in parts}
-            b_RO, values = rest.pop(b_name, None), rest.pop(f"{b_name}.values", None)
-            rest.pop(f"{b_name}.indices", None)
-            if b_RO is not None:
-                parts = zip(keys, torch.split(b_RO, ranks), strict=True)
-                single |= {f"{key}.lora_B.{adapter}.weight": part.t().contiguous() for key, part in parts}
-            if values is not None and factors.indices is not None:
-                pieces = torch.split(values, [len(indices) for indices in factors.indices])
-                for key, part, indices in zip(keys, pieces, factors.indices, strict=True):
-                    single[f"{key}.lora_B.{adapter}.values"] = part.clone()
-                    single[f"{key}.lora_B.{adapter}.indices"] = indices.to(torch.int32)
-    return rest | single
+    by_host: dict[str, Tensors] = defaultdict(dict)
+    named: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        host, found, name = key.partition(f".lora_shape.{adapter}.")
+        if found:
+            by_host[host][name] = tensor
+        else:
+            named[key] = tensor
+    for host, shape in _hosts(model, adapter):
+        for site, tensors in shape.split(by_host[host]).items() if host in by_host else ():
+            for name, tensor in tensors.items():
+                first, dot, last = name.partition(".")
+                named[f"{host}{site}.{first}.{adapter}{dot}{last}"] = tensor
+    return named
 
 
-def restacked(state: dict[str, Tensor], model: nn.Module, adapter: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Undo `unstacked`, and set the kept entries of sparse factors.
+def from_file(
+    state: Mapping[str, Tensor], model: nn.Module, adapter: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Undo `to_file`.
 
     Args:
-        state: The adapter's tensors under their names in a checkpoint.
+        state: All of the adapter's tensors under their names in a checkpoint.
         model: The model with the adapter.
         adapter: The adapter's name.
 
     Returns:
-        The stacked factors under their names in the model, and all other tensors unchanged.
+        The tensors of this package's modules under their names in the model, and all other tensors unchanged.
     """
-    rest = dict(state)
-    stacked: dict[str, Tensor] = {}
-    for path, module in _expert_modules(model, adapter):
-        source = path if any(key.startswith(path + ".") for key in rest) else PREFIX + path
-        stacked |= _restacked_module(rest, source, path, module, adapter)
-    for path, module in model.named_modules():
-        if isinstance(module, (LinearLora, WeightLora)) and adapter in module.lora_B:
-            factor = module.lora_B[adapter]
-            indices = rest.get(f"{path}.lora_B.indices", rest.get(f"{PREFIX}{path}.lora_B.indices"))
-            if isinstance(factor, SparseFactor) and indices is not None:
-                factor.keep(indices)
-    return stacked, rest
+    by_site: dict[str, Tensors] = defaultdict(dict)
+    for key, tensor in state.items():
+        site, _, name = key.removeprefix(PREFIX).rpartition(".lora_")
+        by_site[site][f"lora_{name}"] = tensor
+    named: dict[str, Tensor] = {}
+    taken: set[str] = set()
+    for host, shape in _hosts(model, adapter):
+        sites = {site: host.removeprefix(PREFIX) + site for site in shape.sites()}
+        joined = shape.join({site: by_site[name] for site, name in sites.items()})
+        named |= {f"{host}.lora_shape.{adapter}.{name}": tensor for name, tensor in joined.items()}
+        taken.update(sites.values())
+    rest = {k: t for k, t in state.items() if k.removeprefix(PREFIX).rpartition(".lora_")[0] not in taken}
+    return named, rest
 
 
-def _restacked_module(
-    state: dict[str, Tensor], source: str, path: str, module: ExpertLora, adapter: str
-) -> dict[str, Tensor]:
-    """Remove one layer's factors from a checkpoint's tensors, and stack them."""
-    stacked: dict[str, Tensor] = {}
-    for name, factors in module.factors[adapter].items():
-        keys = [f"{source}.{expert}.{name}" for expert in factors.experts]
-
-        def take(ending: str, keys: list[str] = keys) -> list[Tensor] | None:
-            whole = all(f"{key}.{ending}" in state for key in keys)
-            return [state.pop(f"{key}.{ending}") for key in keys] if whole else None
-
-        a, b = take("lora_A.weight"), take("lora_B.weight")
-        values, indices = take("lora_B.values"), take("lora_B.indices")
-        a_name, b_name = f"{path}.lora_A.{adapter}.{name}", f"{path}.lora_B.{adapter}.{name}"
-        if a is not None:
-            frozen = isinstance(module.lora_A[adapter][name], FrozenFactor)
-            stacked[f"{a_name}.weight" if frozen else a_name] = torch.cat(a)
-        if b is not None:
-            stacked[b_name] = torch.cat([part.t() for part in b])
-        if values is not None and indices is not None:
-            module.keep(adapter, name, indices)
-            stacked[f"{b_name}.values"] = torch.cat(values)
-            stacked[f"{b_name}.indices"] = module.lora_B[adapter][name].indices
-    return stacked
-
-
-def check_tensors(state: Mapping[str, Tensor], plan: Plan, layout: Layout, stores: Stores, place: str) -> None:
+def check_tensors(state: Mapping[str, Tensor], plan: Plan, layout: Layout, options: SparseOptions, place: str) -> None:
     """Refuse an adapter's tensors unless they are exactly those of its plan, with finite numbers.
 
     Args:
         state: The tensors under their names in a checkpoint.
         plan: The adapter's plan.
         layout: The model's sites.
-        stores: What the adapter's checkpoints hold of sparse factors.
+        options: How the adapter's sparse factors are stored.
         place: Where the tensors come from, for messages.
 
     Raises:
         AdapterError: tensors are missing or unexpected, have the wrong shape or type, or contain a non-finite number.
     """
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    expected = expected_shapes(plan, layout, stores)
+    expected = expected_sizes(plan, layout, options)
     _refuse(sorted(set(expected) - set(tensors)), "missing", place)
     _refuse(sorted(set(tensors) - set(expected)), "not part of its plan", place)
     wrong_shapes = [
@@ -168,30 +128,23 @@ def check_tensors(state: Mapping[str, Tensor], plan: Plan, layout: Layout, store
     _refuse(non_finite(tensors), "not finite", place)
 
 
-def expected_shapes(plan: Plan, layout: Layout, stores: Stores) -> dict[str, TensorShape | None]:
+def expected_sizes(plan: Plan, layout: Layout, options: SparseOptions) -> dict[str, Size | None]:
     """Return the tensors that an adapter's checkpoint must contain.
 
     Args:
         plan: The adapter's plan.
         layout: The model's sites.
-        stores: What the adapter's checkpoints hold of sparse factors.
+        options: How the adapter's sparse factors are stored.
 
     Returns:
         Shapes by name, without PEFT's prefix; None if the shape depends on the number of kept entries.
     """
-    shapes: dict[str, TensorShape | None] = {}
+    sizes: dict[str, Size | None] = {}
     for placement in plan.placements:
-        site, rank = layout.by_name[placement.site], placement.total_rank
-        is_sparse = placement.sparsity > 0
-        if not is_sparse or stores.frozen_a:
-            shapes[f"{site.name}.lora_A.weight"] = (rank, site.in_features)
-        if is_sparse and not stores.dense_b:
-            shapes[f"{site.name}.lora_B.values"] = shapes[f"{site.name}.lora_B.indices"] = None
-        else:
-            shapes[f"{site.name}.lora_B.weight"] = (site.out_features, rank)
-        if placement.is_routed:
-            shapes[f"{site.name}.lora_router.weight"] = (placement.num_experts, site.in_features)
-    return shapes
+        site = layout.by_name[placement.site]
+        of_site = tensor_sizes(placement.shape, site.out_features, site.in_features, options)
+        sizes |= {f"{site.name}.{name}": size for name, size in of_site.items()}
+    return sizes
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:
@@ -291,8 +244,8 @@ def _refuse(names: list[str], problem: str, place: str) -> None:
         )
 
 
-def _expert_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, ExpertLora]]:
-    """Iterate over the stacked experts that have an adapter of this name."""
+def _hosts(model: nn.Module, adapter: str) -> Iterator[tuple[str, Adapter]]:
+    """Iterate over the paths of this package's modules that have the adapter, and its module in each."""
     for path, module in model.named_modules():
-        if isinstance(module, ExpertLora) and adapter in module.factors:
-            yield path, module
+        if isinstance(module, WrappedModule) and adapter in module.lora_shape:
+            yield path, module.lora_shape[adapter]

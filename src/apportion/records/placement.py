@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from apportion.records.braces import fold_braces
-from apportion.records.shapes import Routed, Shape, Sparse
+from apportion.records.shapes.base import Shape
+from apportion.records.shapes.routed import Routed
+from apportion.records.shapes.sparse import Sparse
 from apportion.records.site_name import SiteName
 
 

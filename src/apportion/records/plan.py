@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import dataclass, field, fields
@@ -85,7 +86,7 @@ class Plan:
     @cached_property
     def seal(self) -> str:
         """SHA-256 over the whole plan."""
-        return str(self.as_dict()["seal"])
+        return str(self._data["seal"])
 
     @cached_property
     def known_seals(self) -> tuple[str, str]:
@@ -94,7 +95,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, as in its file."""
-        return write_schema(self._values())
+        return copy.deepcopy(self._data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a JSON file, atomically."""
@@ -115,6 +116,11 @@ class Plan:
                 not match the seal, or an adapter is impossible.
         """
         return cls(**read_schema(data))
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        """The plan as plain data, made and hashed once."""
+        return write_schema(self._values())
 
     def _values(self) -> dict[str, Any]:
         """Return the fields by name."""

@@ -15,7 +15,7 @@ from apportion.records.files import seal
 from apportion.records.json_file import JsonError, check_depth
 from apportion.records.numbers import AnyFloat, WholeNumber, first_problem
 from apportion.records.placement import Placement, group_placements
-from apportion.records.shapes import lora_shape, shape_as_dict, shape_from_dict
+from apportion.records.shapes.registry import lora_shape, shape_as_dict, shape_from_dict
 from apportion.records.site import MAX_SITES
 
 SCHEMA_VERSION = 2

@@ -19,7 +19,7 @@ FORMS = ["olmoe", "gpt_oss", "openai_privacy_filter", "nemotron_h", "dbrx"]
 def test_equals_the_models_own_experts_with_merged_weights(name: str, path: str, planned: dict[str, bool]) -> None:
     layer = adapted_experts(name, **planned)
     hidden, ids, weights = routed_inputs(layer, tokens=20)
-    trained = [*layer.lora_A.parameters(), *layer.lora_B.parameters(), hidden, weights]
+    trained = [*layer.lora_shape.parameters(), hidden, weights]
     if path == "fused":
         found = layer(hidden, ids, weights)
     else:
@@ -54,7 +54,7 @@ def test_compiles_with_the_graph_breaks_of_the_base(alike: bool) -> None:
     assert breaks[0] == breaks[1] == 0
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    trained = [*layer.lora_A.parameters(), *layer.lora_B.parameters(), hidden, weights]
+    trained = [*layer.lora_shape.parameters(), hidden, weights]
     found, expected = compiled(hidden, ids, weights), layer(hidden, ids, weights)
     assert torch.allclose(found, expected, atol=1e-5)
     for one, other in zip(gradients_of(found, trained), gradients_of(expected, trained), strict=True):

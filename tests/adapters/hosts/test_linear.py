@@ -11,31 +11,41 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from apportion.adapters.hosts.linear import LinearLora
-from apportion.adapters.specs import FactorSpec
+from apportion.adapters.shapes.sparse import SparseOptions
+from apportion.peft.shapes import make_shape
+from apportion.records.shapes.registry import lora_shape
+
+
+def _adapted(base: nn.Linear, rank: int, num_experts: int, top_k: int) -> LinearLora:
+    """Add random LoRA experts with scale 2."""
+    layer = LinearLora(base)
+    record = lora_shape(rank, 2.0 * rank, num_experts=num_experts, top_k=top_k)
+    layer.add_adapter("default", make_shape(record, layer.place(), SparseOptions()))
+    for parameter in layer.lora_shape.parameters():
+        nn.init.normal_(parameter)
+    return layer
 
 
 def _layer(num_experts: int, top_k: int, rank: int = 3, dtype: torch.dtype = torch.float64) -> LinearLora:
-    layer = LinearLora(nn.Linear(7, 5, dtype=dtype))
-    layer.add_adapter("default", FactorSpec(rank, scale=2.0, num_experts=num_experts, top_k=top_k))
+    layer = _adapted(nn.Linear(7, 5, dtype=dtype), rank, num_experts, top_k)
     layer.set_adapter("default")
-    nn.init.normal_(layer.lora_B["default"].weight)
     return layer
 
 
 def plain_sum(layer: LinearLora, x: Tensor) -> Tensor:
     """Add up the experts one by one, token by token."""
-    num_experts, top_k = layer.num_experts["default"], layer.top_k["default"]
-    a = layer.lora_A["default"].weight.chunk(num_experts, 0)
-    b = layer.lora_B["default"].weight.chunk(num_experts, 1)
+    shape = layer.lora_shape["default"]
+    router = shape.lora_router.weight if shape.is_gated else x.new_zeros(1, x.shape[-1])
+    num_experts, top_k = len(router), getattr(shape, "top_k", 1)
+    a, b = shape.lora_A.weight.chunk(num_experts, 0), shape.lora_B.weight.chunk(num_experts, 1)
     outputs = []
     for token in x.reshape(-1, x.shape[-1]):
         out = layer.base_layer(token)
-        router = layer.lora_router["default"].weight if num_experts > 1 else token.new_zeros(1, len(token))
         probabilities = (router @ token).softmax(0)
         chosen = probabilities.argsort(descending=True)[:top_k]
         for expert in chosen.tolist():
             gate = probabilities[expert] / probabilities[chosen].sum()
-            out = out + layer.scaling["default"] * gate * (b[expert] @ (a[expert] @ token))
+            out = out + shape.scale * gate * (b[expert] @ (a[expert] @ token))
         outputs.append(out)
     return torch.stack(outputs).view(*x.shape[:-1], -1)
 
@@ -45,8 +55,7 @@ def test_equals_the_plain_sum_over_experts(num_experts: int, top_k: int, seed: i
     torch.manual_seed(seed)
     layer = _layer(num_experts, min(top_k, num_experts))
     x = torch.randn(2, 4, 7, dtype=torch.float64, requires_grad=True)
-    weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    weights += [layer.lora_router["default"].weight] if num_experts > 1 else []
+    weights = [x, *layer.lora_shape.parameters()]
     direction = torch.randn(2, 4, 5, dtype=torch.float64)
     found, expected = layer(x), plain_sum(layer, x)
     assert torch.allclose(found, expected, atol=1e-9)
@@ -59,8 +68,7 @@ def test_equals_the_plain_sum_over_experts(num_experts: int, top_k: int, seed: i
 
 
 def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
-    layer = LinearLora(nn.Linear(64, 64))
-    layer.add_adapter("default", FactorSpec(rank=2, scale=1.0, num_experts=8, top_k=2))
+    layer = _adapted(nn.Linear(64, 64), rank=2, num_experts=8, top_k=2)
     sizes = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -75,10 +83,8 @@ def test_nothing_as_large_as_tokens_by_experts_by_width_is_made() -> None:
 
 
 def test_types_may_differ() -> None:
-    layer = LinearLora(nn.Linear(7, 5, dtype=torch.bfloat16))
-    layer.add_adapter("default", FactorSpec(rank=2, scale=1.0, num_experts=3, top_k=2))
-    for name in ("lora_A", "lora_B", "lora_router"):
-        getattr(layer, name).float()
+    layer = _adapted(nn.Linear(7, 5, dtype=torch.bfloat16), rank=2, num_experts=3, top_k=2)
+    layer.lora_shape.float()
     out = layer(torch.randn(4, 7, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
 

@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from apportion.adapters.hosts.weight import WeightLora
-from apportion.adapters.specs import FactorSpec
+from apportion.adapters.shapes.low_rank import low_rank
 from apportion.discovery import find_sites
 from tiny_models import build_tiny
 
@@ -23,9 +23,10 @@ def _router() -> WeightLora:
     model = build_tiny("olmoe").requires_grad_(False)
     name = next(site.name for site in find_sites(model).sites() if site.kind == "router")
     layer = WeightLora(model.get_submodule(name))
-    layer.add_adapter("default", FactorSpec(rank=2, scale=2.0))
+    layer.add_adapter("default", low_rank(layer.place(), rank=2, scale=2.0))
+    nn.init.normal_(layer.lora_shape["default"].lora_A.weight)
     layer.set_adapter("default")
-    nn.init.normal_(layer.lora_B["default"].weight)
+    nn.init.normal_(layer.lora_shape["default"].lora_B.weight)
     return layer
 
 
@@ -33,7 +34,7 @@ def test_compiles_whole_with_the_same_gradients() -> None:
     layer = _router()
     hidden = torch.randn(5, layer.weight.shape[1])
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a, b = layer.lora_shape["default"].lora_A.weight, layer.lora_shape["default"].lora_B.weight
     found, expected = (torch.autograd.grad(run(hidden)[1].square().sum(), (a, b)) for run in (compiled, layer))
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
@@ -81,7 +82,7 @@ def test_a_view_of_the_weight_in_the_modules_dictionary_is_adapted() -> None:
     vars(layer.base_layer)["weight"] = layer.base_layer.weight.data.view(layer.base_layer.weight.shape)
     assert torch.equal(layer(hidden)[0], expected)
     layer(hidden)[0].sum().backward()
-    assert layer.lora_B["default"].weight.grad.any()
+    assert layer.lora_shape["default"].lora_B.weight.grad.any()
 
 
 def test_a_router_with_accelerates_hook_is_adapted() -> None:

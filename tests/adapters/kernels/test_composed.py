@@ -22,13 +22,13 @@ def test_the_path_of_a_gpu_never_waits_for_it(every: bool) -> None:
     found = layer(hidden.requires_grad_(), ids, weights)
     found.sum().backward()
     assert hidden.grad.shape == found.shape == hidden.shape
-    assert all(p.grad is not None for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
+    assert all(p.grad is not None for p in [*layer.lora_shape.parameters()])
 
 
 def test_factors_kept_in_float32_multiply_rows_in_the_rows_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's grouped product takes bfloat16; in float32 it would wait for every expert's rows."""
     layer = adapted_experts("olmoe", torch.bfloat16)
-    layer.lora_A.float(), layer.lora_B.float()
+    layer.lora_shape.float()
     seen: list[torch.dtype] = []
 
     def product(x: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -40,4 +40,4 @@ def test_factors_kept_in_float32_multiply_rows_in_the_rows_type(monkeypatch: pyt
         layer.base_layer, *routed_inputs(layer, dtype=torch.bfloat16), partial(layer.adapted_product, ["default"])
     ).sum().backward()
     assert set(seen) == {torch.bfloat16}
-    assert all(p.grad.dtype == torch.float32 for p in [*layer.lora_A.parameters(), *layer.lora_B.parameters()])
+    assert all(p.grad.dtype == torch.float32 for p in [*layer.lora_shape.parameters()])

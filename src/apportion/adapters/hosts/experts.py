@@ -1,21 +1,19 @@
-"""LoRA on some experts of a layer whose experts are stacked in one parameter.
+"""Any shape of adapter on some experts of a layer whose experts are stacked in one parameter.
 
-The adapter works on activations: the rows routed to planned experts get ``(x Aᵀ) Bᵀ`` added, gate and up with factors
-of their own. The merged weight is never built, and no gradient of a frozen weight is ever formed.
+The adapter works on activations: the rows routed to planned experts get ``(x Aᵀ) Bᵀ`` added, with the LoRA that equals
+the shape, and gate and up with shapes of their own. The merged weight is never built, and no gradient of a frozen
+weight is ever formed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apportion.adapters.factors import FrozenFactor, SparseFactor, matrix_of
 from apportion.adapters.hosts.wrapped import WrappedModule
 from apportion.adapters.kernels.composed import add_terms
 from apportion.adapters.kernels.cpu.matrices import FrozenMatrices
@@ -23,7 +21,7 @@ from apportion.adapters.kernels.cpu.routed import RoutedExperts
 from apportion.adapters.kernels.cpu.run import run_on_cpu
 from apportion.adapters.kernels.terms import LowRankTerm
 from apportion.adapters.mixed import assemble_rows, rows_by_name, select_rows
-from apportion.adapters.specs import DEFAULT_OPTIONS, ExpertFactors, FactorOptions
+from apportion.adapters.shapes.base import Place
 from apportion.compat.transformers import is_dispatched
 from apportion.experts.dispatch import enter
 from apportion.experts.forms import known_form
@@ -34,17 +32,11 @@ from apportion.experts.run import base_product, run_experts
 
 
 class ExpertLora(WrappedModule):
-    """A module of stacked experts, with LoRA on the planned experts' projections.
-
-    Factors are stored stacked: ``lora_A[adapter][projection]`` has shape (R, I) and ``lora_B[adapter][projection]``
-    (R, O), expert after expert in rising order. The checkpoint holds them expert by expert, in PEFT's shapes.
+    """A module of stacked experts, with adapters on the planned experts' projections.
 
     Args:
         base_layer: A module that `form_of` knows.
     """
-
-    other_param_names = ("lora_dropout", "factors")
-    lora_dropout: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -52,49 +44,15 @@ class ExpertLora(WrappedModule):
         self.is_dispatched = is_dispatched(base_layer)
         if self.is_dispatched:
             enter(base_layer)
-        self.lora_dropout = nn.ModuleDict()
-        self.factors: dict[str, dict[str, ExpertFactors]] = {}
 
-    def add_adapter(
-        self, adapter_name: str, factors: Mapping[str, ExpertFactors], options: FactorOptions = DEFAULT_OPTIONS
-    ) -> None:
-        """Add zero-initialised factors under a new name.
-
-        Args:
-            adapter_name: The adapter's name.
-            factors: What is planned, by projection (``gate_proj``, ``up_proj``, ``down_proj``).
-            options: How the factors train and are stored.
-        """
-        a: dict[str, Any] = {}
-        b: dict[str, Any] = {}
-        for name, planned in factors.items():
+    def places(self) -> dict[str, Place]:
+        """Return one expert's matrix of each projection, which adapters are made for."""
+        places = {}
+        for name in self.form.projections:
             stored = self.form.stored(self.base_layer, name)
-            (_, width_out, width_in), rank = self.form.shape(self.base_layer, name), sum(planned.ranks)
-            a[name] = nn.Parameter(torch.empty(rank, width_in, device=stored.device, dtype=stored.dtype))
-            b[name] = nn.Parameter(torch.zeros(rank, width_out, device=stored.device, dtype=stored.dtype))
-            if options.frozen_a:
-                a[name] = FrozenFactor(rank, width_in, stored.device, stored=options.stored_a)
-            if planned.indices is not None:
-                b[name] = SparseFactor(rank, width_out, planned.stacked_indices(width_out), stored.device)
-            nn.init.kaiming_uniform_(matrix_of(a[name]), a=math.sqrt(5))
-        self.factors[adapter_name] = dict(factors)
-        for container, made in ((self.lora_A, a), (self.lora_B, b)):
-            plain = all(isinstance(factor, nn.Parameter) for factor in made.values())
-            container[adapter_name] = nn.ParameterDict(made) if plain else nn.ModuleDict(made)
-        self.lora_dropout[adapter_name] = nn.Dropout(options.dropout) if options.dropout else nn.Identity()
-
-    def keep(self, adapter_name: str, name: str, indices: Sequence[Tensor]) -> None:
-        """Keep other entries of a sparse B, all of them zero.
-
-        Args:
-            adapter_name: The adapter.
-            name: The projection.
-            indices: Each planned expert's kept entries, laid out row by row (out, rank).
-        """
-        factors = replace(self.factors[adapter_name][name], indices=tuple(indices))
-        self.factors[adapter_name][name] = factors
-        sparse = self.lora_B[adapter_name][name]
-        sparse.keep(factors.stacked_indices(sparse.shape[1]))
+            _, width_out, width_in = self.form.shape(self.base_layer, name)
+            places[name] = Place(width_out, width_in, stored.device, stored.dtype)
+        return places
 
     def run(
         self,
@@ -161,20 +119,16 @@ class ExpertLora(WrappedModule):
         parts = []
         for name, rows_N in rows_by_name(adapter_names):
             selected_ETD = select_rows(hidden_TED, rows_N, len(adapter_names)).transpose(0, 1)
-            out_ND = self.run([name] if name in self.lora_A else [], selected_ETD.flatten(0, 1))
+            out_ND = self.run([name] if name in self.lora_shape else [], selected_ETD.flatten(0, 1))
             parts.append((rows_N, out_ND.view_as(selected_ETD).transpose(0, 1)))
         out_TED: Tensor = assemble_rows(parts)
         return out_TED.transpose(0, 1).reshape_as(args[0])
 
     def _terms(self, adapter: str, parameter: str) -> dict[str, LowRankTerm]:
         """Return what an adapter adds to the product of one stacked parameter, by projection."""
-        terms = {}
-        for name, stacked in self.form.projections_in(parameter).items():
-            planned = self.factors[adapter].get(name)
-            if planned is not None:
-                a_RI, b_RO = matrix_of(self.lora_A[adapter][name]), self.lora_B[adapter][name]
-                terms[name] = LowRankTerm(a_RI, b_RO, planned, stacked.rows)
-        return terms
+        shapes = self.lora_shape[adapter]
+        projections = self.form.projections_in(parameter).items()
+        return {name: term for name, stacked in projections if (term := shapes.term(name, stacked.rows)) is not None}
 
     def adapted_product(self, active: Sequence[str], parameter: str, x_SI: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply sorted rows by one stacked base parameter and add adapters; `run_experts` calls this.
@@ -212,37 +166,16 @@ class ExpertLora(WrappedModule):
                 out_SO = add_terms(self.form, parameter, terms, self.lora_dropout[adapter](x_SI), out_SO, ends_E)
         return out_SO
 
-    @torch.no_grad()
-    def delta(self, adapter_name: str, name: str) -> Tensor:
-        """Return what an adapter adds to one projection's weights.
-
-        Args:
-            adapter_name: The adapter.
-            name: The projection.
-
-        Returns:
-            Shape (planned experts, O, I), in the factors' order and type.
-        """
-        factors = self.factors[adapter_name][name]
-        a_RI, b_RO = matrix_of(self.lora_A[adapter_name][name]), matrix_of(self.lora_B[adapter_name][name])
-        parts = zip(factors.by_expert(a_RI).values(), factors.by_expert(b_RO).values(), factors.scales, strict=True)
-        return torch.stack([(b_rO.t() @ a_rI) * scale for a_rI, b_rO, scale in parts])
-
     def merged_parameters(self) -> tuple[str, ...]:
         """Name the stacked parameters that merging adds to."""
         return self.form.parameters
 
-    def is_finite(self, adapter_name: str) -> bool:
-        """Tell whether all that an adapter would add to the weights is finite."""
-        return all(bool(torch.isfinite(self.delta(adapter_name, name)).all()) for name in self.factors[adapter_name])
-
-    @torch.no_grad()
-    def add_to_weights(self, adapter_name: str, sign: float) -> None:
-        """Add an adapter's deltas, times the sign, to the stacked weights."""
-        for name, factors in self.factors[adapter_name].items():
+    def weight_deltas(self, adapter_name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the planned experts' matrices and what an adapter adds to them."""
+        for name in self.form.projections:
             weights_EOI = self.form.weights(self.base_layer, name)
-            for expert, delta_OI in zip(factors.experts, self.delta(adapter_name, name), strict=True):
-                weights_EOI[expert] += sign * delta_OI.to(weights_EOI.dtype)
+            for expert, delta_OI in self.lora_shape[adapter_name].weight_deltas(name):
+                yield weights_EOI[expert], delta_OI
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         """Tell PEFT where this module's adapters belong."""

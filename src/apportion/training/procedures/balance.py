@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from apportion.adapters.balance import BalanceSums
-from apportion.adapters.hosts.linear import LinearLora
+from apportion.adapters.shapes.routed import Routed
 from apportion.errors import ConfigurationError, TrainingError
 from apportion.training.procedures.base import TrainingHooks
 
@@ -27,7 +27,7 @@ class BalanceLoss(TrainingHooks):
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        self.layers: list[LinearLora] = []
+        self.shapes: list[Routed] = []
         self.sums: list[BalanceSums] = []
 
     def attach(self, model: PeftModel, adapter_name: str, *, num_steps: int, seed: int) -> None:
@@ -42,15 +42,15 @@ class BalanceLoss(TrainingHooks):
         Raises:
             ConfigurationError: no adapter of the model has several LoRA experts.
         """
-        self.layers = [module for module in model.modules() if isinstance(module, LinearLora) and module.lora_router]
-        if not self.layers:
+        self.shapes = [module for module in model.modules() if isinstance(module, Routed)]
+        if not self.shapes:
             raise ConfigurationError(
                 "balance_loss is set, but no adapter has several LoRA experts.",
                 fix="leave it out, or plan with lora_smoe, mola or uniform",
             )
-        self.sums = [BalanceSums() for _ in self.layers]
-        for layer, sums in zip(self.layers, self.sums, strict=True):
-            layer.balance.update(dict.fromkeys(layer.lora_router, sums))
+        self.sums = [BalanceSums() for _ in self.shapes]
+        for shape, sums in zip(self.shapes, self.sums, strict=True):
+            shape.balance = sums
 
     def before_forward(self, inputs: Mapping[str, Any]) -> None:
         """Reset the sums. Tokens with ``attention_mask`` 0 will not count.
@@ -86,6 +86,6 @@ class BalanceLoss(TrainingHooks):
 
     def detach(self) -> None:
         """Stop recording."""
-        for layer, sums in zip(self.layers, self.sums, strict=True):
-            layer.balance.clear()
+        for shape, sums in zip(self.shapes, self.sums, strict=True):
+            shape.balance = None
             sums.real_T = sums.loss = None

@@ -63,7 +63,7 @@ def record_plan(model: PeftModel, adapter_name: str, plan: Plan, start: Plan) ->
     if plan.seal != start.seal:
         plan = replace(plan, derived_from=(start.seal,))
     receipt = receipt_of(model, find_sites(model), plan, adapter_name)
-    model.peft_config[adapter_name].plan = plan.as_dict()
+    model.peft_config[adapter_name].plan = plan
     model.receipt = receipt
 
 

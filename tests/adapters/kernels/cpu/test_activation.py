@@ -15,7 +15,7 @@ def test_swiglu_in_closed_form_is_autograds(monkeypatch: pytest.MonkeyPatch) -> 
     assert layer.form.is_swiglu
     assert not adapted_experts("gpt_oss").form.is_swiglu
     inputs = routed_inputs(layer, tokens=20, dtype=torch.float32)
-    trained = [*layer.lora_A.parameters(), *layer.lora_B.parameters(), inputs[0], inputs[2]]
+    trained = [*layer.lora_shape.parameters(), inputs[0], inputs[2]]
     closed = gradients_of(layer(*inputs), trained)
     monkeypatch.setattr(layer, "form", replace(layer.form, is_swiglu=False))
     for one, other in zip(closed, gradients_of(layer(*inputs), trained), strict=True):

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from adapted_experts import adapted_experts, gradients_of, routed_inputs, run_merged
+from adapted_experts import adapted_experts, gradients_of, routed_inputs, run_merged, stack_of
 
 
 def test_what_fills_a_block_touches_nothing() -> None:
@@ -17,16 +17,17 @@ def test_what_fills_a_block_touches_nothing() -> None:
     ids = torch.tensor([[1, 2]] + [[3, 4]] * 5)
     with torch.no_grad():
         hidden[0] = float("inf")
-    for side, parameters in (("A", layer.lora_A), ("B", layer.lora_B)):
-        for name, planned in layer.factors["default"].items():
-            grad = gradients_of(layer(hidden, ids, weights)[1:], [parameters["default"][name]])[0]
+    stack = stack_of(layer)
+    for side, parameters in (("A", stack.lora_A), ("B", stack.lora_B)):
+        for name, planned in stack.planned.items():
+            grad = gradients_of(layer(hidden, ids, weights)[1:], [parameters[name]])[0]
             assert planned.by_expert(grad)[3].isfinite().all(), (side, name)
 
 
 def test_dropout_leaves_the_experts_alone_and_has_right_gradients() -> None:
     layer = adapted_experts("olmoe", dropout=0.5)
     hidden, ids, weights = routed_inputs(layer, tokens=5)
-    factors = [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
+    factors = [*layer.lora_shape.parameters()]
 
     def run(*inputs: Tensor) -> Tensor:
         torch.manual_seed(3)  # the same mask
@@ -37,9 +38,9 @@ def test_dropout_leaves_the_experts_alone_and_has_right_gradients() -> None:
     torch.manual_seed(4)
     assert not torch.allclose(layer(hidden, ids, weights), run(hidden, weights))
     mean = torch.stack([layer(hidden, ids, weights).detach() for _ in range(3000)]).mean(0)
-    layer.lora_B.zero_grad()
+    stack_of(layer).lora_B.zero_grad()
     with torch.no_grad():
-        for parameter in layer.lora_B.parameters():
+        for parameter in stack_of(layer).lora_B.parameters():
             parameter.zero_()
     zeros = torch.zeros_like(hidden)
     assert torch.allclose(layer(hidden, ids, weights), run_merged(layer, hidden, ids, weights))
@@ -57,7 +58,7 @@ def test_bfloat16_rows_in_blocks_equal_float32() -> None:
     found, expected = half(rounded, ids, rounded_w), exact(hidden, ids, weights)
     assert found.dtype == torch.bfloat16
     assert torch.allclose(found.float(), expected, atol=0.03 * float(expected.detach().abs().max()))
-    own = gradients_of(found, [rounded, rounded_w, *half.lora_A.parameters(), *half.lora_B.parameters()])
-    plain = gradients_of(expected, [hidden, weights, *exact.lora_A.parameters(), *exact.lora_B.parameters()])
+    own = gradients_of(found, [rounded, rounded_w, *half.lora_shape.parameters()])
+    plain = gradients_of(expected, [hidden, weights, *exact.lora_shape.parameters()])
     for one, other in zip(own, plain, strict=True):
         assert torch.linalg.vector_norm(one.float() - other) < 0.05 * torch.linalg.vector_norm(other)
