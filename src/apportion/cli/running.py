@@ -50,9 +50,9 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
     console = Terminal(stderr=as_json, quiet=not first)
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        with raising_terminated():
+        with raising_terminated(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             module = importlib.import_module(f"apportion.cli.{command}")
             result = module.run(console, module.Arguments(**arguments))
     except ApportionError as error:
