@@ -9,7 +9,7 @@ HAS_GPU     := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints/cpu.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-newest check format bench study serve-check docs clean
+.PHONY: help install demo test test-lowest test-newest check format bench faults study serve-check docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,13 @@ study: install ## Compare placements at equal budgets (about an hour on two core
 	$(BIN)/apportion compare recipes/$(STUDY).toml -o build/$(STUDY) --jobs $(JOBS)
 	$(BIN)/apportion report build/$(STUDY) -o build/$(STUDY)/report.html
 	$(BIN)/apportion compare build/$(STUDY) --page $(if $(QUICK),build/$(STUDY)/page.md,docs/results/placement.md)
+
+# The same seed gives the same mutants; more seconds give more of them.
+SECONDS ?= 120
+SEED    ?= 0
+
+faults: install ## Damage files and kill writers for SECONDS=120, and refresh docs/reliability.md
+	$(BIN)/python tests/faults/campaign.py --seconds $(SECONDS) --seed $(SEED) --page docs/reliability.md
 
 # vLLM pins its own versions of PyTorch and transformers. Its three companions from PyPI are CUDA builds, which it fails to import.
 VLLM := build/vllm

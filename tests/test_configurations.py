@@ -58,7 +58,7 @@ def test_a_layout_is_kept_under_the_content_of_its_configuration(model: Path, ca
 
 def test_a_kept_layout_is_used(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = apportion.cost(model, "lora", rank=2)
-    monkeypatch.setattr("apportion.accounting.AutoConfig", None)
+    monkeypatch.setattr("apportion.models.sources.AutoConfig", None)
     assert apportion.cost(model, "lora", rank=2) == first
 
 

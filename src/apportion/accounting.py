@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from apportion.configurations import config_source, keep_layout, known_layout
+from apportion.configurations import EMBEDDED, config_source, keep_layout, known_configurations, known_layout
 from apportion.discovery import find_sites
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, shortened
 from apportion.methods.planning import check_settings, cost_on
-from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
+from apportion.models.auto import auto_class
+from apportion.models.sources import find_model, first_line, read_config
 from apportion.records.cost import Cost
 from apportion.records.profile import Profile
 from apportion.records.site import Layout
@@ -110,37 +110,33 @@ def empty_model(
     Raises:
         ConfigurationError: the configuration cannot be read, or is not that of a known causal language model.
     """
-    if not isinstance(config, PreTrainedConfig):
-        config = _read(config_source(config), trust_remote_code=trust_remote_code)
+    if isinstance(config, PreTrainedConfig):
+        return _built(config, trust_remote_code=trust_remote_code)
+    read = _read(os.fspath(config), trust_remote_code=trust_remote_code)
+    try:
+        return _built(read, trust_remote_code=trust_remote_code)
+    except ConfigurationError as error:
+        raise error.within(os.fspath(config)) from error
+
+
+def _built(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Build a model on the meta device from its configuration."""
     auto = auto_class(config, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises errors of many kinds
         raise ConfigurationError(
             f"a model of type {config.model_type} cannot be built from this configuration.",
-            found=_first_line(error),
+            found=shortened(first_line(error), 300),
             fix="correct the sizes in the configuration",
         ) from error
-    return model
 
 
-def _read(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+def _read(name: str, *, trust_remote_code: bool) -> PreTrainedConfig:
     """Read a configuration."""
+    source = config_source(name)
     # transformers finds remote code only from the model's folder.
-    place = Path(path).parent if trust_remote_code and Path(path).name == "config.json" else path
-    try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        if needs_remote_code(error):
-            raise remote_code_refusal(ConfigurationError, path) from error
-        raise ConfigurationError(
-            f"the configuration {path} cannot be read.",
-            found=_first_line(error),
-            fix="give a config.json of a model type that this version of transformers supports",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error, without the advice that other libraries append."""
-    return str(error).strip().partition("\n")[0]
+    place = source.removesuffix("config.json") if trust_remote_code else source
+    options = find_model(source, (EMBEDDED, *known_configurations()), ConfigurationError)
+    return read_config(place, ConfigurationError, trust_remote_code=trust_remote_code, **options)

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -67,7 +68,7 @@ def known_layout(name: str | os.PathLike[str], fingerprint: str | None = None) -
         The layout; None if it is unknown or has another fingerprint.
     """
     text = os.fspath(name)
-    file = shipped_layout_file(text) if text in (EMBEDDED, *known_configurations()) else _cache_file(text)
+    file = shipped_layout_file(text) if text in (EMBEDDED, *known_configurations()) else layout_file(text)
     layout = None if file is None else _read_layout(file)
     return layout if layout and fingerprint in (None, layout.fingerprint) else None
 
@@ -79,7 +80,7 @@ def keep_layout(name: str | os.PathLike[str], layout: Layout) -> None:
         name: A name for `config_source`. If its configuration file is not on this machine, nothing is stored.
         layout: The layout.
     """
-    file = _cache_file(name)
+    file = layout_file(name)
     if file is not None:
         with suppress(OSError, ApportionError):  # a cache that is full, read-only or missing is ignored
             write_layout(layout, file)
@@ -108,12 +109,19 @@ def _read_layout(path: Path) -> Layout | None:
         with gzip.open(path) as opened:
             text = opened.read(_MAX_LAYOUT_BYTES)
         return Layout.from_dict(parse_record(text))
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return None
 
 
-def _cache_file(name: str | os.PathLike[str]) -> Path | None:
-    """Return the cache file of a configuration, keyed by its contents and the versions of the libraries."""
+def layout_file(name: str | os.PathLike[str]) -> Path | None:
+    """Return the cache file of a configuration's layout, keyed by its contents and the versions of the libraries.
+
+    Args:
+        name: A name for `config_source`.
+
+    Returns:
+        The file; None if the configuration is not on this machine.
+    """
     config = _config_file(os.fspath(name))
     if config is None:
         return None

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion._version import __version__
@@ -23,9 +22,9 @@ from apportion.evaluation import Evaluation, evaluate
 from apportion.loading import embedded
 from apportion.methods.planning import plan
 from apportion.profiling.run import profile
+from apportion.records.demonstration import read_run
 from apportion.records.files import seal, write_text
 from apportion.records.json_file import read_json
-from apportion.records.numbers import describe_problem
 from apportion.records.outputs import DEMO_RESULTS_FILE, check_output_folder
 from apportion.records.profile import Profile
 from apportion.signals import end_by
@@ -246,10 +245,8 @@ def _train(
 
 def _read_run(file: Path) -> DemoRun:
     """Read one run's result."""
-    try:
-        return TypeAdapter(DemoRun).validate_python(read_json(file, lambda found: _damaged(file, found)))
-    except ValidationError as error:
-        raise _damaged(file, describe_problem(error)) from error
+    fields = read_run(file, lambda found: _damaged(file, found))
+    return DemoRun(**{name: fields[name] for name in DemoRun.__dataclass_fields__})
 
 
 def _damaged(file: Path, found: str) -> ConfigurationError:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Self, TypeAlias
 
 _SHOWN = 3
+_LENGTH = 60
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 Value: TypeAlias = str | os.PathLike[str] | list[str] | tuple[str, ...]
-
-
-_LENGTH = 60
 
 
 def shortened(text: str, length: int = _LENGTH) -> str:
@@ -26,6 +27,29 @@ def shortened(text: str, length: int = _LENGTH) -> str:
         The text, or its first ``length`` characters and three dots.
     """
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    r"""Escape the characters that a terminal would obey or cannot show.
+
+    Args:
+        text: Any text, such as a name from a file.
+        keep: Characters that are not escaped.
+
+    Returns:
+        The text with control characters, separators of lines, marks that reverse the direction of text, and parts of
+        undecodable names as escape sequences.
+
+    Example:
+        >>> printable("a[red]\x1b[31m")
+        'a[red]\\x1b[31m'
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else _escaped(match[0]), text)
+
+
+def _escaped(character: str) -> str:
+    """Write a character as Python's source code does."""
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def lay_out(what: str, lines: Mapping[str, Value | None]) -> str:
@@ -45,7 +69,8 @@ def lay_out(what: str, lines: Mapping[str, Value | None]) -> str:
           found:  a, b, c and 1 more
           fix:    choose another one
     """
-    shown = {label: text for label, value in lines.items() if value is not None and (text := _text(value))}
+    shown = {label: text for label, value in lines.items() if value is not None and (text := printable(_text(value)))}
+    what = printable(what, keep="")
     width = max(map(len, shown), default=0)
     for label, text in shown.items():
         start = f"  {label}:".ljust(width + 5)

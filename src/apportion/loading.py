@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from apportion.configurations import EMBEDDED, config_source
-from apportion.errors import MissingDependencyError, ModelLoadError
+from apportion.errors import ApportionError, MissingDependencyError, ModelLoadError
 from apportion.models.auto import auto_class, needs_remote_code, remote_code_refusal
+from apportion.models.sources import find_model, first_line, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,21 +64,23 @@ def load_model(
     torch_dtype = DTYPES[dtype] if dtype else ("auto" if on_gpu else torch.float32)
     if offload is not None:
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns that weights are on disk
+    options = extra | {"trust_remote_code": trust_remote_code} | find_model(folder, [EMBEDDED], ModelLoadError)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+        config = read_config(folder, ModelLoadError, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = auto_class(config, trust_remote_code=trust_remote_code).from_pretrained(
-            folder, dtype=torch_dtype, trust_remote_code=trust_remote_code, **extra, **_on_disk(offload)
+            folder, dtype=torch_dtype, **options, **_on_disk(offload)
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ApportionError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds
         if isinstance(error, ImportError) and extra:
             raise MissingDependencyError("GGUF files", package="gguf", extra="gguf") from error
         if needs_remote_code(error):
             raise remote_code_refusal(ModelLoadError, text) from error
-        reason = str(error).strip().partition("\n")[0]
         raise ModelLoadError(
             f"the model {text!r} cannot be loaded.",
-            found=reason,
+            found=first_line(error),
             fix="give embedded, a folder with a model, a .gguf file, or a hub id (needs network access)",
         ) from error
     if extra:

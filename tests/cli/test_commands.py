@@ -215,7 +215,7 @@ def _mistakes() -> list[Any]:
         pytest.param([*profile, "--data", "a=task:gcd", "--data", "a=task:aiw"], "same name", id="two of one name"),
         pytest.param(
             ["profile", "nobody/nothing", "--data", "task:gcd", "-o", "p.safetensors"],
-            "cannot be loaded",
+            "cannot be found",
             id="no network",
         ),
         pytest.param(
@@ -228,7 +228,7 @@ def _mistakes() -> list[Any]:
             "--sensitivity needs all weights in memory",
             id="gradients of weights on disk",
         ),
-        pytest.param(["cost", "nobody/nothing"], "cannot be read", id="no configuration"),
+        pytest.param(["cost", "nobody/nothing"], "cannot be found", id="no configuration"),
         pytest.param(["cost", "{dense}", "--hot", "2"], "is a dense model", id="cost of a dense model"),
         pytest.param(["cost", "{nonsense}"], "does not recognize this architecture", id="unknown model type"),
         pytest.param(["cost", "{vit}"], "is not a causal language model", id="no language model"),

@@ -6,7 +6,9 @@ import json
 import resource
 import signal
 import sys
+import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -15,10 +17,10 @@ from typing import Any
 import torch
 
 from apportion.errors import ApportionError
-from faults.kinds import Kind, all_kinds, restore
+from faults.kind import Kind, restore
+from faults.kinds import all_kinds
+from faults.limits import MEMORY_BYTES, MUTANT_S, PER_ROUND
 
-MEMORY_BYTES = 6 * 2**30  # of address space, of which the libraries take less than one
-MUTANT_S = 20
 _MOST_CHARS = 3000
 
 
@@ -28,25 +30,41 @@ class HangError(BaseException):
 
 def main(folder: Path, seed: int, per_kind: int | None, skipped: list[str]) -> None:
     """Read the mutants of all kinds; print one line of JSON for each mutant that is begun and ended."""
+    for kind in _prepared(folder, len(skipped)):
+        if kind.name not in skipped:
+            _fuzz(kind, folder, seed, range(per_kind or kind.mutants))
+
+
+def go_on(folder: Path, seed: int, first_round: int, seconds: float) -> None:
+    """Read a few mutants of every kind in each round, until the time is over."""
+    end = time.monotonic() + seconds
+    kinds = _prepared(folder, first_round)
+    number = first_round
+    while number == first_round or time.monotonic() < end:
+        for kind in kinds:
+            _fuzz(kind, folder, seed, range(number * PER_ROUND, (number + 1) * PER_ROUND))
+        number += 1
+
+
+def _prepared(folder: Path, start: int) -> list[Kind]:
+    """Limit the process, and make a good file of every kind."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGALRM, _hang)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    place = folder / f"good-{len(skipped)}"
+    place = folder / f"good-{start}"
     place.mkdir()
     kinds = all_kinds(place)
     print(json.dumps({"kinds": [kind.name for kind in kinds]}), flush=True)
-    for kind in kinds:
-        if kind.name not in skipped:
-            _fuzz(kind, folder, seed, per_kind or kind.mutants)
+    return kinds
 
 
-def _fuzz(kind: Kind, folder: Path, seed: int, mutants: int) -> None:
+def _fuzz(kind: Kind, folder: Path, seed: int, numbers: Iterable[int]) -> None:
     """Read the mutants of one kind, each in place of the good file."""
     good = kind.path.read_bytes()
     expected = kind.read()
     assert kind.read() == expected, f"{kind.name} cannot be compared"
-    for number in range(mutants):
+    for number in numbers:
         draw = Random(f"{seed}/{kind.name}/{number}")
         mutation = draw.choice(kind.mutations)
         mutant = mutation(draw, good)
@@ -100,4 +118,7 @@ def _hang(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None, json.loads(sys.argv[4]))
+    if sys.argv[1] == "rounds":
+        go_on(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None, json.loads(sys.argv[4]))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from apportion.errors import OutputExistsError
-from apportion.records.files import require_empty, whole_file, write_text
+from apportion.records.files import whole_file, write_text
+from apportion.records.outputs import require_empty
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from apportion.errors import FolderInUseError
-from apportion.records.files import require_empty
 from apportion.records.locks import locked
+from apportion.records.outputs import require_empty
 
 HOLD = """
 import sys, time

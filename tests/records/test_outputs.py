@@ -109,7 +109,7 @@ def test_folders_and_devices_are_no_files(tmp_path: Path, force: bool) -> None:
 
 @pytest.mark.parametrize(
     ("place", "reason"),
-    [("file/plan.json", "Not a directory"), ("n" * 300 + "/plan.json", "too long"), ("n" * 250, "too long")],
+    [("file/plan.json", "Not a directory"), ("n" * 300 + "/plan.json", "too long"), ("n" * 256, "too long")],
     ids=["below a file", "long folder", "long name"],
 )
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str, reason: str) -> None:
@@ -133,7 +133,7 @@ def test_what_the_system_says_is_passed_on(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(expected, match=message):
         check_output(tmp_path / "new" / "plan.json", "plan")
     assert names_in(tmp_path) == set()
@@ -177,3 +177,21 @@ def test_other_errors_in_a_file_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(OutputWriteError, match="the disk is full"), whole_file(tmp_path / "file"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert names_in(tmp_path) == set()
+
+
+def test_paths_that_can_never_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path / "a" / "plan.json", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(OutputPathError, match=r"Too many levels|File name too long|null"):
+            check_output(path, "plan")
+        with pytest.raises(OutputPathError, match=r"Too many levels|File name too long|null"):
+            check_output_folder(path)
+    assert names_in(tmp_path) == {"a", "b"}
+
+
+def test_the_longest_possible_name_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127):
+        check_output(tmp_path / name, "plan")
+        write_text(tmp_path / name, "text")
+    assert names_in(tmp_path) == {"x" * 255, "é" * 127}

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.base import base_of
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal
 from apportion.errors import ConfigurationError, PlanMismatchError
 from apportion.loading import load_model
 from apportion.peft.load import load, read_adapter_config, read_adapter_plan
@@ -31,7 +30,7 @@ class Arguments:
     trust_remote_code: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Load the adapters onto one model, combine them, and save the result."""
     quiet()
     weights = _parse_weights(args.weights, len(args.adapters))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal, as_text
 from apportion.errors import ConfigurationError, MissingDependencyError
 
 try:
@@ -41,7 +41,7 @@ class Arguments:
     force: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Run a study or summarise a study's folder, and show the summary."""
     quiet()
     _check_page(
@@ -100,9 +100,9 @@ def cells_table(summary: Summary) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("task", "contender"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     for name in ("budget", "spent", "seeds", "exact match", "loss", "forgetting"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for cell in summary.cells:
         scores = (_interval(one) for one in (cell.exact_match, cell.loss, cell.forgetting))
         table.add_row(cell.task, cell.contender, f"{cell.budget:,}", f"{cell.spent:,}", str(cell.seeds), *scores)
@@ -142,8 +142,8 @@ def _commands(study: Path | None, data: list[str] | None, options: dict[str, Any
     return shlex.join([*words, "-o", str(folder)]), f"apportion report {folder} -o {folder / 'report.html'}"
 
 
-def _say(console: Console, status: Any, text: str) -> None:
+def _say(console: Terminal, status: Any, text: str) -> None:
     """Show progress: runs next to a spinner on a terminal, every line otherwise."""
-    status.update(text)
+    status.update(as_text(text))
     if not console.is_terminal or not text.startswith(("run ", "trial ")):
         console.print(text, soft_wrap=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.render import cost_table
+from apportion.cli.terminal import Terminal
 from apportion.configurations import known_layout
 from apportion.methods.planning import check_settings, cost_on
 from apportion.records.profile import Profile, load_profile
@@ -28,7 +27,7 @@ class Arguments:
     trust_remote_code: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Count the cost and show it."""
     measured = load_profile(args.profile) if args.profile else None
     settings = check_settings(args.rank, None, args.seed)

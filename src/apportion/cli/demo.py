@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map
+from apportion.cli.terminal import Terminal, as_text
 from apportion.demo import QUICK, DemoResult, DemoSettings, run_demo
 from apportion.records.outputs import DEMO_RESULTS_FILE
 from apportion.records.plan import load_plan
@@ -26,14 +26,15 @@ class Arguments:
     quick: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Run the demonstration and show its table."""
     quiet()
     settings = QUICK if args.quick else DemoSettings()
     with console.status("starting") as status:
         result = run_demo(args.output, settings, report=lambda text: _say(console, status, text))
     for task in settings.tasks:
-        console.print(heat_map(result.profile, load_plan(args.output / task / "hellora" / "plan.json"), task=task))
+        made = load_plan(args.output / task / "hellora" / "plan.json")
+        console.print(heat_map(result.profile, made, task=task, digits=not console.has_colours))
         console.print()
     console.print(comparison_table(result))
     console.print(f"settings, figures and versions -> {args.output / DEMO_RESULTS_FILE}")
@@ -65,9 +66,9 @@ def comparison_table(result: DemoResult) -> Table:
         pad_edge=False,
     )
     for name in ("task", "method"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     for name in ("trainable", "of LoRA", "FLOPs", "tokens/s", "match", "unrelated"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for task, runs in itertools.groupby(result.runs, key=lambda run: run.task):
         for number, run_ in enumerate(runs):
             if number == 0:
@@ -87,8 +88,8 @@ def comparison_table(result: DemoResult) -> Table:
     return table
 
 
-def _say(console: Console, status: Any, text: str) -> None:
+def _say(console: Terminal, status: Any, text: str) -> None:
     """Show progress: a spinner on a terminal, a line otherwise."""
-    status.update(text)
+    status.update(as_text(text))
     if not console.is_terminal:
         console.print(text)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal
 from apportion.data.sources import named_sources, read_rows
 from apportion.evaluation import evaluate_tasks
 from apportion.loading import load_model
@@ -31,7 +31,7 @@ class Arguments:
     trust_remote_code: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Score the model and show a table; with several data sets, also their mean."""
     quiet()
     sources = named_sources(args.data)
@@ -56,10 +56,10 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
         if one.left_out
     ]
     if len(result.tasks) == 1:
-        console.print(table, *notes, sep="\n", markup=False)
+        console.print(table, *notes, sep="\n")
         return next(iter(result.tasks.values())).as_dict()
     match = "" if result.exact_match is None else f"{result.exact_match:.4f}"
     table.add_section()
     table.add_row("mean", "", f"{result.loss:.4f}", "", match, "")
-    console.print(table, *notes, sep="\n", markup=False)
+    console.print(table, *notes, sep="\n")
     return result.as_dict()

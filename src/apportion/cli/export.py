@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal
 from apportion.formats.export import FORMATS, export
 from apportion.formats.readme import README_FILE, USE
 
@@ -26,7 +25,7 @@ class Arguments:
     trust_remote_code: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Write the adapter in another form."""
     quiet()
     export(

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal
 from apportion.formats.importing import import_adapter
 from apportion.peft.load import read_adapter_plan
 
@@ -23,7 +22,7 @@ class Arguments:
     trust_remote_code: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Write an adapter of stock PEFT as one of this package."""
     quiet()
     import_adapter(args.adapter, args.output, model=args.model, trust_remote_code=args.trust_remote_code)

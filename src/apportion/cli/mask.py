@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from apportion.cli.terminal import Terminal
 from apportion.records.mask import load_mask
 from apportion.records.site_name import SiteName
 
@@ -21,7 +21,7 @@ class Arguments:
     other: Path | None
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Show the kept share of each projection type, and the overlap with another mask."""
     mask = load_mask(args.file)
     kinds: dict[str, list[int]] = {}

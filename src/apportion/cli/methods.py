@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from apportion.cli.terminal import Terminal
 from apportion.methods.registry import METHODS
 
 
@@ -16,7 +16,7 @@ class Arguments:
     """Arguments of the command: none besides --json."""
 
 
-def run(console: Console, _args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, _args: Arguments) -> dict[str, Any]:
     """Show the table of methods."""
     listed: dict[str, dict[str, Any]] = {
         method.name: {

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.render import cost_table, draw, heat_map, lora_expert_map, rank_table
+from apportion.cli.terminal import Terminal
 from apportion.errors import ConfigurationError
 from apportion.methods.budget import spent
 from apportion.methods.planning import plan
@@ -31,7 +30,7 @@ class Arguments:
     force: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Make a plan from a profile, save it and show its cost."""
     check_output(args.output, "plan", inputs=(args.profile,), force=args.force)
     if args.picture:
@@ -55,7 +54,7 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
         unit = made.options["budget"].partition("=")[0]
         console.print(f"budget: {taken:,} of {allowed:,} {unit} used, {allowed - taken:,} left")
     if made.cost.sites_by_kind.get("experts"):
-        console.print(heat_map(measured, made))
+        console.print(heat_map(measured, made, digits=not console.has_colours))
         if args.picture:
             draw(heat_map(measured, made), f"{args.method} on {made.model}", args.picture)
     console.print(f"-> {args.output}")

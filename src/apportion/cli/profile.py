@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from apportion.cli.options import Loading
 from apportion.cli.quiet import quiet
 from apportion.cli.render import heat_map, sensitivity_table
+from apportion.cli.terminal import Terminal
 from apportion.data.batches import TrainableRows, batches, encode, trainable_rows
 from apportion.data.sources import Row, named_sources, read_rows
 from apportion.errors import ApportionWarning, ConfigurationError, DataError, OutputWriteError
@@ -26,6 +25,7 @@ from apportion.profiling.totals import own_partial, remove_partial
 from apportion.records.files import write_error
 from apportion.records.outputs import check_output
 from apportion.records.profile import Profile
+from apportion.records.temporary import temporary_folder
 
 _MAX_SIZE_RATIO = 10
 
@@ -47,7 +47,7 @@ class Arguments:
     force: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Read the data, run the model on it, save the profile and show it."""
     quiet()
     if args.procedure and not args.sensitivity:
@@ -115,13 +115,13 @@ def run(console: Console, args: Arguments) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, measured: Profile, notes: list[str]) -> None:
+def _show(console: Terminal, measured: Profile, notes: list[str]) -> None:
     """Show the notes on truncated and skipped rows, and the measurements."""
     for note in notes:
-        console.print(note, markup=False)
+        console.print(note)
     if measured.layout.is_moe:
         for task in measured.tasks:
-            console.print(heat_map(measured, task=task))
+            console.print(heat_map(measured, task=task, digits=not console.has_colours))
     if measured.sensitivity:
         console.print(sensitivity_table(measured))
 
@@ -139,10 +139,10 @@ def _save(measured: Profile, output: Path, partial: str) -> None:
     remove_partial(partial)
 
 
-def _weights_on_disk(output: Path) -> TemporaryDirectory[str]:
+def _weights_on_disk(output: Path) -> AbstractContextManager[Path]:
     """Create a folder next to the output for weights that the checkpoint stores in another form."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    return TemporaryDirectory(dir=output.parent, prefix=".weights-")
+    return temporary_folder(output.parent, "weights")
 
 
 def _with_labels(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TrainableRows:

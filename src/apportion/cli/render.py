@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from apportion import counting
+from apportion.cli.terminal import Terminal
 from apportion.records.cost import Cost
 from apportion.records.files import write_text
 from apportion.records.placement import Placement
@@ -155,13 +155,14 @@ def rank_table(plan: Plan, layout: Layout) -> Table:
     return table
 
 
-def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None) -> Table:
+def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None, *, digits: bool = False) -> Table:
     """Return a heat map of layers by experts, coloured by routed slots. Planned experts are marked.
 
     Args:
         profile: The profile.
         plan: Plan whose experts are marked with a dot.
         task: Task to show; None for the sum over tasks.
+        digits: Show tenths of the layer's hottest expert as digits, where there are no colours.
 
     Returns:
         One row per layer. Colours are relative to the layer's hottest expert. The last column is the share of the
@@ -169,25 +170,36 @@ def heat_map(profile: Profile, plan: Plan | None = None, task: str | None = None
     """
     counts = arrays_of(profile.counts)[task] if task else profile.counts_LE
     planned: Mapping[str, list[int]] = plan.experts_by_layer() if plan else {}
-    title = f"routed tokens{f', {task}' if task else ''}" + ("; planned experts: ●" if plan else "")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    title = f"routed tokens{f', {task}' if task else ''}{', in tenths of the hottest expert' if digits else ''}"
+    table = Table(
+        title=title + ("; planned experts: ●" if plan else ""), title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     table.add_column("layer", justify="right")
     table.add_column("experts, from 0", no_wrap=True)
     table.add_column("planned share" if plan else "", justify="right")
     for block, row in zip(profile.layout.blocks, counts.tolist(), strict=True):
         expert_counts = row[: block.num_experts]
-        total, hottest = max(sum(expert_counts), 1), max(*expert_counts, 1)
         marked = planned.get(block.name, [])
-        wide = len(expert_counts) <= _CELLS_PER_LINE // 2
-        cells = Text()
-        for expert, count in enumerate(expert_counts):
-            mark = ("●" if expert in marked else " ") + (" " if wide else "")
-            cells.append(mark, style=f"bold white on {_colour(count / hottest)}")
-            if (expert + 1) % _CELLS_PER_LINE == 0 and expert + 1 < len(expert_counts):
-                cells.append("\n")
-        share = f"{sum(expert_counts[expert] for expert in marked) / total:.0%}" if plan else ""
-        table.add_row(str(block.layer), cells, share)
+        share = sum(expert_counts[expert] for expert in marked) / max(sum(expert_counts), 1)
+        table.add_row(str(block.layer), _cells(expert_counts, marked, digits=digits), f"{share:.0%}" if plan else "")
     return table
+
+
+def _cells(expert_counts: list[int], marked: list[int], *, digits: bool) -> Text:
+    """Return one layer of a heat map."""
+    hottest = max(*expert_counts, 1)
+    wide = digits or len(expert_counts) <= _CELLS_PER_LINE // 2
+    per_line = _CELLS_PER_LINE // 2 if wide else _CELLS_PER_LINE
+    cells = Text()
+    for expert, count in enumerate(expert_counts):
+        mark = "●" if expert in marked else " "
+        if digits:
+            cells.append(f"{min(9, 10 * count // hottest)}{mark}")
+        else:
+            cells.append(mark + (" " if wide else ""), style=f"bold white on {_colour(count / hottest)}")
+        if (expert + 1) % per_line == 0 and expert + 1 < len(expert_counts):
+            cells.append("\n")
+    return cells
 
 
 def draw(table: Table, title: str, path: Path) -> None:
@@ -198,7 +210,7 @@ def draw(table: Table, title: str, path: Path) -> None:
         title: Title of the image.
         path: Output file.
     """
-    console = Console(record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80)
+    console = Terminal(record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80)
     console.print(table)
     write_text(path, console.export_svg(title=title))
 

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.render import readable_bytes
+from apportion.cli.terminal import Terminal
 from apportion.report.page import write_report
 
 
@@ -22,7 +21,7 @@ class Arguments:
     force: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Write the page and print its path."""
     written = write_report(args.path, args.output, args.profile, force=args.force)
     size = readable_bytes(written.bytes)

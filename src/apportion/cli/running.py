@@ -12,8 +12,8 @@ import warnings
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
 
+from apportion.cli.terminal import Terminal
 from apportion.errors import ApportionError, ApportionWarning, OutputWriteError, lay_out
 from apportion.records.files import is_full
 from apportion.signals import Terminated, raising_terminated
@@ -47,12 +47,12 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
         Exit: the command failed; the message has been printed.
     """
     first = os.environ.get("RANK", "0") == "0"  # under torchrun, only rank 0 prints
-    console = Console(stderr=as_json, highlight=False, quiet=not first)
+    console = Terminal(stderr=as_json, quiet=not first)
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        with raising_terminated():
+        with raising_terminated(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             module = importlib.import_module(f"apportion.cli.{command}")
             result = module.run(console, module.Arguments(**arguments))
     except ApportionError as error:
@@ -76,17 +76,12 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
     """Print apportion's warnings as messages, and others in Python's format."""
     if issubclass(category, ApportionWarning):
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_escape(str(message))}")
+        Terminal(stderr=True).say("warning:", "bold yellow", str(message))
     else:
         sys.stderr.write(warnings.formatwarning(message, category, *place[:2]))
 
 
 def _fail(message: str, code: int) -> NoReturn:
     """Print one message on standard error and exit."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(message)}")
+    Terminal(stderr=True).say("error:", "bold red", message)
     raise typer.Exit(code)
-
-
-def _escape(text: str) -> str:
-    """Escape brackets, which Rich would read as markup."""
-    return text.replace("[", r"\[")

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from apportion.cli.render import cost_table, heat_map, readable_bytes, sensitivity_table
+from apportion.cli.terminal import Terminal
 from apportion.report.inventory import identify
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -25,21 +24,21 @@ class Arguments:
     path: Path
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Show what a path is and what it contains."""
     item = identify(args.path)
     facts = {name: value for name, value in item.facts.items() if value not in (None, [], {}, "")}
-    table = Table(title=escape(f"{args.path}: {item.kind}"), title_justify="left", show_header=False)
+    table = Table(title=f"{args.path}: {item.kind}", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(readable_bytes(value) if name == "bytes" else _format(value)))
+        table.add_row(name, readable_bytes(value) if name == "bytes" else _format(value))
     console.print(table)
     if item.plan is not None:
         console.print(cost_table(item.plan.cost, "cost"))
     if item.profile is not None:
         if item.profile.layout.is_moe:
-            console.print(heat_map(item.profile))
+            console.print(heat_map(item.profile, digits=not console.has_colours))
         if item.profile.sensitivity:
             console.print(sensitivity_table(item.profile))
     return {"path": str(args.path), "kind": item.kind, **facts}

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from apportion.cli.options import Loading
 from apportion.cli.quiet import quiet
+from apportion.cli.terminal import Terminal
 from apportion.data.mixture import mix, parse_weights
 from apportion.data.sources import named_sources, read_rows
 from apportion.errors import ConfigurationError
@@ -43,7 +42,7 @@ class Arguments:
     resume: bool
 
 
-def run(console: Console, args: Arguments) -> dict[str, Any]:
+def run(console: Terminal, args: Arguments) -> dict[str, Any]:
     """Train, save the adapter and print a summary."""
     quiet()
     chosen = load_plan(args.plan)

@@ -7,6 +7,8 @@ the number of accumulated batches unless the model's loss has been divided by th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,25 @@ from trl import SFTTrainer
 
 
 class CheckpointingTrainer(SFTTrainer):
-    """TRL's trainer with a method on each side of the writing of a checkpoint."""
+    """TRL's trainer with a context around the writing of a checkpoint."""
 
-    def before_checkpoint(self, folder: Path) -> None:
-        """Do what comes before a checkpoint is written, on every process.
-
-        Args:
-            folder: The checkpoint's folder.
-        """
-
-    def after_checkpoint(self, folder: Path) -> None:
-        """Do what comes after a checkpoint's files are written, on every process.
+    @contextmanager
+    def around_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Do what comes before and after the writing of a checkpoint's files, on every process.
 
         Args:
             folder: The checkpoint's folder.
+
+        Yields:
+            Nothing, while the files are written.
         """
+        yield
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, with the two methods around it."""
+        """Write a checkpoint."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.before_checkpoint(folder)
-        super()._save_checkpoint(model, trial)
-        self.after_checkpoint(folder)
+        with self.around_checkpoint(folder):
+            super()._save_checkpoint(model, trial)
 
     def added_once(self, term: Any, num_items: Any) -> Any:
         """Scale a term of the loss so that accumulated batches add it up to its mean over them.

@@ -11,13 +11,17 @@ from apportion.data.files import FILE_FORMATS, file_rows
 from apportion.data.rows import checked_row
 from apportion.data.tasks import Split, task_rows
 from apportion.errors import DataError
+from apportion.hub import is_downloaded, is_hub_id, reason_without_hub
 from apportion.records.json_file import JsonError, parse_json
+from apportion.records.names import nearest
 
 __all__ = ["DEFAULT_TASK_ROWS", "FILE_FORMATS", "Row", "named_source", "named_sources", "read_rows"]
 
 Row = dict[str, Any]
 
 DEFAULT_TASK_ROWS = 1000
+_UNREADABLE = "the data set {!r} is not a file and cannot be read from the hub."
+_FIX = "give a file, task:NAME, or a hub data set (which needs a connection to the hub)"
 
 _TASK = re.compile(r"task:(?P<name>[^:?]+)(?::(?P<split>[^?]*))?(?:\?(?P<options>.*))?")
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<data>.+)")
@@ -108,15 +112,29 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
     from datasets import load_dataset  # slow to import, and needed only here
 
     name, config, chosen = (*source.split(":"), "", "")[:3]
+    _require_hub(source, name)
     try:
         return [dict(row) for row in load_dataset(name, config or None, split=chosen or split)]
     except Exception as error:  # the hub's clients raise errors of many kinds
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the data set {source!r} is not a file and cannot be read from the hub.",
+            _UNREADABLE.format(source),
             found=reason,
-            fix="give a file, task:NAME, or a hub data set (which needs a connection to the hub)",
+            fix=_FIX,
         ) from error
+
+
+def _require_hub(source: str, name: str) -> None:
+    """Raise an error at once for a data set that cannot be on the hub, or if the hub cannot be asked."""
+    if ":" in source and nearest(name, ["task"]):
+        raise DataError(f"there is no data set {name!r}.", fix=f"did you mean task{source.removeprefix(name)}?")
+    reason = None if is_hub_id(name) else "no file, and no id of a data set on the hub"
+    if reason is None and not is_downloaded(name, "dataset"):
+        reason = reason_without_hub()
+    if reason:
+        raise DataError(
+            f"the data set {source!r} is not a file and cannot be read from the hub.", found=reason, fix=_FIX
+        )
 
 
 def _value(text: str) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal, TypedDict
 
 from apportion.errors import DataError, MissingDependencyError
+from apportion.records.names import nearest
 
 Split = Literal["train", "test"]
 
@@ -72,9 +72,10 @@ def _items(name: str, split: Split, seed: int, config: dict[str, Any]) -> Iterat
     """Yield the generator's items."""
     registry = _registry()
     if name not in registry:
-        near = difflib.get_close_matches(name, registry, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "see reasoning_gym.factory.DATASETS"
-        raise DataError(f"there is no task {name!r}.", fix=hint)
+        near = nearest(name, registry)
+        raise DataError(
+            f"there is no task {name!r}.", fix=f"did you mean {near}?" if near else "see reasoning_gym.factory.DATASETS"
+        )
     dataset_class, config_class = registry[name]
     known = {field.name for field in dataclasses.fields(config_class)} - {"seed", "size"}
     for option in config:

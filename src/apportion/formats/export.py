@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from apportion.formats.routers import BASE_FOLDER, without_routers, write_base
 from apportion.formats.verify import check_written
 from apportion.loading import DTYPES
 from apportion.records.files import whole_folder, write_text
+from apportion.records.names import suggestion
 from apportion.records.outputs import check_output_folder
 
 
@@ -131,11 +131,9 @@ def export(
 def _known(name: str, dtype: str | None, router: str) -> Format:
     """Check the arguments, and return the format."""
     if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(FORMATS)}"
-        raise ConfigurationError(f"there is no format {name!r}.", fix=hint)
+        raise ConfigurationError(f"there is no format {name!r}.", fix=suggestion(name, FORMATS))
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=f"choose among {', '.join(DTYPES)}")
+        raise ConfigurationError(f"dtype={dtype!r} is not a type.", fix=suggestion(dtype, DTYPES))
     if router not in ("refuse", "merge"):
         raise ConfigurationError(f"router={router!r} is neither refuse nor merge.")
     return FORMATS[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from apportion.errors import ConfigurationError
 from apportion.methods.base import Method
 from apportion.methods.controls import COLD, RANDOM
@@ -15,6 +13,7 @@ from apportion.methods.lori import HELLORI, LORI
 from apportion.methods.marginal import MARGINAL
 from apportion.methods.melora import MELORA
 from apportion.methods.mola import MOLA, UNIFORM
+from apportion.records.names import suggestion
 
 _ALL = (
     *(HELLORA, LORA, ATTENTION, RANDOM, COLD, GRADIENT, MARGINAL),
@@ -54,6 +53,4 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(METHODS)}"
-    raise ConfigurationError(f"there is no method {name!r}.", fix=hint)
+    raise ConfigurationError(f"there is no method {name!r}.", fix=suggestion(name, METHODS))

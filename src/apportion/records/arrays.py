@@ -40,6 +40,25 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
         raise ArrayFileError(str(error)) from error
 
 
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], list[str]]:
+    """Read the metadata of a safetensors file and the names of its tensors, without the tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its metadata, and the names.
+
+    Raises:
+        ArrayFileError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="np") as opened:
+            return opened.metadata() or {}, list(opened.keys())
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise ArrayFileError(str(error)) from error
+
+
 def as_array(values: Any) -> Array:
     """Convert a tensor on any device, or any array-like, to a NumPy array.
 

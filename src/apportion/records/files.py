@@ -6,17 +6,15 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from apportion.errors import ApportionError, OutputWriteError
+from apportion.records.temporary import temporary_folder
 
-from apportion.errors import ApportionError, OutputExistsError, OutputWriteError
-from apportion.records.locks import LOCK_FILES
+_WORDS_OF_LIBRARIES = ("os error", "PytorchStreamWriter")  # of safetensors and tokenizers, and of PyTorch
 
 
 @contextmanager
@@ -33,23 +31,14 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputWriteError: writing failed, for example because the disk is full. The old file is unchanged.
     """
     target = Path(path)
-    temporary = None
-    try:
+    with naming_output(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        use_default_mode(temporary)
-        sync(temporary)
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, ApportionError) or not (isinstance(error, OSError) or "os error" in str(error)):
-            raise
-        raise write_error(target, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with temporary_folder(target.parent, target.name) as folder:
+            temporary = folder / target.name
+            yield temporary
+            use_default_mode(temporary)
+            sync(temporary)
+            temporary.replace(target)
 
 
 @contextmanager
@@ -57,39 +46,73 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder, renamed to `path` if the block raises no error.
 
     Args:
-        path: The finished folder, which is missing or empty. Missing parent folders are created.
+        path: Path of the finished folder, which may exist if it is empty. Missing parent folders are created.
 
     Yields:
         The temporary folder to write to.
+
+    Raises:
+        OutputWriteError: writing failed, for example because the disk is full. Nothing is left behind.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = Path(path).resolve()
+    with naming_output(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(target.parent, target.name) as temporary:
+            folder = temporary / target.name
+            folder.mkdir()
+            yield folder
+            for file in (one for one in folder.rglob("*") if one.is_file()):
+                use_default_mode(file)
+                sync(file)
+            if target.exists():
+                target.rmdir()
+            folder.replace(target)
+
+
+@contextmanager
+def naming_output(path: str | os.PathLike[str], left: str = "") -> Iterator[None]:
+    """Turn errors of the system into one that names the output.
+
+    Args:
+        path: The output.
+        left: What stays behind, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputWriteError: writing failed.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except Exception as error:
+        if isinstance(error, ApportionError) or not _is_of_system(error):
+            raise
+        raise write_error(path, error, left) from error
 
 
-def write_error(path: str | os.PathLike[str], error: Exception) -> OutputWriteError:
+def _is_of_system(error: Exception) -> bool:
+    """Return whether an error is the system's, as raised by Python or described by other libraries."""
+    return isinstance(error, OSError) or any(words in str(error) for words in _WORDS_OF_LIBRARIES)
+
+
+def write_error(path: str | os.PathLike[str], error: Exception, left: str = "") -> OutputWriteError:
     """Return the error for a file that could not be written.
 
     Args:
         path: The file.
-        error: The error of the system or of safetensors.
+        error: The error of the system, of safetensors or of PyTorch.
+        left: What stays behind, if anything.
 
     Returns:
         The error to raise.
     """
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
     full = is_full(error)
     return OutputWriteError(
         f"{os.fspath(path)} was not written{': the disk is full' if full else ''}.",
         found=reason,
+        details={"left": left} if left else None,
         fix="free disk space, then run the command again" if full else "choose another location for the output",
     )
 
@@ -134,28 +157,3 @@ def seal(data: dict[str, Any]) -> str:
     """Return the SHA-256 of plain data in canonical JSON."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def require_empty(folder: str | os.PathLike[str]) -> Path:
-    """Check that an output folder is missing or empty.
-
-    Args:
-        folder: An output folder, which may be missing.
-
-    Returns:
-        The folder as a path.
-
-    Raises:
-        OutputExistsError: the path is a file or a folder that is not empty.
-    """
-    path = Path(folder)
-    if path.is_file():
-        raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
-    names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
-    if names:
-        raise OutputExistsError(
-            f"the output folder {path} is not empty.",
-            found=names,
-            fix="choose another folder or empty this one (to continue a training run, use --resume)",
-        )
-    return path

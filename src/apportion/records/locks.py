@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from apportion.errors import FolderInUseError, OutputExistsError
+from apportion.records.files import naming_output, write_error
 from apportion.records.json_file import parse_record
 
 LOCK_FILE = ".lock"
@@ -36,15 +37,16 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         FolderInUseError: another process holds the lock; the message names the process and its host.
         OutputExistsError: the path is a file.
+        OutputWriteError: nothing can be written in the folder.
     """
     path = Path(folder)
     if path.is_file():
         raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
     is_new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
     owner = path / _OWNER_FILE
     lock = FileLock(path / LOCK_FILE)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise FolderInUseError(
@@ -52,8 +54,11 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             found=_describe_owner(owner),
             fix=f"wait for it to end, choose another folder, or delete {LOCK_FILE} there if the process is gone",
         ) from error
+    except OSError as error:
+        raise write_error(path / LOCK_FILE, error) from error
     try:
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        with naming_output(owner):
+            owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from apportion.errors import ConfigurationError, shortened
+from apportion.records.names import suggestion
 from apportion.records.site import KINDS
 
 _NUMBER = r"\d{1,18}"  # Python refuses to parse numbers of thousands of digits
@@ -32,9 +32,7 @@ def parse_targets(value: Any) -> tuple[str, ...]:
     for target in targets:
         kind = target.partition(".")[0]
         if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose among {', '.join(KINDS)}"
-            raise ConfigurationError(f"there is no target {target!r}.", fix=hint)
+            raise ConfigurationError(f"there is no target {target!r}.", fix=suggestion(kind, KINDS))
     return targets
 
 

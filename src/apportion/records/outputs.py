@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError, safe_open
-
 from apportion.errors import OutputExistsError, OutputPathError
-from apportion.records.files import is_full, require_empty, write_error
+from apportion.records.arrays import read_header
+from apportion.records.files import is_full, write_error
 from apportion.records.json_file import MAX_JSON_BYTES, parse_record
+from apportion.records.locks import LOCK_FILES
 from apportion.records.profile import PROFILE_HEADER
+from apportion.records.temporary import remove_leftovers, temporary_folder
 
 OutputKind = Literal["profile", "plan", "report", "study page", "study data", "picture"]
 
@@ -50,7 +49,7 @@ def check_output(
     target = Path(path)
     for name in inputs:
         _check_no_input(target, Path(name), kind)
-    mode = _mode(target)
+    mode = _output_mode(target)
     if stat.S_ISDIR(mode):
         raise OutputExistsError(f"{target} is a folder; a file was expected.", fix=f"give a file for the {kind}")
     if mode and not stat.S_ISREG(mode):
@@ -95,12 +94,38 @@ def check_output_folder(
                 found=source,
                 fix="choose a folder outside it",
             )
-    if not may_hold or stat.S_ISREG(_mode(folder)):
+    if stat.S_ISREG(_output_mode(folder)) or not may_hold:
         require_empty(folder)
     _try_to_write(folder, "file")
     if renamed:
         _try_to_write(folder.parent, folder.name)
     return folder
+
+
+def require_empty(folder: str | os.PathLike[str]) -> Path:
+    """Check that an output folder is missing or empty, and remove what killed processes left in it.
+
+    Args:
+        folder: An output folder, which may be missing.
+
+    Returns:
+        The folder as a path.
+
+    Raises:
+        OutputExistsError: the path is a file or a folder that is not empty.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise OutputExistsError(f"{path} is a file; a folder was expected.", fix="choose another output folder")
+    remove_leftovers(path)
+    names = sorted({entry.name for entry in path.iterdir()} - set(LOCK_FILES)) if path.is_dir() else []
+    if names:
+        raise OutputExistsError(
+            f"the output folder {path} is not empty.",
+            found=names,
+            fix="choose another folder or empty this one (to continue a training run, use --resume)",
+        )
+    return path
 
 
 def _check_no_input(target: Path, source: Path, kind: OutputKind) -> None:
@@ -123,6 +148,16 @@ def _mode(path: Path) -> int:
         return 0
 
 
+def _output_mode(path: Path) -> int:
+    """Return the mode of an output; 0 if it does not exist. Raises OutputPathError if it never can."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return 0
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or has a null character
+        raise _not_writable(path, error) from error
+
+
 def _real(path: Path) -> Path:
     """Resolve symbolic links and `..`."""
     return Path(os.path.realpath(path))
@@ -132,14 +167,13 @@ def _may_be_replaced(path: Path, kind: OutputKind) -> bool:
     """Return whether a file is empty or of the given kind."""
     try:
         return path.stat().st_size == 0 or _KINDS[kind](path)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError):
         return False
 
 
 def _is_profile(path: Path) -> bool:
     """Recognise a profile by its header."""
-    with safe_open(path, framework="np") as opened:
-        return PROFILE_HEADER in (opened.metadata() or {})
+    return PROFILE_HEADER in read_header(path)[0]
 
 
 def _has_fields(path: Path, fields: Iterable[str]) -> bool:
@@ -169,20 +203,20 @@ def _try_to_write(folder: Path, name: str) -> None:
     """Check that the folder is writable by creating and removing a file with a similar name."""
     target = _real(folder)
     existing = next(place for place in (target, *target.parents) if _mode(place))
-    probe = None
     try:
-        probe = Path(tempfile.mkdtemp(prefix=".probe.", dir=existing))
-        place = probe / target.relative_to(existing)
-        place.mkdir(parents=True, exist_ok=True)
-        handle, _ = tempfile.mkstemp(prefix=f".{name}.", dir=place)
-        os.close(handle)
+        with temporary_folder(existing, "probe") as probe:
+            place = probe / target.relative_to(existing)
+            place.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(b"")
     except (OSError, ValueError) as error:
         if is_full(error):
             raise write_error(folder / name, error) from error
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OutputPathError(
-            f"the folder {folder} is not writable.", found=reason, fix="choose another location for the output"
-        ) from error
-    finally:
-        if probe is not None:
-            shutil.rmtree(probe, ignore_errors=True)
+        raise _not_writable(f"the folder {folder}", error) from error
+
+
+def _not_writable(path: str | os.PathLike[str], error: Exception) -> OutputPathError:
+    """Make the error for a place where no output can be written."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return OutputPathError(
+        f"{os.fspath(path)} is not writable.", found=reason, fix="choose another location for the output"
+    )

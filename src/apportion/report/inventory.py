@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, PlanError
+from apportion.records.arrays import ArrayFileError, read_header
+from apportion.records.demonstration import read_results
 from apportion.records.files import seal
 from apportion.records.json_file import read_json
 from apportion.records.mask import load_mask
@@ -102,9 +103,8 @@ def _unknown(path: Path) -> Item:
 def _safetensors(path: Path) -> Item | None:
     """Identify a safetensors file by its metadata."""
     try:
-        with safe_open(path, framework="np") as opened:
-            metadata, names = opened.metadata() or {}, list(opened.keys())
-    except (SafetensorError, OSError) as error:
+        metadata, names = read_header(path)
+    except ArrayFileError as error:
         raise ConfigurationError(f"{path} is damaged.", found=str(error)) from error
     if PROFILE_HEADER in metadata:
         return _profile(load_profile(path))
@@ -224,11 +224,8 @@ def _demonstration(path: Path) -> Item:
     def damaged(found: str) -> ConfigurationError:
         return ConfigurationError(f"{path} is damaged.", found=found)
 
-    results = read_json(path, damaged)
-    runs = results.get("runs")
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        raise damaged("it does not contain results of a demonstration")
-    names = {key: list(dict.fromkeys(str(run.get(key)) for run in runs)) for key in ("task", "method")}
+    runs = read_results(path, damaged)["runs"]
+    names = {key: list(dict.fromkeys(run[key] for run in runs)) for key in ("task", "method")}
     facts = {"tasks": names["task"], "methods": names["method"], "runs": len(runs)}
     return Item("demonstration", facts | {"next": f"apportion report {path.parent}"})
 
@@ -283,7 +280,10 @@ def _adapter(folder: Path) -> Item:
         return Item("adapter of another library", facts)
     if not isinstance(config.get("plan"), dict):
         raise damaged("it has no plan")
-    plan = Plan.from_dict(config["plan"])
+    try:
+        plan = Plan.from_dict(config["plan"])
+    except PlanError as error:
+        raise error.within(str(file)) from error
     below = config.get("on_top_of")
     facts = _plan_facts(plan) | {
         "tensors": _num_tensors(folder / ADAPTER_TENSORS_FILE),
@@ -295,9 +295,8 @@ def _adapter(folder: Path) -> Item:
 def _num_tensors(path: Path) -> int | str:
     """Count a file's tensors."""
     try:
-        with safe_open(path, framework="np") as opened:
-            return len(list(opened.keys()))
-    except (SafetensorError, OSError) as error:
+        return len(read_header(path)[1])
+    except ArrayFileError as error:
         return f"none: {error}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apportion.errors import ConfigurationError, PlanMismatchError
-from apportion.records.json_file import read_json
+from apportion.records.demonstration import read_results
 from apportion.records.outputs import DEMO_RESULTS_FILE
 from apportion.records.plan import Plan, load_plan
 from apportion.records.profile import Profile, load_profile
@@ -117,12 +117,10 @@ def _read_study(folder: Path) -> Material:
 def _read_demo(folder: Path) -> Material:
     """Read a demonstration's results, profile and plans."""
     file = folder / DEMO_RESULTS_FILE
-    results = read_json(
+    results = read_results(
         file,
         lambda found: ConfigurationError(f"{file} is damaged.", found=found, fix="run the demonstration again"),
     )
-    if not {"settings", "runs"} <= set(results):
-        raise ConfigurationError(f"{file} does not contain results of a demonstration.", fix=f"give {_ACCEPTED}")
     measured = load_profile(folder / "profile.safetensors")
     return Material(
         "demonstration",

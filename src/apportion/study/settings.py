@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +14,9 @@ from apportion.data.tasks import task_names
 from apportion.errors import ConfigurationError, DataError, shortened
 from apportion.methods.registry import METHODS
 from apportion.records.files import seal
-from apportion.records.json_file import check_depth
+from apportion.records.names import suggestion
 from apportion.records.option_texts import parse_hot
+from apportion.records.toml_file import read_toml
 from apportion.study.records import Metric, Unit
 
 FULL = "full"
@@ -78,7 +76,7 @@ class Contender(_Settings):
         if not isinstance(method, str) or (method != FULL and method not in METHODS):
             raise ConfigurationError(
                 f"there is no method {shortened(repr(method))}.",
-                fix=_near(str(method), [*METHODS, FULL], "choose among"),
+                fix=suggestion(str(method), [*METHODS, FULL], "choose among"),
             )
         options = () if method == FULL else METHODS[method].options.model_fields
         for key in value:
@@ -86,7 +84,7 @@ class Contender(_Settings):
                 raise ConfigurationError(
                     f"contender {shortened(repr(value.get('name', method)))} has an unknown key "
                     f"{shortened(repr(key))}.",
-                    fix=_near(key, [*_OWN_KEYS, *options], "choose among"),
+                    fix=suggestion(key, [*_OWN_KEYS, *options], "choose among"),
                 )
         fields = {key: value[key] for key in _OWN_KEYS if key in value}
         return {"name": method} | fields | {"options": {key: value[key] for key in value if key not in _OWN_KEYS}}
@@ -213,7 +211,7 @@ class StudySettings(_Settings):
         if self.reference not in names:
             raise ConfigurationError(
                 f"the reference {shortened(repr(self.reference))} is not a contender.",
-                fix=_near(self.reference, names, "choose"),
+                fix=suggestion(self.reference, names, "choose"),
             )
         if self.contender(self.reference).method == FULL:
             raise ConfigurationError(
@@ -228,7 +226,7 @@ class StudySettings(_Settings):
             if task not in self.tasks:
                 raise ConfigurationError(
                     f"eval names a task {task!r} that the study does not have.",
-                    fix=_near(task, self.tasks, "choose among"),
+                    fix=suggestion(task, self.tasks, "choose among"),
                 )
         for contender in self.contenders:
             low, high = self.learning_rates(contender)
@@ -285,12 +283,11 @@ def load_settings(path: str | os.PathLike[str], overrides: dict[str, Any] | None
     file = Path(path)
     if not file.is_file():
         raise ConfigurationError(f"there is no study file {file}.", fix="give a .toml file, or options")
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-        check_depth(data)
-    except (ValueError, RecursionError) as error:
-        found = "tables and lists are nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ConfigurationError(f"the study file {file} is not TOML.", found=found) from error
+
+    def refusal(found: str) -> ConfigurationError:
+        return ConfigurationError(f"the study file {file} is not TOML.", found=found)
+
+    data = read_toml(file, refusal)
     return check_settings({"name": file.stem} | data, overrides, place=str(file))
 
 
@@ -323,7 +320,7 @@ def check_settings(data: dict[str, Any], overrides: dict[str, Any] | None = None
             name = source.removeprefix("task:").partition("?")[0].partition(":")[0]
             known = task_names()
             if name not in known:
-                raise DataError(f"there is no task {name!r}.", fix=_near(name, known, "see reasoning-gym:"))
+                raise DataError(f"there is no task {name!r}.", fix=suggestion(name, known, "see reasoning-gym:"))
     for task, source in settings.tasks.items():
         is_one_split = source.partition("?")[0].count(":") > 1 or Path(source).suffix in FILE_FORMATS
         if is_one_split and task not in settings.eval:
@@ -345,16 +342,9 @@ def _explained(error: ValidationError, place: str) -> ConfigurationError:
     if first["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"training": Training, "tuning": Tuning, "profile": Profiling}
         known = models.get(str(first["loc"][0]), StudySettings).model_fields
-        near = _near(str(first["loc"][-1]), known, "choose among")
+        near = suggestion(str(first["loc"][-1]), known, "choose among")
         return ConfigurationError(f"there is no key {where!r}.", place=place, fix=near)
     if first["type"] == "missing":
         return ConfigurationError(f"the key {where!r} is missing.", place=place, fix="give it")
     value = shortened(repr(first["input"]))
     return ConfigurationError(f"{where} = {value} is wrong: {first['msg']}.", place=place)
-
-
-def _near(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Suggest the nearest known name, or show some of them."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names[:12])}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from peft import PeftModel
@@ -14,7 +12,9 @@ from transformers import PreTrainedModel
 from apportion.errors import AdapterError
 from apportion.peft.attach import apply
 from apportion.peft.state import non_finite
-from apportion.records.files import use_default_mode, write_text
+from apportion.records.files import naming_output, sync, use_default_mode, write_text
+from apportion.records.outputs import ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE
+from apportion.records.temporary import temporary_folder
 from apportion.training.checked_rows import check_rows
 from apportion.training.procedures.balance import BalanceLoss
 from apportion.training.procedures.base import Phase
@@ -82,9 +82,11 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     if bad:
         raise AdapterError(f"the adapter cannot be saved: {bad[0]} is not finite.", fix="lower the learning rate")
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=target) as temporary:
-        model.save_pretrained(temporary)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            use_default_mode(Path(temporary, name))
-            shutil.move(Path(temporary, name), target / name)
+    with naming_output(target / ADAPTER_TENSORS_FILE):
+        target.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(target, "adapter") as temporary:
+            model.save_pretrained(temporary)
+            for name in (ADAPTER_TENSORS_FILE, ADAPTER_CONFIG_FILE):
+                use_default_mode(temporary / name)
+                sync(temporary / name)
+                (temporary / name).replace(target / name)

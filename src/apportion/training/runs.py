@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from apportion.data.sources import Row
 from apportion.errors import ConfigurationError
-from apportion.records.files import require_empty, seal, write_text
+from apportion.records.files import seal, write_text
 from apportion.records.json_file import read_json
 from apportion.records.mask import Mask
+from apportion.records.outputs import require_empty
 from apportion.records.plan import Plan
 from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, remove_unfinished
 from apportion.training.settings import TrainSettings

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from apportion.data.batches import TrainableRows
 from apportion.data.sources import Row
 from apportion.errors import TrainingError
 from apportion.peft.state import non_finite
+from apportion.records.files import naming_output
 from apportion.records.plan import Plan
 from apportion.training.checkpoints import CHECKPOINTS, last_checkpoint, seal_checkpoint, unseal_checkpoint
 from apportion.training.interrupts import StopOnSignal
@@ -214,18 +216,18 @@ class _Trainer(CheckpointingTrainer):
             self._stop(f"the loss became {problem} at step {self.state.global_step + 1}")
         return loss
 
-    def before_checkpoint(self, folder: Path) -> None:
-        """Stop if a number is not finite, and write the plan of this step with the adapter."""
+    @contextmanager
+    def around_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Stop if a number is not finite; write this step's plan and the hooks' state, and then the manifest."""
         self.refuse_non_finite()
-        on_first(lambda: unseal_checkpoint(folder))
-        self.record(self.hooks.plan_now())
-
-    def after_checkpoint(self, folder: Path) -> None:
-        """Write the hooks' state, then the manifest once all processes are done."""
-        state = self.hooks.state()
-        wait_for_all()
-        on_first(lambda: _write_state(folder, state))
-        on_first(lambda: seal_checkpoint(folder))
+        with naming_output(folder, left=f"an incomplete {folder.name}, which is removed when the run is resumed"):
+            on_first(lambda: unseal_checkpoint(folder))
+            self.record(self.hooks.plan_now())
+            yield
+            state = self.hooks.state()
+            wait_for_all()
+            on_first(lambda: _write_state(folder, state))
+            on_first(lambda: seal_checkpoint(folder))
 
     def refuse_non_finite(self) -> None:
         """Stop if a trainable weight or its optimizer state is not finite on any process."""
