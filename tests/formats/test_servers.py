@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import apportion
-from apportion.errors import ConfigurationError, OutputWriteError
+from apportion.errors import ConfigurationError, OutputPathError, OutputWriteError
 from apportion.formats import per_expert, vllm
 from apportion.formats.checkpoint_names import checkpoint_name
 from apportion.formats.factors import SavedAdapter, read_adapter
@@ -160,6 +161,15 @@ def test_the_readme_says_what_padding_costs(tmp_path: Path) -> None:
     written = sum(tensor.numel() for tensor in _read(out)[0].values()) * 4
     assert written == 4 * own
     assert f"({own:,} bytes in this type)" in (out / "README.md").read_text()
+
+
+def test_names_of_folders_are_quoted_or_refused(tmp_path: Path) -> None:
+    folder, _ = save_case(Case("olmoe", options=EXPERTS), tmp_path)
+    spaced = apportion.export(folder, tmp_path / "a b", format="vllm")
+    assert f"--lora-modules 'a b={spaced}'" in (spaced / "README.md").read_text()
+    for name in (b"/\xff", b"/a\nb"):
+        with pytest.raises(OutputPathError, match="characters that"):
+            apportion.export(folder, os.fsdecode(os.fsencode(tmp_path) + name), format="peft")
 
 
 @pytest.mark.parametrize("mutation", ["module names", "an expert missing", "experts swapped", "no scale"])

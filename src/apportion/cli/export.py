@@ -33,5 +33,6 @@ def run(console: Terminal, args: Arguments) -> dict[str, Any]:
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     console.print(f"{args.adapter} for {FORMATS[args.format].summary} -> {args.output}")
-    console.print((args.output / README_FILE).read_text().partition(USE)[2].strip(), markup=False, soft_wrap=True)
+    text = (args.output / README_FILE).read_text(encoding="utf-8")
+    console.print(text.partition(USE)[2].strip(), soft_wrap=True)
     return {"adapter": str(args.output), "format": args.format}

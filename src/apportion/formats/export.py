@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from apportion.errors import ConfigurationError
+from apportion.errors import ConfigurationError, OutputPathError
 from apportion.formats import gguf_lora, peft_loaded, peft_lora, per_expert, sglang, vllm
 from apportion.formats.factors import SavedAdapter, read_adapter
 from apportion.formats.pairs import Pair
@@ -102,10 +102,16 @@ def export(
         ConfigurationError: there is no such format, or the software that reads it would not apply all of the adapter.
         AdapterError: the adapter is damaged.
         OutputExistsError: the output folder has something in it.
+        OutputPathError: the output folder is not writable, or its name is no plain text.
         OutputWriteError: what was written is not what the adapter says, for example in a type that is too small.
     """
     form = _known(format, dtype, router)
     folder = check_output_folder(output, inputs=(path,), renamed=True)
+    if not os.fspath(folder).isprintable():
+        raise OutputPathError(
+            f"the name of the output folder {os.fspath(folder)!r} has characters that engines and READMEs cannot have.",
+            fix="choose another folder",
+        )
     adapter = read_adapter(path, model, trust_remote_code=trust_remote_code)
     if adapter.config.on_top_of:
         raise ConfigurationError(

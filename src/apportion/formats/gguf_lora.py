@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -174,8 +175,8 @@ def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
     """
     return f"""```sh
 # once, with llama.cpp's converter: the base model as GGUF
-python convert_hf_to_gguf.py {base} --outfile base.gguf
-llama-server -m base.gguf --lora {folder / FILE}
+python convert_hf_to_gguf.py {quote(base)} --outfile base.gguf
+llama-server -m base.gguf --lora {quote(str(folder / FILE))}
 ```
 
 Several adapters: repeat `--lora`. Each request chooses with `"lora": [{{"id": 0, "scale": 1.0}}]`. Adapters of

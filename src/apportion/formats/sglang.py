@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -53,7 +54,7 @@ def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
         Markdown.
     """
     return f"""```sh
-python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {folder.name}={folder}
+python -m sglang.launch_server --model-path {quote(base)} --enable-lora --lora-paths {quote(f"{folder.name}={folder}")}
 ```
 
 Requests name the adapter: `"lora_path": "{folder.name}"`. Several adapters: more `NAME=FOLDER` after `--lora-paths`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -87,7 +88,7 @@ def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
     """
     room = next(rank for rank in _RANKS if rank >= _rank(adapter))
     return f"""```sh
-vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {folder.name}={folder}
+vllm serve {quote(base)} --enable-lora --max-lora-rank {room} --lora-modules {quote(f"{folder.name}={folder}")}
 ```
 
 Requests name the adapter: `"model": "{folder.name}"`. Several adapters: more `NAME=FOLDER` after `--lora-modules`, and
