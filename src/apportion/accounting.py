@@ -89,7 +89,11 @@ def layout_of(
         return find_sites(empty_model(config, trust_remote_code=trust_remote_code))
     layout = None if trust_remote_code else known_layout(config, fingerprint)
     if layout is None:
-        layout = find_sites(empty_model(config, trust_remote_code=trust_remote_code))
+        model = empty_model(config, trust_remote_code=trust_remote_code)
+        try:
+            layout = find_sites(model)
+        except ConfigurationError as error:
+            raise error.within(os.fspath(config)) from error
         if not trust_remote_code:
             keep_layout(config, layout)
     return layout
