@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import apportion
 from apportion.adapters.factors import DenseFactor
-from apportion.peft import start
+from apportion.errors import ConfigurationError
+from apportion.peft import start, tuner
 from apportion.records import plan_schema
 from apportion.records.mask import Mask
 from apportion.records.plan import Plan
@@ -88,3 +90,46 @@ def test_no_linear_layer_is_initialised_for_nothing(profile_of: ProfileOf, monke
 def test_a_factor_that_was_not_started_makes_itself_heard() -> None:
     factor = DenseFactor((2, 3), torch.device("cpu"), torch.float32)
     assert factor(torch.ones(1, 3)).isnan().all()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_failed_attachment_leaves_the_model_as_it_was(
+    others: bool, profile_of: ProfileOf, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = build_tiny("olmoe").eval()
+    plan = apportion.plan(profile_of(model), "hellora", hot=2, rank=2)
+    if others:
+        model = apportion.apply(model, apportion.plan(profile_of(model), "lora", rank=2)).eval()
+    names, logits = set(model.state_dict()), model(input_ids=tokens).logits
+    make, calls = tuner.make_expert_shapes, []
+
+    def fail(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return make(*args)
+
+    monkeypatch.setattr(tuner, "make_expert_shapes", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        apportion.apply(model, plan, adapter_name="new")
+    assert set(model.state_dict()) == names
+    assert torch.equal(model(input_ids=tokens).logits, logits)
+    monkeypatch.undo()
+    assert apportion.apply(model, plan, adapter_name="new").receipt.trainable_parameters > 0
+
+
+def test_an_adapter_is_loaded_into_a_base_alone(profile_of: ProfileOf, tmp_path: Path) -> None:
+    model = build_tiny("olmoe")
+    adapted = apportion.apply(model, apportion.plan(profile_of(model), "lora", rank=2))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="has adapters already"):
+        apportion.load(adapted, tmp_path, adapter_name="other")
+    assert list(adapted.peft_config) == ["default"]
+
+
+def test_the_backward_pass_may_run_under_autocast(profile_of: ProfileOf, tokens: Tensor) -> None:
+    model = build_tiny("olmoe")
+    adapted = apportion.apply(model, apportion.plan(profile_of(model), "hellora", hot=2, rank=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import apportion
-from apportion.errors import ConfigurationError
+from apportion.errors import AdapterError, ConfigurationError
 from apportion.records.profile import Profile
 from tiny_models import build_tiny
 
@@ -40,3 +41,24 @@ def test_names_that_no_module_dictionary_takes(name: str, profile_of: ProfileOf)
     with pytest.raises(ConfigurationError, match="is not a valid adapter name"):
         apportion.apply(model, plan, adapter_name=name)
     assert [path for path, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("names", [("one", "experts"), ("low_rank", "two"), ("gate_proj", "two")])
+def test_adapters_that_peft_could_not_tell_apart_are_refused(names: tuple[str, str], profile_of: ProfileOf) -> None:
+    model = build_tiny("olmoe")
+    plan = apportion.plan(profile_of(model), "hellora", hot=2, rank=2)
+    adapted = apportion.apply(model, plan, adapter_name=names[0])
+    with pytest.raises(ConfigurationError, match="cannot have one called"):
+        apportion.apply(adapted, plan, adapter_name=names[1])
+    assert list(adapted.peft_config) == [names[0]]
+
+
+def test_an_adapter_that_would_be_saved_in_part_is_not_saved(profile_of: ProfileOf, tmp_path: Path) -> None:
+    model = build_tiny("olmoe")
+    plan = apportion.plan(profile_of(model), "hellora", hot=2, rank=2)
+    adapted = apportion.apply(model, plan)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.load_adapter(str(tmp_path / "adapter"), adapter_name="experts")
+    with pytest.raises(AdapterError, match="missing"):
+        adapted.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    assert not list((tmp_path / "again").rglob("*.safetensors"))

@@ -162,5 +162,5 @@ def test_mixed_types(tokens: Tensor) -> None:
 def test_a_balance_loss_needs_a_router(tokens: Tensor) -> None:
     model = build_dense()
     adapted = apportion.apply(model, apportion.plan(_profile(model, tokens), "attention", rank=2))
-    with pytest.raises(ConfigurationError, match="no adapter has several LoRA experts"):
+    with pytest.raises(ConfigurationError, match="no site with several LoRA experts"):
         BalanceLoss(weight=0.5).attach(adapted, "default", num_steps=1, seed=0)

@@ -16,6 +16,7 @@ from apportion.peft.bound import BoundPlan, binding
 from apportion.peft.config import ApportionConfig
 from apportion.peft.hosted import hosted
 from apportion.peft.masks import random_mask
+from apportion.peft.names import check_told_apart
 from apportion.peft.start import draw_frozen
 from apportion.peft.unsupported import Kinds, refuse_elsewhere, refuse_unsupported
 from apportion.records.mask import Mask, b_shapes
@@ -31,7 +32,7 @@ class Receipt:
     Args:
         adapter_name: The adapter's name.
         sites_by_kind: Number of adapted sites of each kind.
-       trainable_parameters: Trainable parameters of the adapter, counted on the model.
+        trainable_parameters: Trainable parameters of the adapter, counted on the model.
         frozen_parameters: All other parameters.
     """
 
@@ -145,12 +146,13 @@ def _check(model: nn.Module, layout: Layout, plan: Plan, adapter_name: str, drop
             f"{adapter_name!r} is not a valid adapter name: it is empty, contains a dot, or is reserved by PyTorch.",
             fix="choose another name, without dots",
         )
+    check_told_apart(model, adapter_name)
     if not 0 <= dropout < 1:
         raise ConfigurationError(f"dropout={dropout} is out of range.", fix="give a number in [0, 1)")
     check_architecture(layout, plan)
     for placement in plan.placements:
         site = layout.by_name[placement.site]
-        if placement.is_routed and site.storage != "linear":
+        if placement.shape.lora_rank is None and site.storage != "linear":  # its gates depend on the input
             raise ConfigurationError(f"the adapter planned for {placement.site} cannot be built by this version.")
         try:
             placement.shape.check(site.in_features, site.out_features)

@@ -41,10 +41,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], **kwargs: Any) -> PeftM
     Raises:
         PlanMismatchError: the adapter belongs to another architecture.
         PlanError: its plan was changed.
-        ConfigurationError: there is no adapter in the folder.
+        ConfigurationError: there is no adapter in the folder, or the model has adapters already.
         AdapterError: its configuration is damaged, or its tensors do not match its plan or their digests. The model is
             then unchanged.
     """
+    if isinstance(model, PeftModel):
+        raise ConfigurationError(
+            "the model has adapters already.", fix="model.load_adapter(folder, adapter_name=...), or load into the base"
+        )
     config = read_adapter_config(path)
     layout = find_sites(model)
     check_architecture(layout, config.plan)

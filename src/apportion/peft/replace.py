@@ -54,8 +54,10 @@ def replace_adapter(
     values = {placement.site: [part.clone() for part in factors[placement.site]] for placement in plan.placements}
     config = copy.copy(model.peft_config[adapter_name])
     config.plan, config.r, config.lora_alpha, config.a_checksum = plan, plan.rank, plan.alpha, None
+    config.store_a = config.dense_b = False
     model.delete_adapter(adapter_name)
-    model.add_adapter(adapter_name, config)
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(adapter_name, config)
     model.set_adapter(adapter_name)
     for site_name, a_RI, b_OR in site_factors(model, adapter_name):
         a_RI.copy_(values[site_name][0])

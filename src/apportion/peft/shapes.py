@@ -78,10 +78,12 @@ def register_shape(record: type[Any], make: Callable[[Any, Place], ShapeModule])
         make: Makes the module of a record for a place.
 
     Raises:
-        ValueError: another shape of this kind is registered.
+        ValueError: a shape of this kind is registered.
     """
+    if record.kind in SHAPE_KINDS:
+        raise ValueError(f"a shape {record.kind!r} is already registered.")
     register(record)
-    SHAPE_KINDS.setdefault(record.kind, ShapeKind(lambda one, place, _: make(one, place)))
+    SHAPE_KINDS[record.kind] = ShapeKind(lambda one, place, _: make(one, place))
 
 
 def make_shape(record: Shape, place: Place, options: SparseOptions) -> ShapeModule:

@@ -128,6 +128,25 @@ def check_tensors(state: Mapping[str, Tensor], plan: Plan, layout: Layout, optio
     _refuse(non_finite(tensors), "not finite", place)
 
 
+def check_complete(state: Mapping[str, Tensor], plan: Plan, layout: Layout, options: SparseOptions, place: str) -> None:
+    """Refuse to save an adapter's tensors unless all of them are there, and no others.
+
+    Args:
+        state: The tensors under their names in a checkpoint.
+        plan: The adapter's plan.
+        layout: The model's sites.
+        options: How the adapter's sparse factors are stored.
+        place: Which adapter it is, for messages.
+
+    Raises:
+        AdapterError: tensors are missing or unexpected. PEFT leaves tensors out if another adapter's name is part of
+            their names.
+    """
+    names, expected = {name.removeprefix(PREFIX) for name in state}, set(expected_sizes(plan, layout, options))
+    _refuse(sorted(expected - names), "missing", place)
+    _refuse(sorted(names - expected), "not part of its plan", place)
+
+
 def expected_sizes(plan: Plan, layout: Layout, options: SparseOptions) -> dict[str, Size | None]:
     """Return the tensors that an adapter's checkpoint must contain.
 

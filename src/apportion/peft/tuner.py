@@ -30,7 +30,7 @@ from apportion.peft.mixed import adapter_per_row
 from apportion.peft.shapes import make_expert_shapes, make_shape
 from apportion.peft.site_factors import site_factors
 from apportion.peft.start import FrozenDraws, draw_frozen, keep_entries, start_factors
-from apportion.peft.state import check_digests, check_tensors, digests, from_file, gathered, to_file
+from apportion.peft.state import check_complete, check_digests, check_tensors, digests, from_file, gathered, to_file
 from apportion.records.shapes.low_rank import LowRank
 
 HOSTS = {"fused": ExpertLora, "weight": WeightLora, "linear": LinearLora}  # by how a site's weight is stored
@@ -104,9 +104,38 @@ class ApportionModel(OpenLoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach the adapter, and keep the plan that is bound to the model until the factors are started."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._take_out(adapter_name)
+            raise
         self.bound[adapter_name] = self._attaching
         self._not_started.add(adapter_name)
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Remove what was attached of an adapter, so that the model is as before."""
+        modules = dict(self.model.named_modules())
+        for path, layer in modules.items():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if adapter_name in adapters_of(layer):
+                layer.delete_adapter(adapter_name)
+            if not adapters_of(layer):
+                base = layer.get_base_layer()
+                leave(base)
+                parent, _, name = path.rpartition(".")
+                setattr(modules[parent], name, base)
+        self.peft_config.pop(adapter_name, None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        super().delete_adapter(adapter_name)
+        self.bound.pop(adapter_name, None)
+        self._not_started.discard(adapter_name)
 
     def start(self, adapter_name: str) -> None:
         """Start the factors of a new adapter."""
@@ -245,6 +274,8 @@ class ApportionModel(OpenLoraModel):
         """Return the adapter's tensors, gathered and one per expert, and record their digests."""
         in_file = to_file(gathered(tensors), model, adapter_name)
         named = {cls.name_in_file(name, adapter_name): tensor for name, tensor in in_file.items()}
+        if named:  # some processes of a sharded model have none
+            check_complete(named, config.plan, find_sites(model), config.sparse, f"the adapter {adapter_name!r}")
         config.tensor_digests, config.promised_digests = digests(named), None
         return in_file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from itertools import chain
 
 import torch
@@ -193,7 +194,7 @@ def _joined(terms: list[LowRankTerm]) -> LowRankTerm:
         )
     ]
     experts, a, b, scales = zip(*sorted(parts, key=lambda part: part[0]), strict=True)
-    dtype = a[0].dtype
+    dtype = reduce(torch.promote_types, [part.dtype for part in a])
     planned = ExpertFactors(experts, tuple(len(a_rI) for a_rI in a), scales)
     rows_a, rows_b = (torch.cat([part.to(dtype) for part in factor]) for factor in (a, b))
     return LowRankTerm(rows_a, rows_b, planned, terms[0].columns)

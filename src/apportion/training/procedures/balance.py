@@ -12,6 +12,7 @@ from torch import Tensor
 from apportion.adapters.balance import BalanceSums
 from apportion.adapters.shapes.routed import Routed
 from apportion.errors import ConfigurationError, TrainingError
+from apportion.peft.hosted import hosted
 from apportion.training.procedures.base import TrainingHooks
 
 
@@ -40,12 +41,12 @@ class BalanceLoss(TrainingHooks):
             seed: Not used.
 
         Raises:
-            ConfigurationError: no adapter of the model has several LoRA experts.
+            ConfigurationError: the adapter has no site with several LoRA experts.
         """
-        self.shapes = [module for module in model.modules() if isinstance(module, Routed)]
+        self.shapes = [shape for _, shape in hosted(model, adapter_name) if isinstance(shape, Routed)]
         if not self.shapes:
             raise ConfigurationError(
-                "balance_loss is set, but no adapter has several LoRA experts.",
+                "balance_loss is set, but the adapter has no site with several LoRA experts.",
                 fix="leave it out, or plan with lora_smoe, mola or uniform",
             )
         self.sums = [BalanceSums() for _ in self.shapes]

@@ -72,7 +72,8 @@ class _FusedExperts(torch.autograd.Function):
         needs = by_term(TermNeeds, flat_needs)
         gradients = Gradients.room_for(rows, hidden_TD, factors, needs, needs_hidden=needs_hidden)
         weights_M1 = rows.by_row(weights_TK).unsqueeze(1)
-        _backward(BackwardPass(rows, factors, saved, gradients), hidden_TD, weights_M1, grad_TD.contiguous())
+        with torch.autocast("cpu", enabled=False):  # if backward() is called under autocast
+            _backward(BackwardPass(rows, factors, saved, gradients), hidden_TD, weights_M1, grad_TD.contiguous())
         flat_grads = itertools.chain.from_iterable(gradients.of_terms(rows, factors))
         return None, gradients.of_hidden(rows), gradients.of_weights(rows, weights_TK), *flat_grads
 
