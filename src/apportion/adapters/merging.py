@@ -12,7 +12,7 @@ from apportion.linear_forms import PLAIN_TYPES
 
 
 def obstacle(module: nn.Module, parameter: str) -> str | None:
-    """Say why numbers cannot be added to a parameter.
+    """Return why numbers cannot be added to a parameter.
 
     Adding to the weight of a parametrised or quantised module changes a temporary copy, or what the quantised numbers
     mean, and raises nothing.

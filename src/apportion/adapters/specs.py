@@ -57,7 +57,7 @@ class ExpertFactors:
         return {expert: ExpertRows(slice(end - rank, end), scale) for expert, rank, end, scale in columns}
 
     def padded(self, stacked_RW: Tensor, block: int = 1) -> Tensor:
-        """Give all planned experts equally many rows of a stacked factor, with zeros where an expert has fewer.
+        """Return all planned experts equally many rows of a stacked factor, with zeros where an expert has fewer.
 
         Args:
             stacked_RW: Shape (R, width).

@@ -98,7 +98,7 @@ class _ReorderRows(torch.autograd.Function):
 
 
 def _is_aligned(*tensors: Tensor) -> bool:
-    """Tell whether PyTorch's grouped product takes these matrices, row by row or column by column."""
+    """Return whether PyTorch's grouped product takes these matrices, row by row or column by column."""
     return all(
         tensor.dtype == torch.bfloat16
         and 1 in tensor.stride()[-2:]

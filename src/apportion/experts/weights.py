@@ -53,12 +53,12 @@ class StackedWeight(NamedTuple):
     read: Callable[[int, int], Tensor]
 
     def whole(self) -> Tensor:
-        """Give all matrices in their own type: a view of a plain parameter, dequantised ones of a packed one."""
+        """Return all matrices in their own type: a view of a plain parameter, dequantised ones of a packed one."""
         matrices = self.read(0, self.shape[0])
         return matrices if matrices.shape == self.shape else matrices.view(self.shape)
 
     def dense(self, experts: Sequence[int] | slice, dtype: torch.dtype) -> Tensor:
-        """Give the matrices of some experts, as the function `dense` does."""
+        """Return the matrices of some experts, as the function `dense` does."""
         num_experts, rows, columns = self.shape
         parts = [
             self.read(first, last).view(last - first, rows, columns).to(dtype)
@@ -93,7 +93,7 @@ def stacked_weight(module: nn.Module, parameter: str) -> StackedWeight:
 
 
 def dense(module: nn.Module, parameter: str, experts: Sequence[int] | slice, dtype: torch.dtype) -> Tensor:
-    """Give the matrices of some experts of a stacked base parameter.
+    """Return the matrices of some experts of a stacked base parameter.
 
     Args:
         module: The experts module.
@@ -162,7 +162,7 @@ def _packing_class(module: nn.Module) -> str | None:
 
 
 def _refusal(module: nn.Module, found: str) -> ConfigurationError:
-    """Say that a module's weights cannot be read."""
+    """Return the error for a module whose weights cannot be read."""
     name = _packing_class(module)
     fix = "load the model without quantisation, or quantise its experts with bitsandbytes or torchao"
     if name:
@@ -244,7 +244,7 @@ def _four_bit(module: Any, packed: Tensor, state: Any) -> StackedWeight:
 
 
 def _stacked_shape(module: Any, shape: Sequence[int]) -> tuple[int, int, int]:
-    """Give a shape the experts' axis where their rows are one under the other."""
+    """Return a shape the experts' axis where their rows are one under the other."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if len(shape) == 2:
@@ -253,7 +253,7 @@ def _stacked_shape(module: Any, shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _read_plain(tensor: Tensor, shape: tuple[int, int, int], first: int, last: int) -> Tensor:
-    """Give a part of a plain tensor."""
+    """Return a part of a plain tensor."""
     if last - first == shape[0]:
         return tensor
     rows = len(tensor) // shape[0]
@@ -294,7 +294,7 @@ def _read_four_bit(packed: Tensor, state: Any, shape: tuple[int, int, int], firs
 
 
 def _absmax(state: Any, first: int, last: int) -> Tensor:
-    """Give the scales of some blocks, which may be quantised in blocks themselves."""
+    """Return the scales of some blocks, which may be quantised in blocks themselves."""
     if not state.nested:
         scales: Tensor = state.absmax[first:last]
         return scales

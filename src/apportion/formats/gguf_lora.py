@@ -163,7 +163,7 @@ def _values(tensor: Any, expert: int | None) -> Tensor:
 
 
 def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
-    """Tell how to serve the folder.
+    """Return how to serve the folder.
 
     Args:
         adapter: The adapter.

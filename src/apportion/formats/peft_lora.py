@@ -188,7 +188,7 @@ def write_contents(adapter: SavedAdapter, folder: Path, written: Contents) -> No
 
 
 def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
-    """Tell how to load the folder.
+    """Return how to load the folder.
 
     Args:
         adapter: The adapter.

@@ -60,7 +60,7 @@ For {form.readers}. Written by apportion {__version__} from {os.fspath(adapter.f
 
 
 def _folded(adapter: SavedAdapter) -> str:
-    """Say what was folded."""
+    """Describe what was folded."""
     text = "Folded: the scale alpha / rank is part of B, so readers must use a scale of 1 (`lora_alpha` equals `r`)."
     if adapter.plan.is_sparse:
         text += " The frozen A is written out, and the sparse B with its zeros."

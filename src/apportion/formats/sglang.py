@@ -43,7 +43,7 @@ def write(adapter: SavedAdapter, folder: Path, dtype: torch.dtype | None) -> Non
 
 
 def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
-    """Tell how to serve the folder.
+    """Return how to serve the folder.
 
     Args:
         adapter: The adapter.

@@ -38,7 +38,7 @@ def check_written(adapter: SavedAdapter, written: Iterable[Pair]) -> None:
 
 
 def _equal(written: Pair, expected: Pair) -> bool:
-    """Tell whether two pairs have the same product, up to rounding in the type of the file."""
+    """Return whether two pairs have the same product, up to rounding in the type of the file."""
     difference = Pair(
         expected.site,
         torch.cat([written.a_RI.double(), expected.a_RI.double()]),

@@ -64,7 +64,7 @@ def read_back(adapter: SavedAdapter, folder: Path) -> Iterator[Pair]:
 
 
 def _is_fused(adapter: SavedAdapter) -> bool:
-    """Tell whether vLLM reads the experts of an adapter fused."""
+    """Return whether vLLM reads the experts of an adapter fused."""
     return adapter.layout.model_type in _FUSED
 
 
@@ -76,7 +76,7 @@ def _rank(adapter: SavedAdapter) -> int:
 
 
 def use(adapter: SavedAdapter, folder: Path, base: str) -> str:
-    """Tell how to serve the folder.
+    """Return how to serve the folder.
 
     Args:
         adapter: The adapter.

@@ -57,7 +57,7 @@ def draw_frozen(plan: Plan, sites: Mapping[str, Site], seed: int) -> FrozenDraws
 def start_factors(
     model: nn.Module, adapter_name: str, seed: int, frozen: FrozenDraws | None, *, only_frozen: bool = False
 ) -> None:
-    """Give an adapter's tensors their initial values, Kaiming-uniform as in PEFT, each from its own generator.
+    """Return an adapter's tensors their initial values, Kaiming-uniform as in PEFT, each from its own generator.
 
     Args:
         model: The model with the adapter.

@@ -69,7 +69,7 @@ def refuse_elsewhere(path: str, module: nn.Module) -> None:
 
 
 def _refusal(path: str, module: nn.Module, weight: Any, reason: str) -> ConfigurationError:
-    """Say that a module cannot be adapted."""
+    """Return the error for a module that cannot be adapted."""
     stored = "" if weight is None else f", its weight a {type(weight).__name__} of {weight.dtype}"
     return ConfigurationError(
         f"a quantised layer cannot be adapted: {reason}.",

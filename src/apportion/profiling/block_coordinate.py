@@ -104,7 +104,7 @@ def _parameters_by_layer(layout: Layout, modules: dict[str, Any]) -> dict[int, d
 
 
 def _quantised(first: str) -> ConfigurationError:
-    """Say that weights cannot be updated."""
+    """Return the error for weights that cannot be updated."""
     return ConfigurationError(
         "block-coordinate updates weights, but those of this model are quantised.",
         details={"first": first},

@@ -134,7 +134,7 @@ def weights_sample(model: nn.Module, layout: Layout) -> str:
 
 
 def _stored_tensors(parameter: Any) -> Iterator[Tensor]:
-    """Give a tensor, or those that a tensor of a quantiser's class is stored in."""
+    """Return a tensor, or those that a tensor of a quantiser's class is stored in."""
     flatten = getattr(parameter, "__tensor_flatten__", None)
     if flatten is None:
         yield parameter

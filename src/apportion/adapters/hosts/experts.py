@@ -178,6 +178,6 @@ class ExpertLora(WrappedModule):
                 yield weights_EOI[expert], delta_OI
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        """Tell PEFT where this module's adapters belong."""
+        """Return the device and type of this module's adapters, for PEFT."""
         weight = known_form(base_layer).stored(base_layer, "down_proj")
         return weight.device, weight.dtype

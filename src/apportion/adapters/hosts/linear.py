@@ -32,7 +32,7 @@ class LinearLora(WrappedModule):
         """Take over the adapters of PEFT's own LoRA layer.
 
         Args:
-            layer: The layer that this one replaces; it stands on the same base layer.
+            layer: The layer that this one replaces, with the same base layer.
         """
         for name in layer.lora_A:
             self.lora_shape[name] = shape_of(layer, name)

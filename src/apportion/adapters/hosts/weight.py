@@ -19,7 +19,7 @@ class WeightLora(WrappedModule):
     """A module run with its weight plus those of its adapters in place of its weight.
 
     A router is small (experts x model width), so the sum costs nothing beside the experts, and whatever the module does
-    with its weight (softmax, sigmoid, groups, a correction bias) stays its own affair. Dropout does not apply here.
+    with its weight (softmax, sigmoid, groups, a correction bias) is left to the module. Dropout does not apply here.
 
     Args:
         base_layer: A module with a ``weight`` of shape (out, in).

@@ -145,7 +145,7 @@ class WrappedModule(nn.Module, BaseTunerLayer):
         return ("weight",)
 
     def is_finite(self, adapter_name: str) -> bool:
-        """Tell whether all that an adapter would add to the weights is finite."""
+        """Return whether all that an adapter would add to the weights is finite."""
         return all(bool(torch.isfinite(delta).all()) for _, delta in self.weight_deltas(adapter_name))
 
     @torch.no_grad()

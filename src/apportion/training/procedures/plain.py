@@ -6,4 +6,4 @@ from apportion.training.procedures.base import Procedure
 
 
 class Plain(Procedure):
-    """Train in one phase, with nothing beside."""
+    """Train in one phase, without further steps."""

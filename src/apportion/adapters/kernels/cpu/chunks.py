@@ -41,13 +41,13 @@ class Chunk:
         return cls(start, pattern, whole_blocks(size) if pattern else None)
 
     def takes(self, size: int, pattern: int) -> bool:
-        """Tell whether an expert with so many rows and such terms belongs here too."""
+        """Return whether an expert with so many rows and such terms belongs here too."""
         if pattern != self.pattern or (self.ends and self.ends[-1] - self.start >= _CHUNK_ROWS):
             return False
         return self.room is None or self.room - size <= max(_SPARE_ROWS, self.room // 8)
 
     def add(self, expert: int, size: int) -> int:
-        """Give an expert its rows, and return how many they are."""
+        """Return an expert its rows, and return how many they are."""
         room = whole_blocks(size) if self.room is None else self.room
         self.experts.append(expert)
         self.ends.append((self.ends[-1] if self.ends else self.start) + room)

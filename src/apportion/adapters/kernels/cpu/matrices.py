@@ -15,7 +15,7 @@ MatrixOf = Callable[[int], Tensor]  # from an expert's id
 
 
 class FrozenMatrices(NamedTuple):
-    """One parameter's matrices of all experts, turned to (O, I) however they are stored.
+    """One parameter's matrices of all experts, with shape (O, I) in whatever form they are stored.
 
     Args:
         weight: As they are stored.
@@ -46,7 +46,7 @@ class FrozenMatrices(NamedTuple):
         return self.weight.shape[2 if self.transposed else 1]
 
     def by_expert(self, num_experts: int, *, turned: bool = False) -> MatrixOf:
-        """Give the matrices of some experts.
+        """Return the matrices of some experts.
 
         Args:
             num_experts: How many of them will be taken.
