@@ -53,6 +53,7 @@ def run(command: str, *, as_json: bool, **arguments: Any) -> None:
     try:
         with raising_terminated(), warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
+            warnings.filterwarnings("always", category=ApportionWarning)
             module = importlib.import_module(f"apportion.cli.{command}")
             result = module.run(console, module.Arguments(**arguments))
     except ApportionError as error:

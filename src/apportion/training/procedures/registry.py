@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from apportion.errors import PlanError, shortened
+from apportion.records.names import nearest
 from apportion.records.options import read_options
 from apportion.records.plan import LORI, PLAIN, Plan
 from apportion.training.procedures.base import Procedure
@@ -50,10 +51,12 @@ def find_procedure(plan: Plan) -> Procedure:
     """
     name, values = plan.procedure["name"], {key: value for key, value in plan.procedure.items() if key != "name"}
     if name not in PROCEDURES:
+        known = nearest(name, PROCEDURES)
+        near = f"did you mean {known}? Otherwise " if known else ""
         raise PlanError(
             f"the plan is trained by the procedure {shortened(name)!r}, which is not known here.",
             expected=f"one of {', '.join(PROCEDURES)}",
-            fix="import the module that registers it, or install the version that made the plan",
+            fix=f"{near}import the module that registers it, or install the version that made the plan",
         )
     procedure = PROCEDURES[name]
     return procedure(plan, read_options(procedure.option_model, values, f"procedure {name}"))
