@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from apportion import demo
 from apportion.cli.demo import Arguments, comparison_table, run
+from apportion.cli.terminal import Terminal
 from apportion.demo import METHODS, DemoSettings, markdown_table, run_demo
 from apportion.errors import OutputExistsError
 from apportion.records.plan import load_plan
@@ -53,7 +53,7 @@ def test_finished_runs_are_not_repeated(folder: Path, monkeypatch: pytest.Monkey
 
 def test_the_tables_show_every_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apportion.cli.demo.QUICK", TINY)
-    console = Console(record=True, width=160, force_terminal=False)
+    console = Terminal(record=True, force_terminal=False)
     result = run(console, Arguments(output=folder, quick=True))
     text = console.export_text()
     assert len(result["runs"]) == 10
