@@ -57,7 +57,7 @@ class ExpertFactors:
         return {expert: ExpertRows(slice(end - rank, end), scale) for expert, rank, end, scale in columns}
 
     def padded(self, stacked_RW: Tensor, block: int = 1) -> Tensor:
-        """Return all planned experts equally many rows of a stacked factor, with zeros where an expert has fewer.
+        """Pad a stacked factor to equally many rows per planned expert, with zeros where an expert has fewer.
 
         Args:
             stacked_RW: Shape (R, width).

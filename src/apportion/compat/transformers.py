@@ -1,6 +1,6 @@
 """transformers' registries of experts functions, the marks of its experts modules, and a renamed training argument.
 
-Checked on: transformers 5.20 to 5.23.
+Checked on: transformers 5.20 to 5.24.
 When it breaks: ``transformers/integrations/moe.py`` defines `use_experts_implementation` and the registry, and
 ``integrations/finegrained_fp8.py`` the registry of FP8 experts. Look there for how a module's forward finds its
 function, and for the names of the gating hook. ``modeling_utils.py`` marks modules of expert parallelism.

@@ -1,6 +1,6 @@
 """TRL's trainer, which is transformers' `Trainer`, with hooks around its checkpoints and its way of adding up losses.
 
-Checked on: trl 1.16, with transformers 5.20 to 5.23.
+Checked on: trl 1.16, with transformers 5.20 to 5.24.
 When it breaks: ``Trainer._save_checkpoint`` writes a checkpoint's files; ``Trainer.training_step`` divides the loss by
 the number of accumulated batches unless the model's loss has been divided by the number of tokens in all of them.
 """

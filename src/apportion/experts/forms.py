@@ -186,7 +186,7 @@ class ExpertForm:
         return (matrices.transpose(1, 2) if stacked.transposed else matrices)[:, stacked.rows]
 
     def _experts_first(self, stored_P: Tensor) -> Tensor:
-        """Return a tensor the experts' axis where its rows are the experts' rows one under the other."""
+        """Add the experts' axis to a tensor whose rows are the experts' rows one under the other."""
         return stored_P if stored_P.ndim == 3 else stored_P.view(self.num_experts, -1, stored_P.shape[-1])
 
 

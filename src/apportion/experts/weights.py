@@ -244,7 +244,7 @@ def _four_bit(module: Any, packed: Tensor, state: Any) -> StackedWeight:
 
 
 def _stacked_shape(module: Any, shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return a shape the experts' axis where their rows are one under the other."""
+    """Add the experts' axis to a shape whose rows are those of all experts, one under the other."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if len(shape) == 2:

@@ -57,7 +57,7 @@ def draw_frozen(plan: Plan, sites: Mapping[str, Site], seed: int) -> FrozenDraws
 def start_factors(
     model: nn.Module, adapter_name: str, seed: int, frozen: FrozenDraws | None, *, only_frozen: bool = False
 ) -> None:
-    """Return an adapter's tensors their initial values, Kaiming-uniform as in PEFT, each from its own generator.
+    """Set an adapter's tensors to their initial values, Kaiming-uniform as in PEFT, each from its own generator.
 
     Args:
         model: The model with the adapter.

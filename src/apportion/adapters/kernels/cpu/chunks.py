@@ -47,7 +47,7 @@ class Chunk:
         return self.room is None or self.room - size <= max(_SPARE_ROWS, self.room // 8)
 
     def add(self, expert: int, size: int) -> int:
-        """Return an expert its rows, and return how many they are."""
+        """Assign rows to an expert, and return how many they are."""
         room = whole_blocks(size) if self.room is None else self.room
         self.experts.append(expert)
         self.ends.append((self.ends[-1] if self.ends else self.start) + room)
