@@ -129,7 +129,7 @@ class ExpertShapes(Adapter):
     @property
     def stacks(self) -> list[Stack]:
         """The stacks."""
-        return [self.get_submodule(name) for name in self.names]  # type: ignore[misc]
+        return [child for child in self.children() if isinstance(child, Stack)]
 
     def term(self, projection: str, columns: slice) -> LowRankTerm | None:
         """Return what is added to a projection of the experts, or None if nothing is."""
